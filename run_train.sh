@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains on this machine, or as one node of many. Sets up an environment first if there is none.
+#
+#   ./run_train.sh [--section.option value ...]
+#
+# From the environment:
+#   NGPU         processes on this machine (default: its GPUs, or 1 without any)
+#   CONFIG_FILE  options of the run (default: train_configs/debug.toml)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the nodes of the run, this one's number, and where node 0 listens
+#   LOG_RANK     ranks that print, separated by commas (default: 0)
+#   PYTHON       interpreter to use or to make the environment with (default: python3)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
+export NNODES=${NNODES:-1} LOG_RANK=${LOG_RANK:-0}
+PYTHON=$("${PYTHON:-python3}" tidar/environment.py)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+options=(--job.config_file "$CONFIG_FILE" "$@")
+for argument in "$@"; do
+    case $argument in -h | --help) exec "$PYTHON" -m tidar.train --help ;; esac
+done
+NGPU=$("$PYTHON" -m tidar.check "${options[@]}")
+
+rendezvous=(--standalone)
+if [ "$NNODES" -gt 1 ] || [ -n "${MASTER_PORT:-}" ]; then
+    rendezvous=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}")
+fi
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+    -m tidar.train "${options[@]}"

@@ -1,0 +1,221 @@
+"""From a TOML file and the command line to a checked Config, and back to TOML. Needs no torch, so it answers at once."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import tempfile
+import typing
+from pathlib import Path
+from typing import Any
+
+from tidar.config.errors import UserError
+from tidar.config.options import Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(args: list[str], prog: str = "python -m tidar.train") -> Config:
+    """Options of the TOML file named by --job.config_file, overridden by the command line, checked.
+
+    `--help` prints every option and exits. Raises UserError, naming the option, the value and what is allowed.
+    """
+    config = Config()
+    given, leftover = _parser(prog).parse_known_args(args)
+    if leftover:
+        raise UserError(_unknown_argument(leftover[0]))
+    overrides = {name: value for name, value in vars(given).items() if value is not None}
+    config.job.config_file = overrides.pop("job.config_file", "")
+    if config.job.config_file:
+        _apply_file(config, config.job.config_file)
+    for name, text in overrides.items():
+        _set(config, name, text, origin="", from_text=True)
+    if not config.job.dump_folder:
+        config.job.dump_folder = os.path.join("runs", Path(config.job.config_file or "default").stem)
+    _check_together(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The options as a TOML file that `load_config` reads back to the same Config."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
+            if name != "config_file":
+                # JSON's strings, numbers, booleans and lists are TOML's too, but for the character DEL
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def resolve_global_batch_size(config: Config, world_size: int) -> int:
+    """Rows of an optimizer step. Raises UserError where micro-batches of `world_size` devices do not make it up."""
+    micro_batch = config.training.local_batch_size * world_size
+    rows = config.training.global_batch_size
+    if rows == -1:
+        return micro_batch
+    if rows % micro_batch != 0 or rows == 0:
+        raise UserError(
+            f"training.global_batch_size = {rows}: must be a multiple of {micro_batch} "
+            f"(training.local_batch_size = {config.training.local_batch_size} on each of {world_size} devices), or -1"
+        )
+    return rows
+
+
+def make_dump_folder(config: Config) -> Path:
+    """Creates job.dump_folder. Raises UserError where nothing can be written there."""
+    folder = Path(config.job.dump_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"job.dump_folder = {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--job.config_file FILE] [--section.option value ...]",
+        description="Every option can stand in the TOML file, under its section, or on the command line, which wins.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=48, width=118),
+    )
+    for section in dataclasses.fields(Config):
+        group = parser.add_argument_group(f"[{section.name}] {section.type.__doc__}")
+        for field in dataclasses.fields(section.type):
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            text = field.metadata["help"] + ("" if default == "" else f" [{_show(default)}]")
+            arguments: dict[str, Any] = {"metavar": _allowed(field), "help": text.replace("%", "%%")}
+            if field.type is bool:
+                arguments |= {"nargs": "?", "const": "true"}
+            elif field.type == list[str]:
+                arguments |= {"nargs": "*"}
+            group.add_argument(f"--{section.name}.{field.name}", **arguments)
+    return parser
+
+
+def _apply_file(config: Config, path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            sections = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML: {error}") from None
+    for section, options in sections.items():
+        if not hasattr(config, section):
+            raise UserError(f"{path}: unknown section [{section}]{_nearest(section, vars(config))}")
+        if not isinstance(options, dict):
+            raise UserError(f"{path}: {section} = {_show(options)}: must be a section, [{section}]")
+        for name, value in options.items():
+            _set(config, f"{section}.{name}", value, origin=f"{path}: ")
+
+
+def _set(config: Config, full_name: str, value: Any, origin: str, from_text: bool = False) -> None:
+    section, _, name = full_name.partition(".")
+    options = getattr(config, section)
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    if name not in fields or full_name == "job.config_file":
+        raise UserError(f"{origin}unknown option {full_name}{_nearest(full_name, _all_names())}")
+    field = fields[name]
+    if from_text:
+        value = _from_text(value, field.type)
+    if field.type is float and type(value) is int:
+        value = float(value)
+    if not _is_allowed(value, field):
+        raise UserError(f"{origin}{full_name} = {_show(value)}: must be {_allowed(field)}")
+    setattr(options, name, value)
+
+
+def _from_text(text: Any, kind: Any) -> Any:
+    """The value that a command-line argument stands for, or the text itself, which is then refused with its name."""
+    try:
+        if kind in (int, float):
+            return kind(text)
+    except ValueError:
+        return text
+    if kind is bool or typing.get_origin(kind) is typing.Literal:
+        return {"true": True, "false": False}.get(text, text)
+    return text
+
+
+def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
+    if typing.get_origin(field.type) is typing.Literal:
+        # `in` would take 1 for True
+        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(field.type))
+    if field.type == list[str]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if type(value) is not field.type:
+        return False
+    minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
+    return (
+        (field.type is not float or math.isfinite(value))
+        and (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (above is None or value > above)
+    )
+
+
+def _allowed(field: dataclasses.Field) -> str:
+    if typing.get_origin(field.type) is typing.Literal:
+        return "|".join(_show(choice) for choice in typing.get_args(field.type))
+    words = {int: "integer", float: "number", bool: "true|false", str: "text"}.get(field.type, "list of texts")
+    minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
+    if minimum is not None:
+        words += f" >= {minimum}"
+    if above is not None:
+        words += f" > {above}"
+    if maximum is not None:
+        words += f" <= {maximum}"
+    return words
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else value
+
+
+def _all_names() -> list[str]:
+    return [
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(section.type)
+    ]
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    same_option = [other for other in known if "." in name and other.split(".")[-1] == name.split(".")[-1]]
+    if same_option or match:
+        return f"; did you mean {(same_option or match)[0]}?"
+    return f"; known: {', '.join(known)}" if "." not in name else "; --help lists them all"
+
+
+def _unknown_argument(argument: str) -> str:
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument}: options are given as --section.option value"
+    name = argument[2:].split("=")[0]
+    return f"unknown option {name}{_nearest(name if '.' in name else '.' + name, _all_names())}"
+
+
+def _check_together(config: Config) -> None:
+    block_size, seq_len = config.tidar.block_size, config.training.seq_len
+    if block_size > seq_len:
+        raise UserError(f"tidar.block_size = {block_size}: must be at most training.seq_len = {seq_len}")
+    if config.tidar.ar_loss_weight + config.tidar.diffusion_loss_weight == 0:
+        raise UserError("tidar.ar_loss_weight = tidar.diffusion_loss_weight = 0: one of them must be above 0")

@@ -1,0 +1,147 @@
+"""The options: one dataclass per section of the TOML file. Names follow torchtitan where it has them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str, *, minimum=None, maximum=None, above=None) -> Any:
+    """A field with its meaning and its range: minimum <= value <= maximum, value > above."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Job:
+    """The run and its folder."""
+
+    config_file: str = option("", "TOML file with the options; the command line wins over it")
+    dump_folder: str = option("", "folder of everything the run writes (default: runs/<name of the config file>)")
+
+
+@dataclass
+class Model:
+    """The decoder."""
+
+    name: str = option("debug", "size of the decoder, one of those in tidar/models/sizes.py")
+    attention_backend: Literal["auto", "flex", "sdpa"] = option(
+        "auto", "flex: FlexAttention with block masks (CUDA); sdpa: dense masks (anywhere); auto: flex on CUDA"
+    )
+
+
+@dataclass
+class Tidar:
+    """The method: which positions see which, and how the two losses are weighed."""
+
+    pattern: str = option("tidar", "attention pattern, one of those in tidar/patterns")
+    block_size: int = option(8, "tokens drafted together (at most training.seq_len)", minimum=1)
+    ar_loss_weight: float = option(1.0, "weight of the autoregressive loss", minimum=0)
+    diffusion_loss_weight: float = option(1.0, "weight of the diffusion loss", minimum=0)
+
+
+@dataclass
+class Data:
+    """Where the text comes from."""
+
+    source: str = option("python_source", "kind of corpus, one of those in tidar/data")
+    paths: list[str] = option([], "python_source: folders of .py files to add to the standard library")
+    num_workers: int = option(1, "background processes that prepare batches (0: none)", minimum=0)
+
+
+@dataclass
+class Training:
+    """Batch, length and numerics."""
+
+    seq_len: int = option(256, "tokens of a row; tidar's model sees twice as many positions", minimum=2)
+    local_batch_size: int = option(8, "rows of a micro-batch on one device", minimum=1)
+    global_batch_size: int = option(
+        -1, "rows of an optimizer step over all devices and micro-batches (-1: one micro-batch on each)", minimum=-1
+    )
+    steps: int = option(1000, "optimizer steps of the run", minimum=1)
+    max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA)"
+    )
+    loss_chunk_size: int = option(4096, "scored positions whose logits exist at one time", minimum=1)
+    seed: int = option(0, "seed of the first parameters and of the order of the data", minimum=0, maximum=2**63 - 1)
+    deterministic: bool = option(False, "only deterministic kernels: slower, repeats bit for bit")
+    gc_freq: int = option(50, "steps between collections of Python's garbage (0: Python decides)", minimum=0)
+
+
+@dataclass
+class Optimizer:
+    """AdamW."""
+
+    lr: float = option(8e-4, "highest learning rate", above=0)
+    beta1: float = option(0.9, "decay of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = option(0.95, "decay of the second moment", minimum=0, maximum=0.999999)
+    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = option(0.1, "decoupled weight decay", minimum=0)
+    decay_params: Literal["matrices", "all"] = option(
+        "matrices", "what is decayed: parameters of two dimensions, or all"
+    )
+
+
+@dataclass
+class LRScheduler:
+    """The learning rate over the run: linear warm-up, then a decay that ends with the last step."""
+
+    warmup_steps: int = option(20, "steps of the linear warm-up", minimum=0)
+    decay_type: Literal["cosine", "linear", "constant"] = option("cosine", "form of the decay after the warm-up")
+    min_lr_factor: float = option(0.0, "rate of the last step, as a share of optimizer.lr", minimum=0, maximum=1)
+
+
+@dataclass
+class Compile:
+    """torch.compile."""
+
+    enable: Literal["auto", True, False] = option("auto", "compile each decoder layer and the loss (auto: on CUDA)")
+
+
+@dataclass
+class Validation:
+    """Passes over held-out rows."""
+
+    enable: bool = option(True, "validate at all")
+    freq: int = option(100, "steps between validations; one more comes at the end (0: only that one)", minimum=0)
+    steps: int = option(-1, "batches of a validation on each device (-1: all held-out rows)", minimum=-1)
+
+
+@dataclass
+class Checkpoint:
+    """Saving and going on."""
+
+    enable: bool = option(True, "save checkpoints, and go on from the last one in job.dump_folder")
+    interval: int = option(500, "steps between checkpoints; one more comes at the end", minimum=1)
+
+
+@dataclass
+class Metrics:
+    """What is reported."""
+
+    log_freq: int = option(10, "steps between reports", minimum=1)
+
+
+@dataclass
+class Comm:
+    """The process group."""
+
+    init_timeout_seconds: int = option(300, "longest wait in a collective before the first step ends", minimum=1)
+    train_timeout_seconds: int = option(100, "longest wait in a collective after it", minimum=1)
+
+
+@dataclass
+class Config:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    tidar: Tidar = field(default_factory=Tidar)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    compile: Compile = field(default_factory=Compile)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    comm: Comm = field(default_factory=Comm)

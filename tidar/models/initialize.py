@@ -1,0 +1,38 @@
+"""First values of the parameters."""
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tidar.models.decoder import Decoder
+
+
+@torch.no_grad()
+def initialize(model: Decoder, seed: int) -> None:
+    """Gives every parameter its first value: norms 1, biases 0, matrices normal with `initializer_range`.
+
+    A value is a function of (seed, name of the parameter): each parameter is drawn whole, on the CPU, and then sliced,
+    so it depends neither on the sharding nor on the device.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            whole = torch.empty(parameter.shape, dtype=torch.float32)
+            whole.normal_(0, model.config.initializer_range, generator=generator)
+            _fill(parameter, whole)
+
+
+def _fill(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        # every rank has drawn the same whole, so each slices its own and nothing is sent
+        whole = distribute_tensor(
+            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(whole)

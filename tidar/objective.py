@@ -1,0 +1,114 @@
+"""From hidden states to both losses, without ever holding the logits of all positions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar.patterns import Targets
+
+
+@dataclass
+class TokenScores:
+    """Each target token of one loss: its cross-entropy in nats and whether the arg-max was right, both `[n]`."""
+
+    nll: Tensor
+    correct: Tensor
+
+
+class Objective:
+    """L = (sum over losses of w * weighted sum of nll / denominator) / (sum of w), as a head of the decoder.
+
+    The denominator of a loss is the sum of its target weights over the whole optimizer step, all ranks and all
+    micro-batches, so the losses and gradients of the parts add up to those of the step, however it is cut.
+    """
+
+    def __init__(self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False):
+        """chunk_size: target positions whose logits exist at one time. compile: fuse what happens to a chunk's logits."""
+        self.loss_weights = loss_weights
+        self.chunk_size = chunk_size
+        self.score_logits = torch.compile(_score_logits) if compile else _score_logits
+
+    def __call__(
+        self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, TokenScores]]:
+        """This micro-batch's share of L, and the scores of its target tokens by loss.
+
+        hidden: `[batch, positions, dim]`; output_weight: `[vocab, dim]`; denominators: scalars.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total_weight = sum(self.loss_weights.values())
+        coefficients = []
+        for loss, target in targets.items():
+            # a step without any target has loss 0, not 0 / 0
+            denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
+            coefficients.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
+        index = torch.cat([target.index for target in targets.values()])
+        value, nll, correct = _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1).index_select(0, index),
+            output_weight,
+            torch.cat([target.labels for target in targets.values()]),
+            torch.cat(coefficients),
+            self.chunk_size,
+            self.score_logits,
+            torch.is_grad_enabled(),
+        )
+        sizes = [len(target.labels) for target in targets.values()]
+        parts = zip(nll.split(sizes), correct.split(sizes))
+        return value, {loss: TokenScores(*part) for loss, part in zip(targets, parts)}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """sum(coefficients * cross-entropy), with its gradient made in the forward pass while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,  # [n, dim]
+        weight: Tensor,  # [vocab, dim]
+        labels: Tensor,  # [n]
+        coefficients: Tensor,  # [n], at least float32
+        chunk_size: int,
+        score_logits: Callable,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nll = torch.empty_like(coefficients)
+        correct = torch.empty_like(labels, dtype=torch.bool)
+        if with_gradient:
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros_like(weight, dtype=coefficients.dtype)
+        for start in range(0, len(labels), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            scored = hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk]
+            for tensor in scored:
+                # the last chunk is shorter: one graph for every length
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            nll[chunk], correct[chunk], d_logits = score_logits(*scored, with_gradient)
+            if with_gradient:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
+                d_weight += d_logits.T @ hidden[chunk]
+        if with_gradient:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(nll, correct)
+        return (coefficients * nll).sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx, d_value: Tensor, *_):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_value, d_weight * d_value, *[None] * 5
+
+
+def _score_logits(
+    logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """nll `[n]`, correct `[n]`, and d sum(coefficients * nll) / d logits `[n, vocab]` in the logits' dtype."""
+    wide = logits.to(coefficients.dtype)
+    normalizer = wide.logsumexp(dim=-1)
+    nll = normalizer - wide.gather(1, labels[:, None])[:, 0]
+    correct = wide.argmax(dim=-1) == labels
+    if not with_gradient:
+        return nll, correct, None
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    d_logits = (wide - normalizer[:, None]).exp() - is_label.to(wide.dtype)
+    return nll, correct, (d_logits * coefficients[:, None]).to(logits.dtype)

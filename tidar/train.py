@@ -1,0 +1,259 @@
+"""Trains a TiDAR model: python -m tidar.train --job.config_file FILE [--section.option value ...]"""
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import DataLoader
+
+from tidar.config import (
+    Config,
+    load_config,
+    make_dump_folder,
+    resolve_global_batch_size,
+    to_toml,
+    user_errors_exit,
+)
+from tidar.data import Batch, PackedRows, TrainingOrder, load_rows, make_loader, validation_order
+from tidar.distributed import (
+    arithmetic_dtype,
+    join_world,
+    leave_world,
+    make_deterministic,
+    parallelize,
+    shorten_timeout,
+)
+from tidar.models import Decoder, MaskBuilder, decoder_config, initialize, resolve_backend
+from tidar.objective import Objective, TokenScores
+from tidar.patterns import ModelBatch, get_pattern
+from tidar.training.checkpoint import Checkpointer
+from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
+from tidar.training.optimizer import learning_rate, make_optimizer
+from tidar.training.scores import mean_scores, score_sums, target_weights
+from tidar.training.summary import summarize
+from tidar.training.throughput import Throughput
+from tidar.training.validation import validate
+
+
+class Trainer:
+    """A run: made from its options, then trained to its last step, from its newest checkpoint if there is one."""
+
+    def __init__(self, config: Config):
+        """Raises UserError for options that this machine, the data or the dump folder cannot serve."""
+        self.config = config
+        self.world = join_world(config)
+        self.device = self.world.device
+        make_deterministic(config)
+        self.global_batch_size = resolve_global_batch_size(config, self.world.size)
+        self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
+        self.folder = make_dump_folder(config)
+
+        self.training_rows, self.held_out_rows, vocabulary = load_rows(config)
+        self.pattern = get_pattern(
+            config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=vocabulary.mask_token_id
+        )
+        self.mask_builder = MaskBuilder(self.pattern, resolve_backend(config.model.attention_backend, self.device))
+
+        dtype = arithmetic_dtype(config, self.device)
+        compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
+        with torch.device("meta"):
+            self.model = Decoder(decoder_config(config.model.name, vocabulary.size))
+        parallelize(self.model, self.world.mesh, dtype, compile)
+        self.model.to_empty(device=self.device)
+        initialize(self.model, config.training.seed)
+        self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
+
+        self.loss_weights = {"ar": config.tidar.ar_loss_weight, "diffusion": config.tidar.diffusion_loss_weight}
+        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+
+        self.step = 0
+        self.samples = torch.zeros((), dtype=torch.long)
+        self.epoch_sums = torch.zeros(3, 2, dtype=torch.float64, device=self.device)  # weight, nll, right arg-maxes
+        self.checkpointer = Checkpointer(
+            self.folder,
+            self.model,
+            self.optimizer,
+            progress={"samples": self.samples, "epoch_sums": self.epoch_sums},
+            world=self.world,
+        )
+        self.throughput = Throughput(self.model.config, self.device)
+
+    def train(self) -> None:
+        config = self.config
+        if config.checkpoint.enable:
+            self.step = self.checkpointer.load_latest()
+        self.announce()
+        if self.step >= config.training.steps:
+            self.log(f"nothing to do: {self.folder} has all of training.steps = {config.training.steps}")
+            self.log("to train anew, choose another job.dump_folder or remove this one")
+            return
+
+        first_step = self.step + 1
+        self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
+        batches = self.training_batches()
+        if config.training.gc_freq:
+            # all ranks collect at the same steps, so that none waits for another's collection
+            gc.disable()
+        self.throughput.restart()
+        while self.step < config.training.steps:
+            self.step += 1
+            self.train_step(batches)
+            if self.step == first_step:
+                shorten_timeout(config, self.world)
+            if config.training.gc_freq and self.step % config.training.gc_freq == 0:
+                gc.collect(1)
+            with self.throughput.paused():
+                if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
+                    self.checkpointer.save(self.step)
+                if config.validation.enable and self.is_due(config.validation.freq):
+                    self.validate()
+        gc.enable()
+        self.metrics.close()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over `self.micro_batches` micro-batches of each rank."""
+        config = self.config
+        wait_started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.micro_batches)]
+        self.throughput.count_step(micro_batches, data_wait=time.perf_counter() - wait_started)
+        micro_batches = [batch.to(self.device) for batch in micro_batches]
+
+        # the denominators of the losses: the targets of the whole step, over all ranks and micro-batches
+        weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
+        dist.all_reduce(weights)
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss, scores = self.forward(batch.rows, weights)
+            loss.backward()
+            sums += score_sums(batch.rows.targets, scores)
+        dist.all_reduce(sums)
+
+        parameters = list(self.model.parameters())
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+        if config.training.max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.training.max_norm, grad_norm, foreach=True)
+        lr = learning_rate(self.step, config.training.steps, config.optimizer.lr, config.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        epoch = int(self.samples) // len(self.training_rows)
+        self.samples += self.global_batch_size
+        self.epoch_sums += torch.cat([weights[None], sums])
+        if self.is_due(config.metrics.log_freq):
+            self.report_step(weights, sums, grad_norm, lr)
+        if int(self.samples) // len(self.training_rows) > epoch:
+            self.report_epoch(epoch)
+
+    def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
+        """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
+        denominators = dict(zip(self.loss_weights, weights))
+        return self.model(
+            rows.input_ids,
+            rows.position_ids,
+            self.mask_builder(rows.documents),
+            head=lambda hidden, weight: self.objective(hidden, weight, rows.targets, denominators),
+        )
+
+    def validate(self) -> None:
+        config, world = self.config, self.world
+        order = validation_order(
+            len(self.held_out_rows), config.validation.steps, config.training.local_batch_size, world.rank, world.size
+        )
+        ones = torch.ones(2, device=self.device)
+        scalars = validate(
+            self.loader(self.held_out_rows, order),
+            score=lambda rows: self.forward(rows, ones)[1],
+            block_size=config.tidar.block_size,
+            loss_weights=self.loss_weights,
+            device=self.device,
+        )
+        # a forward pass without a backward pass leaves the root's parameters gathered
+        self.model.reshard()
+        self.metrics.write(self.step, scalars)
+        self.log(validation_lines(scalars))
+
+    def training_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches, from where the run stands, without an end."""
+        training, world = self.config.training, self.world
+        order = TrainingOrder(
+            len(self.training_rows),
+            training.seed,
+            int(self.samples),
+            training.local_batch_size,
+            world.rank,
+            world.size,
+        )
+        return iter(self.loader(self.training_rows, order))
+
+    def loader(self, rows: PackedRows, order) -> DataLoader:
+        return make_loader(rows, order, self.pattern, self.config.data.num_workers, self.device.type == "cuda")
+
+    def is_due(self, every: int) -> bool:
+        """What happens every so many steps, if any, and after the last."""
+        return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
+
+    def announce(self) -> None:
+        """Writes the resolved options, and tells what the run is about to do."""
+        if self.world.rank == 0:
+            (self.folder / "config.toml").write_text(to_toml(self.config))
+        self.log(
+            summarize(
+                self.config,
+                self.model,
+                self.pattern,
+                self.training_rows,
+                self.held_out_rows,
+                self.world.size,
+                self.micro_batches,
+                self.engine,
+            )
+        )
+        if self.step:
+            self.log(f"goes on from {self.folder}/checkpoint/step-{self.step}")
+
+    def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+        means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
+        scalars = {f"train/batch_{name}": value for name, value in means.items()}
+        scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.full_tensor().item()}
+        scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
+        self.metrics.write(self.step, scalars)
+        seconds_left = (self.config.training.steps - self.step) * self.throughput.seconds_per_step
+        self.log(step_line(self.step, self.config.training.steps, scalars, seconds_left))
+        self.throughput.restart()
+
+    def report_epoch(self, epoch: int) -> None:
+        """Means over the steps since the last report: an epoch ends with the step that takes its last row."""
+        weights, *sums = self.epoch_sums.tolist()
+        means = mean_scores(weights, sums, self.loss_weights)
+        scalars = {f"train/epoch_{name}": means[name] for name in ("loss", "ar_loss", "diffusion_loss")}
+        self.metrics.write(self.step, scalars)
+        self.log(f"epoch {epoch + 1} ends  " + "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        self.epoch_sums.zero_()
+
+    def log(self, text: str) -> None:
+        if self.world.logs:
+            print(text, flush=True)
+
+
+@record
+def main() -> None:
+    started = time.perf_counter()
+    with user_errors_exit():
+        config = load_config(sys.argv[1:])
+        try:
+            trainer = Trainer(config)
+            trainer.train()
+            trainer.log(f"done in {format_duration(time.perf_counter() - started)}")
+        finally:
+            leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Useful floating-point operations, and what a device can do."""
+
+import torch
+
+from tidar.models import DecoderConfig
+
+# dense bf16 rates of the datasheets, FLOP/s
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pairs: int) -> float:
+    """Forward and backward of `positions` model positions, `scored` of them projected to logits.
+
+    6 per matrix weight of the layers and position, 6 * vocab * dim per scored position, and per layer 12 per allowed
+    query-key pair and query dimension. Embedding look-ups and recomputation do not count.
+    """
+    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    layer_weights = config.dim * heads + 3 * config.dim * config.hidden_dim
+    attention = 12 * allowed_pairs * config.n_heads * config.head_dim
+    return (
+        6 * config.n_layers * layer_weights * positions
+        + config.n_layers * attention
+        + 6 * config.vocab_size * config.dim * scored
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the datasheet in bf16, None for a device that is not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,90 @@
+"""Scalars of a run: the console, TensorBoard and metrics.jsonl."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricWriter:
+    """Writes scalars by step to <folder>/metrics.jsonl and <folder>/tb; every process but rank 0 writes nothing.
+
+    metrics.jsonl holds one JSON object a line: "step" and the scalars by name.
+    """
+
+    def __init__(self, folder: Path, first_step: int, enabled: bool):
+        """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again."""
+        self.enabled = enabled
+        if enabled:
+            self.file = _truncated(folder / "metrics.jsonl", first_step)
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step if first_step > 1 else None)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self.enabled:
+            self.file.write(json.dumps({"step": step} | scalars) + "\n")
+            self.file.flush()
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.file.close()
+            self.tensorboard.close()
+
+
+def _truncated(path: Path, first_step: int):
+    """The file, open for appending, without the lines of `first_step` and later and without a torn last line."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n") and json.loads(line)["step"] < first_step:
+            kept.append(line)
+    shortened = path.with_suffix(".partial")
+    shortened.write_text("".join(kept))
+    os.replace(shortened, path)
+    return path.open("a")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def step_line(step: int, steps: int, scalars: dict[str, float], seconds_left: float) -> str:
+    """One console line for a training step."""
+    mfu = f"mfu {scalars['perf/mfu']:.1%}  " if "perf/mfu" in scalars else ""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  {_losses(scalars, 'train/batch_')}  "
+        f"lr {scalars['train/lr']:.2e}  grad {scalars['train/grad_norm']:.2f}  "
+        f"{scalars['perf/tokens_per_second']:,.0f} tok/s  {scalars['memory/peak_gib']:.2f} GiB  "
+        f"{mfu}left {format_duration(seconds_left)}"
+    )
+
+
+def validation_lines(scalars: dict[str, float]) -> str:
+    """Console lines for a validation: the means, then the drafts by place in the block."""
+    lines = [
+        f"validation  {_losses(scalars, 'val/')}  accuracy {scalars['val/accuracy']:.3f}, "
+        f"drafts {scalars['val/accuracy_diff']:.3f}"
+    ]
+    if "val/accepted_prefix" in scalars:
+        lines[0] += f"  accepted prefix {scalars['val/accepted_prefix']:.3f}"
+    for title, name in (("diffusion loss", "val/diffusion_loss_at/"), ("draft accuracy", "val/accuracy_diff_at/")):
+        values = [f"{value:.3f}" for key, value in scalars.items() if key.startswith(name)]
+        lines.append(f"  {title} by place in the block: {' '.join(values)}")
+    return "\n".join(lines)
+
+
+def _losses(scalars: dict[str, float], prefix: str) -> str:
+    loss, ar_loss, diffusion_loss = (scalars[prefix + name] for name in ("loss", "ar_loss", "diffusion_loss"))
+    return f"loss {loss:.4f} (ar {ar_loss:.4f}, diffusion {diffusion_loss:.4f})"
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

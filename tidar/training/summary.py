@@ -1,0 +1,49 @@
+"""What a run is about to do, told before it starts."""
+
+import torch
+
+from tidar.config import Config
+from tidar.data import PackedRows
+from tidar.models import Decoder
+from tidar.patterns import Pattern
+from tidar.training.flops import useful_flops
+
+
+def summarize(
+    config: Config,
+    model: Decoder,
+    pattern: Pattern,
+    training_rows: PackedRows,
+    held_out_rows: PackedRows,
+    world_size: int,
+    micro_batches: int,
+    engine: str,
+) -> str:
+    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states. engine: how it computes."""
+    seq_len, steps = config.training.seq_len, config.training.steps
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = config.training.local_batch_size * micro_batches * world_size
+    row = torch.zeros(1, seq_len, dtype=torch.long)
+    batch = pattern.layout(row, row, torch.ones_like(row))
+    flops = useful_flops(
+        model.config,
+        positions=batch.input_ids.numel(),
+        scored=sum(len(targets.labels) for targets in batch.targets.values()),
+        allowed_pairs=pattern.allowed_pairs(torch.tensor([seq_len])),
+    )
+    document_tokens = len(training_rows.corpus.tokens)
+    padding = 1 - document_tokens / (len(training_rows) * seq_len)
+    lines = {
+        "model": f"{config.model.name}, {parameters:,} parameters",
+        "data": f"{config.data.source}, {document_tokens:,} tokens in {len(training_rows):,} rows of {seq_len} "
+        f"({padding:.2%} padding), {len(held_out_rows):,} rows held out",
+        "pattern": f"{config.tidar.pattern}, blocks of {config.tidar.block_size}, "
+        f"{batch.input_ids.numel()} model positions a row",
+        "step": f"{rows * seq_len:,} tokens: {world_size} devices x {micro_batches} micro-batches x "
+        f"{config.training.local_batch_size} rows, {flops * rows / 1e12:.3g} useful TFLOPs",
+        "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",
+        # float32 parameters, gradients and two moments
+        "memory": f"{16 * parameters / world_size / 2**30:.3f} GiB of states on each device",
+        "engine": engine,
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())

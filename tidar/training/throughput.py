@@ -1,0 +1,64 @@
+"""How fast a rank trains, measured between reports."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tidar.data import Batch
+from tidar.models import DecoderConfig
+from tidar.training.flops import peak_flops, useful_flops
+
+
+class Throughput:
+    """Tokens, useful FLOPs and waiting time of this rank since the last report; what is no training is left out."""
+
+    def __init__(self, decoder: DecoderConfig, device: torch.device):
+        self.decoder = decoder
+        self.device = device
+        self.peak_flops = peak_flops(device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+        self.steps = self.tokens = 0
+        self.flops = self.data_wait = 0.0
+
+    def count_step(self, micro_batches: list[Batch], data_wait: float) -> None:
+        """Adds a step's micro-batches, for which it waited `data_wait` seconds."""
+        self.steps += 1
+        self.data_wait += data_wait
+        for batch in micro_batches:
+            self.tokens += batch.n_tokens
+            self.flops += useful_flops(
+                self.decoder,
+                positions=batch.rows.input_ids.numel(),
+                scored=sum(len(targets.labels) for targets in batch.rows.targets.values()),
+                allowed_pairs=batch.allowed_pairs,
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps before it are training still
+        paused_at = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused_at
+
+    @property
+    def seconds_per_step(self) -> float:
+        return (time.perf_counter() - self.started) / self.steps
+
+    def scalars(self) -> dict[str, float]:
+        """The `perf/` scalars, per device. The caller has waited for the device."""
+        seconds = time.perf_counter() - self.started
+        scalars = {
+            "perf/tokens_per_second": self.tokens / seconds,
+            "perf/tflops": self.flops / seconds / 1e12,
+            "perf/data_wait_fraction": self.data_wait / seconds,
+        }
+        if self.peak_flops:
+            scalars["perf/mfu"] = self.flops / seconds / self.peak_flops
+        return scalars

@@ -1,0 +1,64 @@
+"""Scores of held-out rows: the losses, and what the drafts are worth, by place in the block."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tidar.data import Batch
+from tidar.objective import TokenScores
+from tidar.patterns import ModelBatch, Targets
+from tidar.training.scores import mean_scores, score_sums, target_weights
+
+
+@torch.no_grad()
+def validate(
+    batches: Iterable[Batch],
+    score: Callable[[ModelBatch], dict[str, TokenScores]],
+    block_size: int,
+    loss_weights: dict[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """The `val/` scalars over the batches of all ranks, each of which must have equally many.
+
+    score: the model's scores of one batch on `device`.
+    """
+    weights = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
+    by_place = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, right arg-maxes
+    prefixes = torch.zeros(2, dtype=torch.float64, device=device)  # full blocks, sum of their accepted prefixes
+    for batch in batches:
+        rows = batch.to(device).rows
+        scores = score(rows)
+        weights += target_weights(rows.targets)
+        sums += score_sums(rows.targets, scores)
+        targets, drafts = rows.targets["diffusion"], scores["diffusion"]
+        scored = torch.stack([torch.ones_like(drafts.nll), drafts.nll, drafts.correct]).double()
+        by_place.index_add_(1, targets.place, scored * targets.weights)
+        accepted = accepted_prefixes(targets, drafts.correct, block_size)
+        prefixes += torch.stack([accepted.new_tensor(len(accepted)), accepted.sum()])
+    for total in (weights, sums, by_place, prefixes):
+        dist.all_reduce(total)
+    scalars = mean_scores(weights.tolist(), sums.tolist(), loss_weights)
+    full_blocks, accepted_tokens = prefixes.tolist()
+    if full_blocks:
+        scalars["accepted_prefix"] = accepted_tokens / full_blocks
+    for place, (weight, nll, correct) in enumerate(by_place.T.tolist()):
+        if weight:
+            scalars[f"diffusion_loss_at/{place}"] = nll / weight
+            scalars[f"accuracy_diff_at/{place}"] = correct / weight
+    return {f"val/{name}": value for name, value in scalars.items()}
+
+
+def accepted_prefixes(targets: Targets, correct: Tensor, block_size: int) -> Tensor:
+    """Length of the run of right drafts at the start of each full block, `[full blocks]` int64.
+
+    A block is full where all its `block_size` tokens are targets. correct: `[n]` bool, of the n targets in order.
+    """
+    if len(correct) < block_size:
+        return torch.zeros(0, dtype=torch.long, device=correct.device)
+    index, place = targets.index.unfold(0, block_size, 1), targets.place.unfold(0, block_size, 1)
+    # targets in order, from the first place of a block to its last, and none left out between them
+    full = (place[:, 0] == 0) & (index[:, -1] - index[:, 0] == block_size - 1)
+    return correct.unfold(0, block_size, 1)[full].long().cumprod(dim=1).sum(dim=1)

@@ -1,0 +1,138 @@
+"""What runs on a GPU only: FlexAttention's kernels and compiled layers."""
+
+import json
+import random
+
+import pytest
+import torch
+import uneven  # noqa: F401  (registers the source)
+from reference import ids_of, random_lengths, tidar_mask
+
+from tidar.config import load_config
+from tidar.distributed import leave_world
+from tidar.models import Decoder, MaskBuilder, attention, decoder_config, initialize
+from tidar.objective import Objective
+from tidar.patterns import Documents, get_pattern
+from tidar.train import Trainer
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_flex_equals_the_dense_loops(dtype, rounding):
+    """One attention, forward and backward, against SDPA in float64 under the mask made by plain loops."""
+    rng = random.Random(0)
+    for seq_len in (128, 77, 300):
+        lengths, block_size = random_lengths(rng, seq_len), rng.randint(1, 20)
+        q, k, v = (torch.randn(1, heads, 2 * seq_len, 32, device=CUDA, dtype=dtype) for heads in (6, 2, 2))
+        dense = tidar_mask(lengths, block_size)[None, None].to(CUDA)
+        documents = Documents.from_ids(ids_of(lengths).to(CUDA))
+        block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flex")(documents)
+        results = []
+        for mask, kind in ((dense, torch.float64), (block_mask, dtype)):
+            inputs = [tensor.to(kind).detach().requires_grad_() for tensor in (q, k, v)]
+            out = attention(*inputs, mask)
+            gradients = torch.autograd.grad((out * torch.linspace(-1, 1, 32, device=CUDA).to(kind)).sum(), inputs)
+            results.append((out, *gradients))
+        for expected, found in zip(*results):
+            assert relative(found, expected) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_rounds_as_sdpa_does(dtype):
+    """Loss, logits and gradients of the model: as near to float64 with flex, compiled, as with sdpa, eager."""
+    pattern = get_pattern("tidar", block_size=8, mask_token_id=257)
+    lengths = [random_lengths(random.Random(row), 200) for row in range(3)]
+    tokens = torch.randint(0, 256, (3, 200))
+    batch = pattern.layout(tokens, torch.cat([ids_of(row) for row in lengths]), torch.ones(3, 200))
+    errors = {}
+    expected = None
+    for backend, kind in (("sdpa", torch.float64), ("sdpa", dtype), ("flex", dtype)):
+        model = Decoder(decoder_config("debug", 258))
+        initialize(model, seed=0)
+        model.to(CUDA, kind)
+        documents = Documents.from_ids(torch.cat([ids_of(row) for row in lengths]).to(CUDA))
+        mask = MaskBuilder(pattern, backend)(documents)
+        targets = {
+            loss: type(target)(*(tensor.to(CUDA) for tensor in vars(target).values()))
+            for loss, target in batch.targets.items()
+        }
+        denominators = {loss: target.weights.sum() for loss, target in targets.items()}
+        objective = Objective({"ar": 1.0, "diffusion": 1.0}, chunk_size=300, compile=backend == "flex")
+        input_ids, position_ids = batch.input_ids.to(CUDA), batch.position_ids.to(CUDA)
+        loss, _ = model(
+            input_ids, position_ids, mask, head=lambda h, w: objective(h, w, targets, denominators)
+        )
+        loss.backward()
+        found = [
+            loss.detach(),
+            model(input_ids, position_ids, mask).detach(),
+            torch.cat([parameter.grad.flatten() for parameter in model.parameters()]),
+        ]
+        if expected is None:
+            expected = found
+        else:
+            errors[backend] = [relative(a, b) for a, b in zip(found, expected)]
+    print(dtype, errors)
+    epsilon = torch.finfo(dtype).eps
+    for flex, sdpa in zip(errors["flex"], errors["sdpa"]):
+        assert flex < 1.5 * sdpa + epsilon
+
+
+class Watched(Trainer):
+    """Counts the graphs that were compiled by the end of each step, and of each validation."""
+
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def train_step(self, batches):
+        super().train_step(batches)
+        self.compiled.append(self.graphs["unique_graphs"])
+
+    def validate(self):
+        super().validate()
+        self.compiled.append(self.graphs["unique_graphs"])
+
+
+def test_training_compiles_once(tmp_path):
+    """Packed rows with ever different numbers of targets: nothing compiles after step 2 but the first validation."""
+    torch._dynamo.reset()
+    options = "--data.source uneven --training.seq_len 128 --training.local_batch_size 4 --training.steps 16"
+    options += f" --validation.freq 8 --metrics.log_freq 8 --checkpoint.enable false --job.dump_folder {tmp_path}"
+    trainer = Watched(load_config(options.split()))
+    trainer.compiled = []
+    try:
+        assert trainer.mask_builder.backend == "flex"
+        trainer.train()
+    finally:
+        leave_world()
+    after_steps, after_validation = trainer.compiled[:8], trainer.compiled[8:]
+    assert after_steps[0] > 0
+    assert len(set(after_steps[1:])) == 1
+    assert len(after_validation) == 10 and len(set(after_validation)) == 1
+
+
+def test_flex_and_sdpa_train_alike(tmp_path):
+    """The same run in float32, compiled with flex and eager with sdpa; gradient accumulation on one of them."""
+    curves = []
+    for name, options in {
+        "flex": "--model.attention_backend flex --compile.enable true",
+        "sdpa": "--model.attention_backend sdpa --compile.enable false --training.local_batch_size 4",
+    }.items():
+        folder = tmp_path / name
+        common = "--training.global_batch_size 8 --training.seq_len 128 --training.steps 10 --metrics.log_freq 1"
+        common += f" --training.mixed_precision_param float32 --validation.steps 2 --job.dump_folder {folder}"
+        trainer = Trainer(load_config([*common.split(), *options.split()]))
+        try:
+            trainer.train()
+        finally:
+            leave_world()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves.append([line["train/batch_loss"] for line in lines if "train/batch_loss" in line])
+        assert 0 < lines[0]["perf/mfu"] < 1
+    assert len(curves[0]) == 10
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -1,0 +1,171 @@
+"""Whole runs: real processes, real files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tidar.config import load_config
+from tidar.distributed import leave_world
+from tidar.train import Trainer
+
+ROOT = Path(__file__).parent.parent
+TINY = "--training.seq_len 32 --training.local_batch_size 2 --metrics.log_freq 1 --data.num_workers 0".split()
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def train_here(folder: Path, *options: str) -> Trainer:
+    trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+    try:
+        trainer.train()
+    finally:
+        leave_world()
+    return trainer
+
+
+def metrics(folder: Path, *names: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", *names)} for line in lines if all(name in line for name in names)]
+
+
+def results(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what is not repeatable."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
+
+
+def test_same_losses_however_a_step_is_cut(tmp_path):
+    """One process and two, one micro-batch and more: 20 steps with ranks of very different target counts."""
+    cuts = {"1x1": (1, 8), "1x4": (1, 2), "2x1": (2, 4), "2x4": (2, 1)}
+    options = "--data.source uneven --training.seq_len 64 --training.global_batch_size 8 --training.steps 20".split()
+    options += ["--tidar.block_size", "3"]
+    options += "--metrics.log_freq 1 --validation.freq 10 --data.num_workers 0 --checkpoint.interval 15".split()
+    for name, (processes, local_batch_size) in cuts.items():
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        arguments = ["--training.local_batch_size", str(local_batch_size), "--job.dump_folder", str(tmp_path / name)]
+        finish(start([sys.executable, *launcher, "tests/uneven.py", *options, *arguments]))
+    names = [f"train/batch_{name}" for name in ("loss", "ar_loss", "diffusion_loss", "accuracy")] + ["train/grad_norm"]
+    for kind, n in ((names, 20), (["val/loss", "val/diffusion_loss_at/0", "val/accepted_prefix"], 2)):
+        expected = metrics(tmp_path / "1x1", *kind)
+        assert len(expected) == n
+        for name in cuts:
+            for here, there in zip(expected, metrics(tmp_path / name, *kind), strict=True):
+                assert there == pytest.approx(here, rel=1e-5), name
+    # what two ranks saved, one goes on from
+    (tmp_path / "2x1" / "checkpoint" / "step-20").rename(tmp_path / "unused")
+    finish(start([sys.executable, "tests/uneven.py", *options, "--job.dump_folder", str(tmp_path / "2x1")]))
+    for here, there in zip(metrics(tmp_path / "1x1", *names), metrics(tmp_path / "2x1", *names), strict=True):
+        assert there == pytest.approx(here, rel=1e-5)
+
+
+def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
+    options = "--training.steps 6 --training.global_batch_size 4 --checkpoint.interval 1 --validation.freq 3".split()
+    train_here(tmp_path / "whole", *options, "--validation.steps", "2")
+    expected = results(tmp_path / "whole")
+    assert [line["step"] for line in expected] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for step in range(1, 6):
+        folder = tmp_path / f"stopped-{step}"
+        shutil.copytree(tmp_path / "whole", folder)
+        for later in range(step + 1, 7):
+            shutil.rmtree(folder / "checkpoint" / f"step-{later}")
+        train_here(folder, *options, "--validation.steps", "2")
+        assert results(folder) == expected
+    again = train_here(tmp_path / "whole", *options)
+    assert again.step == 6 and results(tmp_path / "whole") == expected
+
+
+def test_killed_it_goes_on(tmp_path):
+    options = [*TINY, "--training.steps", "40", "--checkpoint.interval", "3", "--validation.enable", "false"]
+    command = [sys.executable, "-m", "tidar.train", *options, "--job.dump_folder", str(tmp_path / "killed")]
+    process = start(command)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "checkpoint" / "step-6").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    output = finish(start(command))
+    assert "goes on from" in output
+    finish(start([*command[:-1], str(tmp_path / "whole")]))
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_a_run_learns_and_writes_what_it_says(tmp_path):
+    """Both losses fall, a draft gets worse with its place in the block, and the resolved options train again."""
+    options = "--training.seq_len 128 --training.local_batch_size 8 --training.steps 80 --optimizer.lr 2e-3".split()
+    options += "--metrics.log_freq 20 --validation.steps 10 --checkpoint.interval 100".split()
+    train_here(tmp_path, *options)
+    (validation,) = [line for line in results(tmp_path) if "val/loss" in line]
+    # untrained: 5.6; without any context: 3.26
+    assert validation["val/ar_loss"] < 3.2 and validation["val/diffusion_loss"] < 3.35
+    by_place = [validation[f"val/diffusion_loss_at/{place}"] for place in range(8)]
+    assert by_place[0] < by_place[7] and sum(by_place[:4]) < sum(by_place[4:])
+    assert 0 < validation["val/accepted_prefix"] < 8 and 0 < validation["val/accuracy_diff_at/7"] < 1
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][0]
+    assert {
+        "train/batch_loss", "train/batch_ar_loss", "train/batch_diffusion_loss", "train/batch_accuracy",
+        "train/batch_accuracy_diff", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/tflops",
+        "perf/data_wait_fraction", "memory/peak_gib",
+    } < logged.keys()  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl", "tb", "checkpoint"}
+    again = train_here(tmp_path / "again", "--job.config_file", str(tmp_path / "config.toml"), "--training.steps", "1")
+    assert again.config.optimizer.lr == 2e-3
+
+
+def test_epochs_are_reported(tmp_path):
+    """Means over the epoch's steps, whatever a restart in its middle."""
+    options = "--data.source uneven --training.steps 12 --training.global_batch_size 40 --checkpoint.interval 4".split()
+    command = [sys.executable, "tests/uneven.py", *TINY, *options, "--training.local_batch_size", "20"]
+    finish(start([*command, "--job.dump_folder", str(tmp_path)]))
+    names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
+    epochs = metrics(tmp_path, *names)
+    steps = metrics(tmp_path, "train/batch_loss")
+    assert epochs and all(epoch["step"] < 12 for epoch in epochs[:1])
+    last = epochs[0]["step"]
+    losses = [line["train/batch_loss"] for line in steps if line["step"] <= last]
+    assert min(losses) <= epochs[0]["train/epoch_loss"] <= max(losses)
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    finish(start([*command, "--job.dump_folder", str(tmp_path)]))
+    assert metrics(tmp_path, *names) == epochs
+
+
+BAD_RUNS = {
+    ("CONFIG_FILE=/no/such.toml",): "job.config_file = /no/such.toml: cannot be read",
+    ("NGPU=two",): "NGPU = two: must be an integer >= 1",
+    ("NGPU=3", "--training.global_batch_size", "16"): "must be a multiple of 24",
+    ("--data.paths", "{empty}"): "holds no .py file",
+    ("--data.paths", "{empty}/none"): "must be a folder",
+    ("--job.dump_folder", "/proc/run"): "job.dump_folder = /proc/run: cannot be written",
+    ("--model.attention_backend", "flex"): "has no backward pass without CUDA",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_RUNS)
+def test_bad_run_is_refused_in_two_lines(tmp_path, arguments):
+    words = [word.format(empty=tmp_path) for word in arguments]
+    variables = [word for word in words if word[0].isupper()]
+    options = [word for word in words if not word[0].isupper()]
+    python = f"PYTHON={sys.executable}"
+    process = start(["env", "CUDA_VISIBLE_DEVICES=", python, *variables, "./run_train.sh", *options])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert BAD_RUNS[arguments] in output and len(output.splitlines()) <= 2

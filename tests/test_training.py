@@ -1,0 +1,84 @@
+import json
+import math
+
+import pytest
+import torch
+
+from tidar.config.options import LRScheduler, Optimizer
+from tidar.models import Decoder, decoder_config
+from tidar.patterns import Targets
+from tidar.training.flops import useful_flops
+from tidar.training.metrics import MetricWriter
+from tidar.training.optimizer import learning_rate, make_optimizer
+from tidar.training.validation import accepted_prefixes
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear", "constant"])
+def test_learning_rate(decay_type):
+    options = LRScheduler(warmup_steps=4, decay_type=decay_type, min_lr_factor=0.3)
+    rates = [learning_rate(step, 20, 2.0, options) for step in range(1, 21)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    for step in range(5, 21):
+        share = (step - 4) / 16
+        expected = {
+            "cosine": 0.6 + 1.4 * (1 + math.cos(math.pi * share)) / 2,
+            "linear": 0.6 + 1.4 * (1 - share),
+            "constant": 2.0,
+        }[decay_type]
+        assert rates[step - 1] == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(1, 1, 2.0, LRScheduler(warmup_steps=0)) == 0  # the last step ends the decay
+    assert learning_rate(3, 3, 2.0, LRScheduler(warmup_steps=10)) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("decay_params, decayed", [("matrices", 2), ("all", 1)])
+def test_weight_decay(decay_params, decayed):
+    with torch.device("meta"):
+        model = Decoder(decoder_config("debug", 258))
+    optimizer = make_optimizer(model, Optimizer(decay_params=decay_params, weight_decay=0.5))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.5 if parameter.ndim >= decayed else 0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_accepted_prefixes_equal_the_loops():
+    for _ in range(50):
+        block_size = int(torch.randint(1, 6, ()))
+        n_blocks = 8
+        is_target = torch.rand(n_blocks, block_size) > 0.15
+        correct = torch.rand(n_blocks, block_size) > 0.3
+        expected = []
+        for block in range(n_blocks):
+            if is_target[block].all():
+                length = 0
+                while length < block_size and correct[block, length]:
+                    length += 1
+                expected.append(length)
+        index = torch.arange(n_blocks * block_size)[is_target.flatten()]
+        targets = Targets(index, index, index.float(), index % block_size)
+        assert accepted_prefixes(targets, correct.flatten()[index], block_size).tolist() == expected
+
+
+def test_useful_flops_by_hand():
+    config = decoder_config("debug", 258)
+    layer = 192 * (192 + 64 + 64 + 192) + 3 * 192 * 512
+    assert useful_flops(config, positions=10, scored=3, allowed_pairs=40) == (
+        6 * 4 * layer * 10 + 6 * 258 * 192 * 3 + 4 * 12 * 40 * 6 * 32
+    )
+
+
+def test_metrics_of_repeated_steps_are_written_once(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=1, enabled=True)
+    for step in range(1, 6):
+        writer.write(step, {"train/batch_loss": step / 3})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "train/ba')  # killed while writing
+    writer = MetricWriter(tmp_path, first_step=4, enabled=True)
+    writer.write(4, {"train/batch_loss": 0.5})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "train/batch_loss": step / 3} for step in (1, 2, 3)] + [
+        {"step": 4, "train/batch_loss": 0.5}
+    ]
+    assert list((tmp_path / "tb").iterdir())

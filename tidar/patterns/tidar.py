@@ -36,6 +36,10 @@ class Tidar(Pattern):
     block_size: int = 8
     mask_token_id: int | None = None
 
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise ValueError(f"block_size = {self.block_size}: must be at least 1")
+
     def model_positions(self, seq_len: int) -> int:
         return 2 * seq_len
 

@@ -39,11 +39,15 @@ def summarize(
         f"({padding:.2%} padding), {len(held_out_rows):,} rows held out",
         "pattern": f"{config.tidar.pattern}, blocks of {config.tidar.block_size}, "
         f"{batch.input_ids.numel()} model positions a row",
-        "step": f"{rows * seq_len:,} tokens: {world_size} devices x {micro_batches} micro-batches x "
-        f"{config.training.local_batch_size} rows, {flops * rows / 1e12:.3g} useful TFLOPs",
+        "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
+        f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",
         # float32 parameters, gradients and two moments
         "memory": f"{16 * parameters / world_size / 2**30:.3f} GiB of states on each device",
         "engine": engine,
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}{'es' if thing.endswith('ch') else 's'}"

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -65,9 +66,8 @@ def test_flex_rounds_as_sdpa_does(dtype):
         denominators = {loss: target.weights.sum() for loss, target in targets.items()}
         objective = Objective({"ar": 1.0, "diffusion": 1.0}, chunk_size=300, compile=backend == "flex")
         input_ids, position_ids = batch.input_ids.to(CUDA), batch.position_ids.to(CUDA)
-        loss, _ = model(
-            input_ids, position_ids, mask, head=lambda h, w: objective(h, w, targets, denominators)
-        )
+        head = partial(objective, targets=targets, denominators=denominators)
+        loss, _ = model(input_ids, position_ids, mask, head=head)
         loss.backward()
         found = [
             loss.detach(),

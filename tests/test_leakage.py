@@ -33,7 +33,7 @@ def make_model(n_layers: int) -> Decoder:
 
 
 def influence(pattern: Tidar, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which input (column) moves which output (row) of a one-layer model: input embeddings, and values of the attention.
+    """Which input (column) moves which output (row) of a one-layer model: embeddings, and values of the attention.
 
     Both `[positions, positions]` bool. The second sees what a position's own residual stream hides in the first.
     """

@@ -16,7 +16,7 @@ STAMP = os.path.join(VENV, "tidar-installed")
 
 def main():
     if sys.version_info < (3, 10):
-        sys.exit("error: %s is Python %d.%d: must be 3.10 or later; set PYTHON" % ((sys.executable,) + sys.version_info[:2]))
+        sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}: must be 3.10 or later; set PYTHON")
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         project = file.read()
     digest = hashlib.sha256(project).hexdigest()
@@ -64,14 +64,14 @@ def venv_is_ready(digest: str) -> bool:
 
 
 def make_venv(digest: str) -> None:
-    print("setting up %s, once" % VENV, file=sys.stderr)
+    print(f"setting up {VENV}, once", file=sys.stderr)
     steps = [
         ([sys.executable, "-m", "venv", VENV], "make a virtual environment (on Debian: apt install python3-venv)"),
         ([VENV_PYTHON, "-m", "pip", "install", "--quiet", "--editable", ROOT + "[test]"], "install the dependencies"),
     ]
     for command, purpose in steps:
         if subprocess.run(command, stdout=sys.stderr).returncode != 0:
-            sys.exit("error: could not %s: %s" % (purpose, " ".join(command)))
+            sys.exit(f"error: could not {purpose}: {' '.join(command)}")
     with open(STAMP, "w") as file:
         file.write(digest)
 

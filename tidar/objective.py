@@ -25,7 +25,7 @@ class Objective:
     """
 
     def __init__(self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False):
-        """chunk_size: target positions whose logits exist at one time. compile: fuse what happens to a chunk's logits."""
+        """chunk_size: target positions whose logits exist at one time. compile: fuse what is done to these."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
         self.score_logits = torch.compile(_score_logits) if compile else _score_logits
@@ -60,7 +60,7 @@ class Objective:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(coefficients * cross-entropy), with its gradient made in the forward pass while a chunk's logits are there."""
+    """sum(coefficients * cross-entropy), its gradient made in the forward pass while a chunk's logits are there."""
 
     @staticmethod
     def forward(

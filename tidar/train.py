@@ -134,7 +134,8 @@ class Trainer:
         dist.all_reduce(sums)
 
         parameters = list(self.model.parameters())
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+        gradients = [parameter.grad for parameter in parameters]
+        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True).full_tensor()
         if config.training.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.training.max_norm, grad_norm, foreach=True)
         lr = learning_rate(self.step, config.training.steps, config.optimizer.lr, config.lr_scheduler)
@@ -221,7 +222,7 @@ class Trainer:
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
         scalars = {f"train/batch_{name}": value for name, value in means.items()}
-        scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.full_tensor().item()}
+        scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
         scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
         self.metrics.write(self.step, scalars)
         seconds_left = (self.config.training.steps - self.step) * self.throughput.seconds_per_step

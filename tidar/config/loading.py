@@ -1,4 +1,4 @@
-"""From a TOML file and the command line to a checked Config, and back to TOML. Needs no torch, so it answers at once."""
+"""From a TOML file and the command line to a checked Config, and back to TOML. Needs no torch: it answers at once."""
 
 import argparse
 import dataclasses

@@ -11,7 +11,7 @@ SOURCES = {"python_source": (python_source.VOCABULARY, python_source.load)}
 
 
 def load_rows(config: Config) -> tuple[PackedRows, PackedRows, Vocabulary]:
-    """Training rows, held-out rows and the vocabulary of the configured source. Raises UserError where it has no rows."""
+    """Training rows, held-out rows and the vocabulary of the configured source. Raises UserError."""
     if config.data.source not in SOURCES:
         raise UserError(f"data.source = {config.data.source}: must be one of {', '.join(SOURCES)}")
     vocabulary, load = SOURCES[config.data.source]

@@ -18,8 +18,8 @@ class Vocabulary:
 class Corpus:
     """Documents end to end.
 
-    tokens: `[tokens]`, any integer dtype. offsets: `[documents + 1]` int64, where each document starts and the last ends.
-    loss_mask: `[tokens]`, weight of each token as a target; None: every token counts.
+    tokens: `[tokens]`, any integer dtype. offsets: `[documents + 1]` int64, where each document starts and the
+    last ends. loss_mask: `[tokens]`, weight of each token as a target; None: every token counts.
     """
 
     tokens: Tensor

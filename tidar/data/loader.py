@@ -62,9 +62,7 @@ def validation_order(
     if max_batches != -1:
         n_batches = min(n_batches, max_batches)
     firsts = [batch * stride + rank * local_batch_size for batch in range(n_batches)]
-    return [
-        [row if row < n_rows else EMPTY_ROW for row in range(first, first + local_batch_size)] for first in firsts
-    ]
+    return [[row if row < n_rows else EMPTY_ROW for row in range(first, first + local_batch_size)] for first in firsts]
 
 
 @dataclass

@@ -16,7 +16,7 @@ class PackedRows(Dataset[Row]):
     """Rows of a corpus. A row is a sample, and its number the sample's id.
 
     A document longer than a row is cut into full rows and a rest; rests and short documents are packed together, kept
-    whole. A piece of a document is a document of its own: nothing predicts its first token. Row EMPTY_ROW is all padding.
+    whole. A piece of a document is a document of its own: nothing predicts its first token. Row EMPTY_ROW is padding.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, padding_token_id: int):

@@ -13,7 +13,7 @@ from tidar.config import Config, UserError
 
 @dataclass
 class World:
-    """This process's place: `rank` of `size`, its device, the mesh of all devices, and whether it logs to the console."""
+    """This process's place: `rank` of `size`, its device, the mesh of all devices; whether it prints."""
 
     rank: int
     size: int

@@ -20,7 +20,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Grouped-query attention, scaled by `head_dim ** -0.5`.
 
     q: `[batch, n_heads, positions, head_dim]`; k, v: `[batch, n_kv_heads, positions, head_dim]`; returns q's shape.
-    mask: a BlockMask runs FlexAttention; a bool tensor `[batch or 1, 1, positions, positions]` runs SDPA; None is causal.
+    mask: a BlockMask runs FlexAttention; a bool tensor `[batch, 1, positions, positions]` runs SDPA; None is causal.
     """
     if isinstance(mask, BlockMask):
         return _compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """"flex" or "sdpa" for model.attention_backend. Raises UserError where the device cannot train with it."""
+    """ "flex" or "sdpa" for model.attention_backend. Raises UserError where the device cannot train with it."""
     if backend == "auto":
         return "flex" if device.type == "cuda" else "sdpa"
     if backend == "flex" and device.type != "cuda":

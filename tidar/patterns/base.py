@@ -88,7 +88,7 @@ class Pattern:
     def layout(self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor) -> ModelBatch:
         """Model input and targets of rows.
 
-        tokens, document_ids: `[batch, seq_len]` integers. loss_mask: `[batch, seq_len]`, weight of each token as a target.
+        tokens, document_ids: `[batch, seq_len]` integers. loss_mask: `[batch, seq_len]`, weight of each as a target.
         """
         raise NotImplementedError
 

@@ -5,17 +5,17 @@
 #
 # From the environment:
 #   NGPU         processes on this machine (default: its GPUs, or 1 without any)
-#   CONFIG_FILE  options of the run (default: train_configs/debug.toml)
+#   CONFIG_FILE  options of the run (default: train_configs/debug.toml beside this script)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the nodes of the run, this one's number, and where node 0 listens
 #   LOG_RANK     ranks that print, separated by commas (default: 0)
 #   PYTHON       interpreter to use or to make the environment with (default: python3)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
-export NNODES=${NNODES:-1} LOG_RANK=${LOG_RANK:-0}
-PYTHON=$("${PYTHON:-python3}" tidar/environment.py)
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+CONFIG_FILE=${CONFIG_FILE:-$root/train_configs/debug.toml}
+NNODES=${NNODES:-1}
+PYTHON=$("${PYTHON:-python3}" "$root/tidar/environment.py")
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 options=(--job.config_file "$CONFIG_FILE" "$@")
 for argument in "$@"; do

@@ -13,3 +13,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(request, monkeypatch):
+    """Only what is marked gpu runs there: the rest asks for exactness that is promised on the CPU."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)

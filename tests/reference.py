@@ -27,7 +27,7 @@ def tidar_mask(document_lengths: list[int], block_size: int) -> torch.Tensor:
 
 
 def tidar_targets(tokens, document_lengths: list[int], loss_mask, block_size: int):
-    """(model position, label, weight, place in the block) of each target of one row: of the AR, of the diffusion loss."""
+    """(model position, label, weight, place in the block) of each target of one row: for AR, for diffusion."""
     ar, diffusion, start = [], [], 0
     for length in document_lengths:
         for i in range(1, length):

@@ -79,6 +79,8 @@ BAD_ARGUMENTS = {
     ("--training.seqlen", "3"): "unknown option training.seqlen; did you mean training.seq_len?",
     ("--seq_len", "3"): "unknown option seq_len; did you mean training.seq_len?",
     ("--training.steps", "ten"): "training.steps = ten: must be integer >= 1",
+    ("--training.global_batch_size", "0"): "training.global_batch_size = 0: must be integer >= 1, or -1",
+    ("--validation.steps", "0"): "validation.steps = 0: must be integer >= 1, or -1",
     ("--training.steps",): "argument --training.steps: expected one argument",
     ("steps=3",): "unexpected argument steps=3",
     ("--training.deterministic", "yes"): "training.deterministic = yes: must be true|false",
@@ -95,8 +97,6 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     assert resolve_global_batch_size(config, 5) == 20
     message = refusal(lambda: resolve_global_batch_size(config, 2))
     assert "training.global_batch_size = 20: must be a multiple of 8" in message
-    config.training.global_batch_size = 0
-    refusal(lambda: resolve_global_batch_size(config, 1))
     (tmp_path / "file").touch()
     config.job.dump_folder = str(tmp_path / "file" / "run")
     assert "cannot be written (Not a directory)" in refusal(lambda: make_dump_folder(config))

@@ -1,9 +1,10 @@
 import random
 
+import pytest
 import torch
 
-from tidar.config import load_config
-from tidar.data import Corpus, PackedRows, TrainingOrder, load_rows, make_loader, validation_order
+from tidar.config import UserError, load_config
+from tidar.data import SOURCES, Corpus, PackedRows, TrainingOrder, load_rows, make_loader, validation_order
 from tidar.patterns import PADDING, get_pattern
 
 
@@ -86,6 +87,18 @@ def test_python_source():
     # the same again, in this order
     again, _, _ = load_rows(load_config(["--training.seq_len", "64"]))
     assert again.corpus.tokens.equal(training.corpus.tokens)
+
+
+def test_a_corpus_without_documents_is_refused(monkeypatch):
+    empty = Corpus(torch.zeros(0), torch.zeros(1, dtype=torch.long))
+    one = Corpus(torch.arange(5), torch.tensor([0, 5]))
+    for training, held_out, words in ((empty, one, "no documents to train on"), (one, empty, "no held-out documents")):
+        monkeypatch.setitem(SOURCES, "short", (SOURCES["python_source"][0], lambda paths, c=(training, held_out): c))
+        with pytest.raises(UserError, match=words):
+            load_rows(load_config(["--data.source", "short"]))
+    assert load_rows(load_config(["--data.source", "short", "--validation.enable", "false"]))
+    with pytest.raises(UserError, match="data.source = shirt: must be one of python_source"):
+        load_rows(load_config(["--data.source", "shirt"]))
 
 
 def test_background_workers_change_nothing():

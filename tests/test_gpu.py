@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
@@ -102,7 +103,8 @@ def test_training_compiles_once(tmp_path):
     """Packed rows with ever different numbers of targets: nothing compiles after step 2 but the first validation."""
     torch._dynamo.reset()
     options = "--data.source uneven --training.seq_len 128 --training.local_batch_size 4 --training.steps 16"
-    options += f" --validation.freq 8 --metrics.log_freq 8 --checkpoint.enable false --job.dump_folder {tmp_path}"
+    options += " --training.loss_chunk_size 50 --validation.freq 8 --metrics.log_freq 8"
+    options += f" --checkpoint.enable false --job.dump_folder {tmp_path}"
     trainer = Watched(load_config(options.split()))
     trainer.compiled = []
     try:
@@ -114,6 +116,25 @@ def test_training_compiles_once(tmp_path):
     assert after_steps[0] > 0
     assert len(set(after_steps[1:])) == 1
     assert len(after_validation) == 10 and len(set(after_validation)) == 1
+
+
+def test_deterministic_runs_repeat_bit_for_bit(tmp_path):
+    """bfloat16, flex and compile: the same run twice, the second one stopped in its middle."""
+    options = "--training.deterministic --training.seq_len 256 --training.steps 8 --metrics.log_freq 1"
+    options += " --checkpoint.interval 4 --validation.steps 2"
+    curves = []
+    for name in ("whole", "stopped", "stopped"):
+        trainer = Trainer(load_config([*options.split(), "--job.dump_folder", str(tmp_path / name)]))
+        try:
+            trainer.train()
+        finally:
+            leave_world()
+            torch.use_deterministic_algorithms(False)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves.append([{k: v for k, v in line.items() if not k.startswith(("perf", "memory"))} for line in lines])
+        if name == "stopped" and len(curves) == 2:
+            shutil.rmtree(tmp_path / name / "checkpoint" / "step-8")
+    assert len(curves[0]) == 9 and curves[0] == curves[1] == curves[2]
 
 
 def test_flex_and_sdpa_train_alike(tmp_path):

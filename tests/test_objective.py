@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from tidar.objective import Objective
 from tidar.patterns import Targets
 
-POSITIONS, DIM, VOCAB = 40, 16, 50
+POSITIONS, DIM, VOCAB = 40, 16, 500
 
 
 def make_targets(n: int, offset: int) -> Targets:
@@ -81,4 +81,4 @@ def test_logits_never_exist_whole():
     with Watch():
         loss, _ = Objective({"ar": 1.0, "diffusion": 1.0}, chunk_size=16)(hidden, weight, targets, ones)
         loss.backward()
-    assert largest == max(hidden.numel(), weight.numel(), 16 * VOCAB) < 62 * VOCAB
+    assert largest == max(hidden.numel(), weight.numel(), 16 * VOCAB) < 31 * VOCAB  # the logits of one loss

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import uneven  # noqa: F401  (registers the source)
 
 from tidar.config import load_config
 from tidar.distributed import leave_world
@@ -20,7 +21,7 @@ TINY = "--training.seq_len 32 --training.local_batch_size 2 --metrics.log_freq 1
 
 
 def start(command: list[str], **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -32,8 +33,8 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def train_here(folder: Path, *options: str) -> Trainer:
-    trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+def train_here(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
+    trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
     try:
         trainer.train()
     finally:
@@ -108,6 +109,20 @@ def test_killed_it_goes_on(tmp_path):
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
+class KilledInValidation(Trainer):
+    def validate(self):
+        raise KeyboardInterrupt
+
+
+def test_killed_in_its_last_validation_it_validates_again(tmp_path):
+    options = ["--training.steps", "4", "--checkpoint.interval", "3", "--validation.steps", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        train_here(tmp_path / "killed", *options, kind=KilledInValidation)
+    train_here(tmp_path / "killed", *options)
+    train_here(tmp_path / "whole", *options)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
 def test_a_run_learns_and_writes_what_it_says(tmp_path):
     """Both losses fall, a draft gets worse with its place in the block, and the resolved options train again."""
     options = "--training.seq_len 128 --training.local_batch_size 8 --training.steps 80 --optimizer.lr 2e-3".split()
@@ -130,27 +145,57 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
     assert again.config.optimizer.lr == 2e-3
 
 
+class Recorded(Trainer):
+    """Keeps the sums that every step reports."""
+
+    def report_step(self, weights, sums, *rest):
+        self.recorded = [*getattr(self, "recorded", []), (weights.clone(), sums.clone())]
+        super().report_step(weights, sums, *rest)
+
+
 def test_epochs_are_reported(tmp_path):
-    """Means over the epoch's steps, whatever a restart in its middle."""
-    options = "--data.source uneven --training.steps 12 --training.global_batch_size 40 --checkpoint.interval 4".split()
-    command = [sys.executable, "tests/uneven.py", *TINY, *options, "--training.local_batch_size", "20"]
-    finish(start([*command, "--job.dump_folder", str(tmp_path)]))
+    """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
+    options = "--data.source uneven --training.steps 20 --training.global_batch_size 40 --checkpoint.interval 4".split()
+    options += ["--training.local_batch_size", "20"]
+    trainer = train_here(tmp_path, *options, kind=Recorded)
     names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
     epochs = metrics(tmp_path, *names)
-    steps = metrics(tmp_path, "train/batch_loss")
-    assert epochs and all(epoch["step"] < 12 for epoch in epochs[:1])
-    last = epochs[0]["step"]
-    losses = [line["train/batch_loss"] for line in steps if line["step"] <= last]
-    assert min(losses) <= epochs[0]["train/epoch_loss"] <= max(losses)
-    for step in (8, 12):
+    n_rows = len(trainer.training_rows)
+    assert [epoch["step"] for epoch in epochs] == [-(-n_rows // 40), -(-2 * n_rows // 40)]
+    weights, sums = (sum(parts) for parts in zip(*trainer.recorded[: epochs[0]["step"]]))
+    ar_loss, diffusion_loss = (sums[0] / weights).tolist()
+    means = dict(zip(names, [(ar_loss + diffusion_loss) / 2, ar_loss, diffusion_loss]))
+    assert epochs[0] == pytest.approx({"step": epochs[0]["step"]} | means, rel=1e-12)
+    for step in (12, 16, 20):
         shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
-    finish(start([*command, "--job.dump_folder", str(tmp_path)]))
+    train_here(tmp_path, *options)
     assert metrics(tmp_path, *names) == epochs
+
+
+def test_the_launcher_starts_as_many_processes_as_it_is_told(tmp_path):
+    options = [*TINY, "--training.steps", "2", "--validation.steps", "1", "--job.dump_folder", str(tmp_path)]
+    command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options]
+    output = finish(start(command))
+    assert "2 devices x 1 micro-batch x 2 rows" in output
+    assert output.count("step 2/2") == 2
+    assert (tmp_path / "checkpoint" / "step-2").exists()
+
+
+def test_bfloat16_follows_float32(tmp_path):
+    losses = {}
+    for name in ("float32", "bfloat16"):
+        options = ["--training.steps", "3", "--validation.steps", "1", "--training.mixed_precision_param", name]
+        train_here(tmp_path / name, *options, "--training.gc_freq", "2")
+        losses[name] = [line["train/batch_loss"] for line in metrics(tmp_path / name, "train/batch_loss")]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
 
 
 BAD_RUNS = {
     ("CONFIG_FILE=/no/such.toml",): "job.config_file = /no/such.toml: cannot be read",
-    ("NGPU=two",): "NGPU = two: must be an integer >= 1",
+    ("NGPU=two",): "NGPU = two: must be integer >= 1",
+    ("NNODES=2", "NODE_RANK=1"): "MASTER_ADDR: must be the address of node 0 where NNODES = 2",
+    ("NNODES=2", "MASTER_ADDR=localhost", "NODE_RANK=2"): "NODE_RANK = 2: must be integer >= 0 <= 1",
     ("NGPU=3", "--training.global_batch_size", "16"): "must be a multiple of 24",
     ("--data.paths", "{empty}"): "holds no .py file",
     ("--data.paths", "{empty}/none"): "must be a folder",
@@ -165,7 +210,7 @@ def test_bad_run_is_refused_in_two_lines(tmp_path, arguments):
     variables = [word for word in words if word[0].isupper()]
     options = [word for word in words if not word[0].isupper()]
     python = f"PYTHON={sys.executable}"
-    process = start(["env", "CUDA_VISIBLE_DEVICES=", python, *variables, "./run_train.sh", *options])
+    process = start(["env", python, *variables, "./run_train.sh", *options])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert BAD_RUNS[arguments] in output and len(output.splitlines()) <= 2

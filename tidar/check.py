@@ -1,10 +1,12 @@
 """Checks a run before it is launched: python -m tidar.check --job.config_file FILE [--section.option value ...]
 
-Reads NGPU and NNODES from the environment as run_train.sh does. Checks the options against each other, the devices, the
-data and the dump folder, without starting anything, and prints the number of processes to start on this machine.
+Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh:
+NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Starts nothing, and prints the number of processes to start here.
 """
 
+import math
 import os
+import shutil
 import sys
 
 import torch
@@ -19,9 +21,16 @@ from tidar.patterns import get_pattern
 def main() -> None:
     with user_errors_exit():
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
-        processes = _count("NGPU", default=max(1, torch.cuda.device_count()))
+        processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
+        nodes = _number("NNODES", default=1, minimum=1)
+        _number("NODE_RANK", default=0, minimum=0, maximum=nodes - 1)
+        _number("MASTER_PORT", default=29500, minimum=1, maximum=65535)
+        if nodes > 1 and not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"MASTER_ADDR: must be the address of node 0 where NNODES = {nodes}")
         check_device_count(processes)
-        resolve_global_batch_size(config, processes * _count("NNODES", default=1))
+        if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+            print(f"warning: torch {torch.__version__} sees no GPU here, so the CPU trains", file=sys.stderr)
+        resolve_global_batch_size(config, processes * nodes)
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         get_pattern(config.tidar.pattern)
         _, _, vocabulary = load_rows(config)
@@ -30,10 +39,11 @@ def main() -> None:
         print(processes)
 
 
-def _count(name: str, default: int) -> int:
+def _number(name: str, default: int, minimum: int, maximum: float = math.inf) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{name} = {text}: must be an integer >= 1")
+    if not text.isdigit() or not minimum <= int(text) <= maximum:
+        upper = "" if maximum == math.inf else f" <= {maximum}"
+        raise UserError(f"{name} = {text}: must be integer >= {minimum}{upper}")
     return int(text)
 
 

@@ -28,7 +28,7 @@ class Objective:
         """chunk_size: target positions whose logits exist at one time. compile: fuse what is done to these."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
-        self.score_logits = torch.compile(_score_logits) if compile else _score_logits
+        self.score_logits = _compiled_score_logits if compile else _score_logits
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -78,13 +78,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if with_gradient:
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.zeros_like(weight, dtype=coefficients.dtype)
-        for start in range(0, len(labels), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            scored = hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk]
-            for tensor in scored:
-                # the last chunk is shorter: one graph for every length
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            nll[chunk], correct[chunk], d_logits = score_logits(*scored, with_gradient)
+        n_chunks = -(-len(labels) // chunk_size)
+        for number in range(n_chunks):
+            # of equal length but for one: a last chunk of a single position would compile anew
+            chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
+            nll[chunk], correct[chunk], d_logits = score_logits(
+                hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk], with_gradient
+            )
             if with_gradient:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
                 d_weight += d_logits.T @ hidden[chunk]
@@ -112,3 +112,12 @@ def _score_logits(
     is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
     d_logits = (wide - normalizer[:, None]).exp() - is_label.to(wide.dtype)
     return nll, correct, (d_logits * coefficients[:, None]).to(logits.dtype)
+
+
+_compiled = torch.compile(_score_logits)
+
+
+def _compiled_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
+    for tensor in (logits, labels, coefficients):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for chunks of every length
+    return _compiled(logits, labels, coefficients, with_gradient)

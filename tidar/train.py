@@ -4,6 +4,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tidar.config import (
     Config,
+    UserError,
     load_config,
     make_dump_folder,
     resolve_global_batch_size,
@@ -71,28 +73,35 @@ class Trainer:
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
         self.optimizer = make_optimizer(self.model, config.optimizer)
 
-        self.step = 0
-        self.samples = torch.zeros((), dtype=torch.long)
-        self.epoch_sums = torch.zeros(3, 2, dtype=torch.float64, device=self.device)  # weight, nll, right arg-maxes
+        # what a checkpoint restores in place; epoch_sums: weight, nll, right arg-maxes of both losses in this epoch
+        self.progress = {
+            "step": torch.zeros((), dtype=torch.long),
+            "samples": torch.zeros((), dtype=torch.long),
+            "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
+        }
         self.checkpointer = Checkpointer(
             self.folder,
             self.model,
             self.optimizer,
-            progress={"samples": self.samples, "epoch_sums": self.epoch_sums},
-            world=self.world,
+            self.progress,
+            self.world,
+            timeout=timedelta(seconds=config.comm.init_timeout_seconds),
         )
         self.throughput = Throughput(self.model.config, self.device)
 
     def train(self) -> None:
         config = self.config
-        if config.checkpoint.enable:
-            self.step = self.checkpointer.load_latest()
+        checkpoint = self.checkpointer.load_latest() if config.checkpoint.enable else None
         self.announce()
+        if checkpoint:
+            self.log(f"goes on from {checkpoint}")
         if self.step >= config.training.steps:
             self.log(f"nothing to do: {self.folder} has all of training.steps = {config.training.steps}")
             self.log("to train anew, choose another job.dump_folder or remove this one")
             return
 
+        if self.world.rank == 0:
+            (self.folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
         first_step = self.step + 1
         self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
         batches = self.training_batches()
@@ -101,17 +110,19 @@ class Trainer:
             gc.disable()
         self.throughput.restart()
         while self.step < config.training.steps:
-            self.step += 1
+            self.progress["step"] += 1
             self.train_step(batches)
             if self.step == first_step:
                 shorten_timeout(config, self.world)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
                 gc.collect(1)
-            with self.throughput.paused():
-                if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
-                    self.checkpointer.save(self.step)
-                if config.validation.enable and self.is_due(config.validation.freq):
+            # validated first: what a checkpoint says is done has been reported
+            if config.validation.enable and self.is_due(config.validation.freq):
+                with self.throughput.paused():
                     self.validate()
+            if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
+                with self.throughput.paused():
+                    self.checkpointer.save(self.step)
         gc.enable()
         self.metrics.close()
 
@@ -144,13 +155,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        epoch = int(self.samples) // len(self.training_rows)
-        self.samples += self.global_batch_size
-        self.epoch_sums += torch.cat([weights[None], sums])
+        epoch = self.epoch
+        self.progress["samples"] += self.global_batch_size
+        self.progress["epoch_sums"] += torch.cat([weights[None], sums])
         if self.is_due(config.metrics.log_freq):
             self.report_step(weights, sums, grad_norm, lr)
-        if int(self.samples) // len(self.training_rows) > epoch:
-            self.report_epoch(epoch)
+        if self.epoch > epoch:
+            self.report_epoch()
 
     def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
         """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
@@ -175,8 +186,9 @@ class Trainer:
             loss_weights=self.loss_weights,
             device=self.device,
         )
-        # a forward pass without a backward pass leaves the root's parameters gathered
-        self.model.reshard()
+        # a forward pass without a backward pass leaves parameters gathered
+        for module in (*self.model.layers, self.model):
+            module.reshard()
         self.metrics.write(self.step, scalars)
         self.log(validation_lines(scalars))
 
@@ -186,7 +198,7 @@ class Trainer:
         order = TrainingOrder(
             len(self.training_rows),
             training.seed,
-            int(self.samples),
+            int(self.progress["samples"]),
             training.local_batch_size,
             world.rank,
             world.size,
@@ -196,14 +208,22 @@ class Trainer:
     def loader(self, rows: PackedRows, order) -> DataLoader:
         return make_loader(rows, order, self.pattern, self.config.data.num_workers, self.device.type == "cuda")
 
+    @property
+    def step(self) -> int:
+        """Steps done, the current one included."""
+        return int(self.progress["step"])
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return int(self.progress["samples"]) // len(self.training_rows)
+
     def is_due(self, every: int) -> bool:
         """What happens every so many steps, if any, and after the last."""
         return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
 
     def announce(self) -> None:
-        """Writes the resolved options, and tells what the run is about to do."""
-        if self.world.rank == 0:
-            (self.folder / "config.toml").write_text(to_toml(self.config))
+        """Tells what the run is about to do."""
         self.log(
             summarize(
                 self.config,
@@ -216,8 +236,6 @@ class Trainer:
                 self.engine,
             )
         )
-        if self.step:
-            self.log(f"goes on from {self.folder}/checkpoint/step-{self.step}")
 
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
@@ -229,14 +247,14 @@ class Trainer:
         self.log(step_line(self.step, self.config.training.steps, scalars, seconds_left))
         self.throughput.restart()
 
-    def report_epoch(self, epoch: int) -> None:
+    def report_epoch(self) -> None:
         """Means over the steps since the last report: an epoch ends with the step that takes its last row."""
-        weights, *sums = self.epoch_sums.tolist()
+        weights, *sums = self.progress["epoch_sums"].tolist()
         means = mean_scores(weights, sums, self.loss_weights)
         scalars = {f"train/epoch_{name}": means[name] for name in ("loss", "ar_loss", "diffusion_loss")}
         self.metrics.write(self.step, scalars)
-        self.log(f"epoch {epoch + 1} ends  " + "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
-        self.epoch_sums.zero_()
+        self.log(f"epoch {self.epoch} ends  " + "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+        self.progress["epoch_sums"].zero_()
 
     def log(self, text: str) -> None:
         if self.world.logs:
@@ -247,13 +265,15 @@ class Trainer:
 def main() -> None:
     started = time.perf_counter()
     with user_errors_exit():
-        config = load_config(sys.argv[1:])
         try:
-            trainer = Trainer(config)
+            trainer = Trainer(load_config(sys.argv[1:]))
             trainer.train()
             trainer.log(f"done in {format_duration(time.perf_counter() - started)}")
-        finally:
+        except UserError:
             leave_world()
+            raise
+    # not after other errors: it would wait for ranks that still compute before the error is told
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def resolve_global_batch_size(config: Config, world_size: int) -> int:
     rows = config.training.global_batch_size
     if rows == -1:
         return micro_batch
-    if rows % micro_batch != 0 or rows == 0:
+    if rows % micro_batch != 0:
         raise UserError(
             f"training.global_batch_size = {rows}: must be a multiple of {micro_batch} "
             f"(training.local_batch_size = {config.training.local_batch_size} on each of {world_size} devices), or -1"
@@ -214,6 +214,12 @@ def _unknown_argument(argument: str) -> str:
 
 
 def _check_together(config: Config) -> None:
+    for name, value in (
+        ("validation.steps", config.validation.steps),
+        ("training.global_batch_size", config.training.global_batch_size),
+    ):
+        if value == 0:
+            raise UserError(f"{name} = 0: must be integer >= 1, or -1")
     block_size, seq_len = config.tidar.block_size, config.training.seq_len
     if block_size > seq_len:
         raise UserError(f"tidar.block_size = {block_size}: must be at most training.seq_len = {seq_len}")

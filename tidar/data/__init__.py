@@ -11,13 +11,17 @@ SOURCES = {"python_source": (python_source.VOCABULARY, python_source.load)}
 
 
 def load_rows(config: Config) -> tuple[PackedRows, PackedRows, Vocabulary]:
-    """Training rows, held-out rows and the vocabulary of the configured source. Raises UserError."""
+    """Training rows, held-out rows and the vocabulary of data.source. Raises UserError for an unknown or empty one."""
     if config.data.source not in SOURCES:
         raise UserError(f"data.source = {config.data.source}: must be one of {', '.join(SOURCES)}")
     vocabulary, load = SOURCES[config.data.source]
     training, held_out = (
         PackedRows(corpus, config.training.seq_len, vocabulary.padding_token_id) for corpus in load(config.data.paths)
     )
+    if not len(training):
+        raise UserError(f"data.source = {config.data.source}: holds no documents to train on")
+    if config.validation.enable and not len(held_out):
+        raise UserError(f"validation.enable = true: data.source = {config.data.source} holds no held-out documents")
     return training, held_out, vocabulary
 
 

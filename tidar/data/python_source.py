@@ -58,4 +58,6 @@ def _tokenize(files: list[Path]) -> Corpus:
         documents.append(torch.frombuffer(content, dtype=torch.uint8).to(torch.int16))
         documents.append(torch.tensor([END_OF_DOCUMENT], dtype=torch.int16))
     lengths = torch.tensor([0] + [len(document) + 1 for document in documents[::2]])
-    return Corpus(tokens=torch.cat(documents), offsets=lengths.cumsum(0))
+    # torch.cat takes no empty list
+    tokens = torch.cat([torch.empty(0, dtype=torch.int16), *documents])
+    return Corpus(tokens, offsets=lengths.cumsum(0))

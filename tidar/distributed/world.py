@@ -43,7 +43,8 @@ def join_world(config: Config) -> World:
     )
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     rank = dist.get_rank()
-    return World(rank, size, device, mesh, logs=str(rank) in os.environ.get("LOG_RANK", "0").split(","))
+    logging_ranks = os.environ.get("LOG_RANK", "0").replace(" ", "").split(",")
+    return World(rank, size, device, mesh, logs=str(rank) in logging_ranks)
 
 
 def check_device_count(processes: int) -> None:

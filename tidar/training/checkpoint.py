@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from tidar.config import UserError
 from tidar.distributed import World
 from tidar.training.optimizer import state_tensors
 
@@ -27,44 +29,56 @@ class Checkpointer:
         optimizer: torch.optim.AdamW,
         progress: dict[str, Tensor],
         world: World,
+        timeout: timedelta,
     ):
+        """timeout: longest wait of a rank for the slowest writer or reader."""
         self.folder = dump_folder / "checkpoint"
-        self.model = model
+        # the sharded ones: a model whose parameters are gathered at the moment would name others
+        self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer
         self.progress = progress
         self.world = world
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, step: int) -> None:
         """Writes step-<step>: beside its final name first, so that what bears the name is whole."""
         final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
         if self.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        dcp.save(self._state() | self._random_state(), checkpoint_id=partial)
+        dist.barrier(self.group)
+        dcp.save(self._state() | self._random_state(), checkpoint_id=partial, process_group=self.group)
         if self.world.rank == 0:
             # a run that was started again from an older step writes its steps anew
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-        dist.barrier()
+        dist.barrier(self.group)
 
-    def load_latest(self) -> int:
-        """Restores the newest checkpoint and returns its step, or 0 where there is none."""
+    def load_latest(self) -> Path | None:
+        """Restores the newest checkpoint and returns its folder, or None where there is none.
+
+        Raises UserError where a rank does not find what rank 0 found.
+        """
         steps = [int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        if not steps:
-            return 0
-        path = self.folder / f"step-{max(steps)}"
-        random_state = self._random_state()
+        step = torch.tensor(max(steps, default=0))
+        dist.broadcast(step, src=0, group=self.group)
+        if not step:
+            return None
+        path = self.folder / f"step-{step}"
+        found = torch.tensor(int(path.exists()))
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+        if not found:
+            raise UserError(f"{path}: is not on all nodes; job.dump_folder must be one that they share")
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        if f"random.world_size_{self.world.size}.rank_0.cpu" not in saved:
-            # another number of ranks: nothing that a step computes depends on the random state, so it starts fresh
-            random_state = {}
-        dcp.load(self._state() | random_state, checkpoint_id=path)
+        # on other devices nothing of it is there: what a step computes does not depend on it, so it starts fresh
+        random_state = {name: tensor for name, tensor in self._random_state().items() if name in saved}
+        dcp.load(self._state() | random_state, checkpoint_id=path, process_group=self.group)
         self._set_random_state(random_state)
-        return max(steps)
+        return path
 
     def _state(self) -> dict[str, Tensor]:
-        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        optimizer = {f"optimizer.{name}": t for name, t in state_tensors(self.model, self.optimizer).items()}
+        """By name, the tensors that are saved or loaded into."""
+        model = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        optimizer = {f"optimizer.{name}": t for name, t in state_tensors(self.parameters, self.optimizer).items()}
         return model | optimizer | {f"progress.{name}": tensor for name, tensor in self.progress.items()}
 
     def _random_state(self) -> dict[str, Tensor]:

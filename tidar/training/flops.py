@@ -4,8 +4,16 @@ import torch
 
 from tidar.models import DecoderConfig
 
-# dense bf16 rates of the datasheets, FLOP/s
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+# dense bf16 rates of the datasheets, FLOP/s, by the first words of the device's name
+PEAK_FLOPS = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA A100": 312e12,
+}
 
 
 def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pairs: int) -> float:
@@ -29,4 +37,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for start, flops in PEAK_FLOPS.items() if name.startswith(start)), None)

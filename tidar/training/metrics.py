@@ -20,7 +20,7 @@ class MetricWriter:
         self.enabled = enabled
         if enabled:
             self.file = _truncated(folder / "metrics.jsonl", first_step)
-            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step if first_step > 1 else None)
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self.enabled:

@@ -39,10 +39,10 @@ def learning_rate(step: int, steps: int, lr: float, options: LRScheduler) -> flo
     return lr * (options.min_lr_factor + (1 - options.min_lr_factor) * shape)
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name, to be saved or to be loaded into; made where there is none yet."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)

@@ -23,6 +23,9 @@ for argument in "$@"; do
 done
 NGPU=$("$PYTHON" -m tidar.check "${options[@]}")
 
+if [ "$NGPU" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NGPU - 1) / NGPU))} # the cores, shared out
+fi
 rendezvous=(--standalone)
 if [ "$NNODES" -gt 1 ] || [ -n "${MASTER_PORT:-}" ]; then
     rendezvous=(--node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}")

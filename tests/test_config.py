@@ -10,7 +10,7 @@ from tidar.models import decoder_config, resolve_backend
 
 def test_file_command_line_and_back(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('[training]\nseq_len = 64\nsteps = 7\n[optimizer]\nlr = 1\n[data]\npaths = ["a b"]\n')
+    file.write_text('\ufeff[training]\nseq_len = 64\nsteps = 7\n[optimizer]\nlr = 1\n[data]\npaths = ["a b"]\n')
     config = load_config(
         ["--job.config_file", str(file), "--training.steps", "9", "--compile.enable=false", "--training.deterministic"]
     )
@@ -47,15 +47,21 @@ def test_help_lists_every_option_with_meaning_and_default(capsys):
 BAD_FILES = {
     "[trainig]\nsteps = 1": ["unknown section [trainig]", "did you mean training?"],
     "[training]\nstep = 1": ["unknown option training.step", "did you mean training.steps?"],
-    '[training]\nsteps = "many"': ["training.steps = many: must be integer >= 1"],
+    '[training]\nsteps = "many"': ['training.steps = "many": must be integer >= 1'],
+    '[training]\nsteps = "5"': ['training.steps = "5": must be integer >= 1'],
+    '[training]\nsteps = """a\nb\nc"""': ["training.steps = ", "must be integer >= 1"],
+    '[training]\ndeterministic = "true"': ['training.deterministic = "true": must be true|false'],
+    "[training]\nseed = -1": ["training.seed = -1: must be integer from 0 to 9223372036854775807"],
+    '[job]\nconfig_file = "x"': ["job.config_file: is given on the command line only"],
+    "[__class__]\na = 1": ["unknown section [__class__]"],
     "[training]\nsteps = 1.5": ["training.steps = 1.5: must be integer"],
     "[training]\nsteps = true": ["training.steps = true: must be integer"],
     "[training]\ndeterministic = 1": ["training.deterministic = 1: must be true|false"],
-    "[optimizer]\nlr = 0": ["optimizer.lr = 0.0: must be number > 0"],
+    "[optimizer]\nlr = 0": ["optimizer.lr = 0: must be number > 0"],
     "[optimizer]\nlr = inf": ["optimizer.lr = Infinity: must be number > 0"],
-    "[lr_scheduler]\ndecay_type = 'step'": ["lr_scheduler.decay_type = step: must be cosine|linear|constant"],
+    "[lr_scheduler]\ndecay_type = 'step'": ['lr_scheduler.decay_type = "step": must be cosine|linear|constant'],
     "[compile]\nenable = 1": ["compile.enable = 1: must be auto|true|false"],
-    "[data]\npaths = 'a'": ["data.paths = a: must be list of texts"],
+    "[data]\npaths = 'a'": ['data.paths = "a": must be list of texts'],
     "[tidar]\nblock_size = 0": ["tidar.block_size = 0: must be integer >= 1"],
     "[tidar]\nblock_size = 65\n[training]\nseq_len = 64": ["block_size = 65: must be at most training.seq_len = 64"],
     "[tidar]\nar_loss_weight = 0\ndiffusion_loss_weight = 0": ["tidar.ar_loss_weight", "one of them must be above 0"],
@@ -81,6 +87,7 @@ BAD_ARGUMENTS = {
     ("--training.steps", "ten"): "training.steps = ten: must be integer >= 1",
     ("--training.global_batch_size", "0"): "training.global_batch_size = 0: must be integer >= 1, or -1",
     ("--validation.steps", "0"): "validation.steps = 0: must be integer >= 1, or -1",
+    ("--optimizer.lr", "-1e-3"): "optimizer.lr = -1e-3: must be number > 0",
     ("--training.steps",): "argument --training.steps: expected one argument",
     ("steps=3",): "unexpected argument steps=3",
     ("--training.deterministic", "yes"): "training.deterministic = yes: must be true|false",
@@ -100,6 +107,8 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     config.job.dump_folder = str(tmp_path / "file" / "run")
     assert "cannot be written (Not a directory)" in refusal(lambda: make_dump_folder(config))
+    config.job.dump_folder = "nul\0"
+    assert "cannot be written" in refusal(lambda: make_dump_folder(config))
     config.job.dump_folder = "/proc/run"
     assert "job.dump_folder = /proc/run" in refusal(lambda: make_dump_folder(config))
     assert "model.name = huge: must be one of debug" in refusal(lambda: decoder_config("huge", 258))

@@ -62,6 +62,21 @@ def test_a_step_without_targets_has_no_loss():
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_gradients_of_a_large_step_do_not_underflow(dtype, tolerance):
+    """A micro-batch of a step of a million targets, its loss scaled as in fp16 training."""
+    targets = {"ar": make_targets(31, 0), "diffusion": make_targets(31, POSITIONS)}
+    denominators = {loss: torch.tensor(1e6) for loss in targets}
+    inputs = [torch.randn(2, POSITIONS, DIM), torch.randn(VOCAB, DIM)]
+    gradients = []
+    for kind in (torch.float64, dtype):
+        hidden, weight = (tensor.to(dtype).to(kind).requires_grad_() for tensor in inputs)
+        loss, _ = Objective({"ar": 1.0, "diffusion": 1.0}, 16)(hidden, weight, targets, denominators)
+        gradients.append(torch.autograd.grad(2**16 * loss, [hidden, weight]))
+    for expected, found in zip(*gradients):
+        assert_close(found.double(), expected, tolerance)
+
+
 def test_logits_never_exist_whole():
     """No tensor made forward or backward has more elements than a chunk's logits or the inputs."""
     hidden = torch.randn(4, POSITIONS, DIM, requires_grad=True)

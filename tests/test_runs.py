@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uneven  # noqa: F401  (registers the source)
 
-from tidar.config import load_config
+from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.train import Trainer
 
@@ -191,11 +191,26 @@ def test_bfloat16_follows_float32(tmp_path):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
 
 
+def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
+    options = ["--training.steps", "1", "--validation.enable", "false"]
+    train_here(tmp_path, *options)
+    written = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text()
+    for change, words in (
+        (["--checkpoint.enable", "false"], "checkpoint.enable = false: .* holds the checkpoints of another run"),
+        (["--training.steps", "2", "--training.seq_len", "16"], "was trained on .* rows, and the data has"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_here(tmp_path, *options, *change)
+    assert written == ((tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text())
+
+
 BAD_RUNS = {
     ("CONFIG_FILE=/no/such.toml",): "job.config_file = /no/such.toml: cannot be read",
     ("NGPU=two",): "NGPU = two: must be integer >= 1",
+    ("LOG_RANK=1",): "LOG_RANK = 1: must be ranks from 0 to 0",
+    ("NNODES=2", "MASTER_ADDR=localhost"): "NODE_RANK: must be this node's number where NNODES = 2",
     ("NNODES=2", "NODE_RANK=1"): "MASTER_ADDR: must be the address of node 0 where NNODES = 2",
-    ("NNODES=2", "MASTER_ADDR=localhost", "NODE_RANK=2"): "NODE_RANK = 2: must be integer >= 0 <= 1",
+    ("NNODES=2", "MASTER_ADDR=localhost", "NODE_RANK=2"): "NODE_RANK = 2: must be integer from 0 to 1",
     ("NGPU=3", "--training.global_batch_size", "16"): "must be a multiple of 24",
     ("--data.paths", "{empty}"): "holds no .py file",
     ("--data.paths", "{empty}/none"): "must be a folder",

@@ -73,12 +73,12 @@ def test_metrics_of_repeated_steps_are_written_once(tmp_path):
         writer.write(step, {"train/batch_loss": step / 3})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "train/ba')  # killed while writing
+        file.write('garbage\n\0\0\n3\n{"loss": 1}\n{"step": 6, "train/ba')  # killed while writing
     writer = MetricWriter(tmp_path, first_step=4, enabled=True)
-    writer.write(4, {"train/batch_loss": 0.5})
+    writer.write(4, {"train/batch_loss": 0.5, "train/grad_norm": math.nan})
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "train/batch_loss": step / 3} for step in (1, 2, 3)] + [
-        {"step": 4, "train/batch_loss": 0.5}
+        {"step": 4, "train/batch_loss": 0.5, "train/grad_norm": None}
     ]
     assert list((tmp_path / "tb").iterdir())

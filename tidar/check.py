@@ -1,19 +1,26 @@
 """Checks a run before it is launched: python -m tidar.check --job.config_file FILE [--section.option value ...]
 
-Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh:
-NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Starts nothing, and prints the number of processes to start here.
+Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh
+(NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK). Starts nothing, and prints the number of processes to
+start here.
 """
 
-import math
 import os
 import shutil
 import sys
 
 import torch
 
-from tidar.config import UserError, load_config, make_dump_folder, resolve_global_batch_size, user_errors_exit
+from tidar.config import (
+    UserError,
+    in_range,
+    load_config,
+    make_dump_folder,
+    resolve_global_batch_size,
+    user_errors_exit,
+)
 from tidar.data import load_rows
-from tidar.distributed import check_device_count
+from tidar.distributed import check_device_count, logging_ranks
 from tidar.models import decoder_config, resolve_backend
 from tidar.patterns import get_pattern
 
@@ -23,10 +30,12 @@ def main() -> None:
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
         processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
         nodes = _number("NNODES", default=1, minimum=1)
+        for name, meaning in (("MASTER_ADDR", "the address of node 0"), ("NODE_RANK", "this node's number")):
+            if nodes > 1 and not os.environ.get(name):
+                raise UserError(f"{name}: must be {meaning} where NNODES = {nodes}")
         _number("NODE_RANK", default=0, minimum=0, maximum=nodes - 1)
         _number("MASTER_PORT", default=29500, minimum=1, maximum=65535)
-        if nodes > 1 and not os.environ.get("MASTER_ADDR"):
-            raise UserError(f"MASTER_ADDR: must be the address of node 0 where NNODES = {nodes}")
+        logging_ranks(processes * nodes)
         check_device_count(processes)
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
             print(f"warning: torch {torch.__version__} sees no GPU here, so the CPU trains", file=sys.stderr)
@@ -39,11 +48,10 @@ def main() -> None:
         print(processes)
 
 
-def _number(name: str, default: int, minimum: int, maximum: float = math.inf) -> int:
+def _number(name: str, default: int, minimum: int, maximum: int | None = None) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isdigit() or not minimum <= int(text) <= maximum:
-        upper = "" if maximum == math.inf else f" <= {maximum}"
-        raise UserError(f"{name} = {text}: must be integer >= {minimum}{upper}")
+    if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
+        raise UserError(f"{name} = {text}: must be integer {in_range(minimum, maximum)}")
     return int(text)
 
 

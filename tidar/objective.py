@@ -73,6 +73,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         score_logits: Callable,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
+        smallest = coefficients.new_full((1,), torch.finfo(coefficients.dtype).tiny)
+        scale = torch.cat([coefficients.abs(), smallest]).amax()
         nll = torch.empty_like(coefficients)
         correct = torch.empty_like(labels, dtype=torch.bool)
         if with_gradient:
@@ -83,20 +86,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # of equal length but for one: a last chunk of a single position would compile anew
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
             nll[chunk], correct[chunk], d_logits = score_logits(
-                hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk], with_gradient
+                hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk] / scale, with_gradient
             )
             if with_gradient:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
                 d_weight += d_logits.T @ hidden[chunk]
         if with_gradient:
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+            ctx.save_for_backward(d_hidden, d_weight, scale)
+            ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll, correct)
         return (coefficients * nll).sum(), nll, correct
 
     @staticmethod
     def backward(ctx, d_value: Tensor, *_):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_value, d_weight * d_value, *[None] * 5
+        d_hidden, d_weight, scale = ctx.saved_tensors
+        scale = d_value * scale
+        return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), *[None] * 5
 
 
 def _score_logits(

@@ -77,6 +77,7 @@ class Trainer:
         self.progress = {
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
+            "rows": torch.tensor(len(self.training_rows)),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
         }
         self.checkpointer = Checkpointer(
@@ -92,6 +93,7 @@ class Trainer:
     def train(self) -> None:
         config = self.config
         checkpoint = self.checkpointer.load_latest() if config.checkpoint.enable else None
+        self.check_continuation()
         self.announce()
         if checkpoint:
             self.log(f"goes on from {checkpoint}")
@@ -106,7 +108,9 @@ class Trainer:
         self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
         batches = self.training_batches()
         if config.training.gc_freq:
-            # all ranks collect at the same steps, so that none waits for another's collection
+            # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
+            gc.collect()
+            gc.freeze()
             gc.disable()
         self.throughput.restart()
         while self.step < config.training.steps:
@@ -115,7 +119,7 @@ class Trainer:
             if self.step == first_step:
                 shorten_timeout(config, self.world)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
-                gc.collect(1)
+                gc.collect()
             # validated first: what a checkpoint says is done has been reported
             if config.validation.enable and self.is_due(config.validation.freq):
                 with self.throughput.paused():
@@ -124,6 +128,7 @@ class Trainer:
                 with self.throughput.paused():
                     self.checkpointer.save(self.step)
         gc.enable()
+        gc.unfreeze()
         self.metrics.close()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -221,6 +226,19 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """What happens every so many steps, if any, and after the last."""
         return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
+
+    def check_continuation(self) -> None:
+        """Raises UserError where going on in job.dump_folder would mix up two runs."""
+        if not self.config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
+            raise UserError(
+                f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
+            )
+        before, now = int(self.progress["rows"]), len(self.training_rows)
+        if before != now:
+            raise UserError(
+                f"{self.folder} was trained on {before} rows, and the data has {now}: "
+                "go on with the same data and training.seq_len, or choose another job.dump_folder"
+            )
 
     def announce(self) -> None:
         """Tells what the run is about to do."""

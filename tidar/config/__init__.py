@@ -1,12 +1,13 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
 from tidar.config.errors import UserError, user_errors_exit
-from tidar.config.loading import load_config, make_dump_folder, resolve_global_batch_size, to_toml
+from tidar.config.loading import in_range, load_config, make_dump_folder, resolve_global_batch_size, to_toml
 from tidar.config.options import Config
 
 __all__ = [
     "Config",
     "UserError",
+    "in_range",
     "load_config",
     "make_dump_folder",
     "resolve_global_batch_size",

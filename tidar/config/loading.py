@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import typing
@@ -27,7 +28,7 @@ def load_config(args: list[str], prog: str = "python -m tidar.train") -> Config:
     `--help` prints every option and exits. Raises UserError, naming the option, the value and what is allowed.
     """
     config = Config()
-    given, leftover = _parser(prog).parse_known_args(args)
+    given, leftover = _parser(prog).parse_known_args(_join_negative_numbers(args))
     if leftover:
         raise UserError(_unknown_argument(leftover[0]))
     overrides = {name: value for name, value in vars(given).items() if value is not None}
@@ -76,14 +77,26 @@ def make_dump_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UserError(f"job.dump_folder = {folder}: cannot be written ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"job.dump_folder = {_show(str(folder))}: cannot be written ({reason})") from None
     return folder
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
+
+
+def _join_negative_numbers(args: list[str]) -> list[str]:
+    """--name -1e-3 as --name=-1e-3: argparse takes some negative numbers for options."""
+    joined: list[str] = []
+    for argument in args:
+        if joined and joined[-1].startswith("--") and re.match(r"-\.?\d", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -96,7 +109,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=48, width=118),
     )
     for section in dataclasses.fields(Config):
-        group = parser.add_argument_group(f"[{section.name}] {section.type.__doc__}")
+        group = parser.add_argument_group(f"[{section.name}] {section.type.__doc__.rstrip('.')}")
         for field in dataclasses.fields(section.type):
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             text = field.metadata["help"] + ("" if default == "" else f" [{_show(default)}]")
@@ -111,17 +124,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _apply_file(config: Config, path: str) -> None:
     try:
-        with open(path, "rb") as file:
-            sections = tomllib.load(file)
+        with open(path, encoding="utf-8-sig") as file:
+            sections = tomllib.loads(file.read())
     except OSError as error:
         raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML: {error}") from None
     for section, options in sections.items():
-        if not hasattr(config, section):
+        if section not in vars(config):
             raise UserError(f"{path}: unknown section [{section}]{_nearest(section, vars(config))}")
         if not isinstance(options, dict):
-            raise UserError(f"{path}: {section} = {_show(options)}: must be a section, [{section}]")
+            raise UserError(f"{path}: {section} = {_quote(options)}: must be a section, [{section}]")
         for name, value in options.items():
             _set(config, f"{section}.{name}", value, origin=f"{path}: ")
 
@@ -130,15 +143,18 @@ def _set(config: Config, full_name: str, value: Any, origin: str, from_text: boo
     section, _, name = full_name.partition(".")
     options = getattr(config, section)
     fields = {field.name: field for field in dataclasses.fields(options)}
-    if name not in fields or full_name == "job.config_file":
+    if full_name == "job.config_file":
+        raise UserError(f"{origin}{full_name}: is given on the command line only")
+    if name not in fields:
         raise UserError(f"{origin}unknown option {full_name}{_nearest(full_name, _all_names())}")
     field = fields[name]
+    shown = _show(value) if from_text else _quote(value)
     if from_text:
         value = _from_text(value, field.type)
     if field.type is float and type(value) is int:
         value = float(value)
     if not _is_allowed(value, field):
-        raise UserError(f"{origin}{full_name} = {_show(value)}: must be {_allowed(field)}")
+        raise UserError(f"{origin}{full_name} = {shown}: must be {_allowed(field)}")
     setattr(options, name, value)
 
 
@@ -176,17 +192,23 @@ def _allowed(field: dataclasses.Field) -> str:
         return "|".join(_show(choice) for choice in typing.get_args(field.type))
     words = {int: "integer", float: "number", bool: "true|false", str: "text"}.get(field.type, "list of texts")
     minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
-    if minimum is not None:
-        words += f" >= {minimum}"
     if above is not None:
         words += f" > {above}"
-    if maximum is not None:
-        words += f" <= {maximum}"
-    return words
+    return words if minimum is None else f"{words} {in_range(minimum, maximum)}"
+
+
+def in_range(minimum: float, maximum: float | None) -> str:
+    """How a range reads in a message."""
+    return f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+
+
+def _quote(value: Any) -> str:
+    """As the value stands in a TOML file, on one line."""
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _show(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else value
+    return value if isinstance(value, str) and value.isprintable() else _quote(value)
 
 
 def _all_names() -> list[str]:

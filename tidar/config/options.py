@@ -127,8 +127,10 @@ class Metrics:
 class Comm:
     """The process group."""
 
-    init_timeout_seconds: int = option(300, "longest wait in a collective before the first step ends", minimum=1)
-    train_timeout_seconds: int = option(100, "longest wait in a collective after it", minimum=1)
+    init_timeout_seconds: int = option(
+        300, "longest wait for another rank until the first step ends, and around checkpoints", minimum=1, maximum=10**6
+    )
+    train_timeout_seconds: int = option(100, "longest wait for another rank after that", minimum=1, maximum=10**6)
 
 
 @dataclass

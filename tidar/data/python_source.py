@@ -33,6 +33,7 @@ def load(paths: list[str]) -> tuple[Corpus, Corpus]:
         if not added:
             raise UserError(f"data.paths: {path}: holds no .py file")
         files += added
+    files = list({file.resolve(): file for file in files}.values())  # folders may lie in each other
     # counted from the end of each hundred, so that a corpus of fewer files still trains on some
     held_out = files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     training = [file for i, file in enumerate(files) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]

@@ -2,7 +2,7 @@
 
 from tidar.distributed.parallelize import parallelize
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
-from tidar.distributed.world import World, check_device_count, join_world, leave_world, shorten_timeout
+from tidar.distributed.world import World, check_device_count, join_world, leave_world, logging_ranks, shorten_timeout
 
 __all__ = [
     "World",
@@ -10,6 +10,7 @@ __all__ = [
     "check_device_count",
     "join_world",
     "leave_world",
+    "logging_ranks",
     "make_deterministic",
     "parallelize",
     "shorten_timeout",

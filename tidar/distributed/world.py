@@ -25,15 +25,19 @@ class World:
 def join_world(config: Config) -> World:
     """Joins the processes that torchrun started, or forms a world of one where it did not.
 
-    Raises UserError where this machine has fewer GPUs than processes.
+    Raises UserError where this machine has fewer GPUs than processes, or a launcher set half of what torchrun sets.
     """
-    local_rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if missing and size > 1:
+        raise UserError(f"WORLD_SIZE = {size}, but {', '.join(missing)} are not set: start with torchrun")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         check_device_count(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
     dist.init_process_group(
         # checkpoints exchange their plans over gloo
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -43,8 +47,16 @@ def join_world(config: Config) -> World:
     )
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     rank = dist.get_rank()
-    logging_ranks = os.environ.get("LOG_RANK", "0").replace(" ", "").split(",")
-    return World(rank, size, device, mesh, logs=str(rank) in logging_ranks)
+    return World(rank, size, device, mesh, logs=rank in logging_ranks(size))
+
+
+def logging_ranks(size: int) -> list[int]:
+    """The ranks of LOG_RANK, of a world of `size`. Raises UserError where it names others."""
+    text = os.environ.get("LOG_RANK") or "0"
+    ranks = [part.strip() for part in text.split(",")]
+    if not all(rank.isdecimal() and int(rank) < size for rank in ranks):
+        raise UserError(f"LOG_RANK = {text}: must be ranks from 0 to {size - 1}, separated by commas")
+    return [int(rank) for rank in ranks]
 
 
 def check_device_count(processes: int) -> None:

@@ -44,15 +44,16 @@ class Tidar(Pattern):
         return 2 * seq_len
 
     def layout(self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor) -> ModelBatch:
-        batch, seq_len = tokens.shape
+        seq_len = tokens.shape[1]
+        tokens = tokens.long()
         documents = Documents.from_ids(document_ids)
         position = documents.position.long()
         # nothing predicts the first token of a document; the targets of both losses are the same tokens
         row, target = ((loss_mask > 0) & (position > 0)).nonzero(as_tuple=True)
-        labels, weights, place = tokens[row, target].long(), loss_mask[row, target].float(), position[row, target]
+        labels, weights, place = tokens[row, target], loss_mask[row, target].float(), position[row, target]
         clean = row * 2 * seq_len + target
         return ModelBatch(
-            input_ids=torch.cat([tokens.long(), torch.full((batch, seq_len), self.mask_token_id)], dim=1),
+            input_ids=torch.cat([tokens, torch.full_like(tokens, self.mask_token_id)], dim=1),
             position_ids=position.repeat(1, 2),
             documents=documents,
             targets={

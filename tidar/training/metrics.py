@@ -1,6 +1,7 @@
 """Scalars of a run: the console, TensorBoard and metrics.jsonl."""
 
 import json
+import math
 import os
 import resource
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricWriter:
     """Writes scalars by step to <folder>/metrics.jsonl and <folder>/tb; every process but rank 0 writes nothing.
 
-    metrics.jsonl holds one JSON object a line: "step" and the scalars by name.
+    metrics.jsonl holds one JSON object a line: "step" and the scalars by name, null where one is not finite.
     """
 
     def __init__(self, folder: Path, first_step: int, enabled: bool):
@@ -24,7 +25,8 @@ class MetricWriter:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self.enabled:
-            self.file.write(json.dumps({"step": step} | scalars) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            self.file.write(json.dumps({"step": step} | finite) + "\n")
             self.file.flush()
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -36,13 +38,17 @@ class MetricWriter:
 
 
 def _truncated(path: Path, first_step: int):
-    """The file, open for appending, without the lines of `first_step` and later and without a torn last line."""
+    """The file, open for appending, without the lines of `first_step` and later and without torn ones."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n") and json.loads(line)["step"] < first_step:
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            before = line.endswith(b"\n") and json.loads(line)["step"] < first_step
+        except (ValueError, TypeError, KeyError):
+            before = False
+        if before:
             kept.append(line)
     shortened = path.with_suffix(".partial")
-    shortened.write_text("".join(kept))
+    shortened.write_bytes(b"".join(kept))
     os.replace(shortened, path)
     return path.open("a")
 

@@ -1,5 +1,6 @@
 """What a pattern is: how documents become model input, which position sees which, and what is predicted where."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,29 +77,29 @@ class ModelBatch:
     targets: dict[str, Targets]
 
 
-class Pattern:
+class Pattern(ABC):
     """Base of the patterns. One pattern is one file, which says all that is particular to it."""
 
     block_size: int
 
+    @abstractmethod
     def model_positions(self, seq_len: int) -> int:
         """Positions that the model sees for a row of `seq_len` tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layout(self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor) -> ModelBatch:
         """Model input and targets of rows.
 
         tokens, document_ids: `[batch, seq_len]` integers. loss_mask: `[batch, seq_len]`, weight of each as a target.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def mask_mod(self, documents: Documents) -> MaskMod:
         """Who sees whom, over model positions, as FlexAttention's `mask_mod`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def allowed_pairs(self, lengths: Tensor) -> int:
         """Number of query-key pairs that the mask allows, over documents of these lengths, `[documents]`."""
-        raise NotImplementedError
 
     def dense_mask(self, seq_len: int, document_ids: Tensor | None = None) -> Tensor:
         """The mask as a bool tensor, true where the query (row) sees the key (column).

@@ -22,11 +22,12 @@ def main():
     if this_interpreter_suffices(PROJECT, sys.argv[1:]):
         print(sys.executable)
         return
-    # two nodes, or two terminals, may come here at the same time
-    with open(os.path.join(ROOT, ".venv.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not venv_is_ready():
-            make_venv()
+    if not venv_is_ready():
+        # two nodes, or two terminals, may come here at the same time
+        with open(os.path.join(ROOT, ".venv.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not venv_is_ready():
+                make_venv()
     print(VENV_PYTHON)
 
 

@@ -3,10 +3,12 @@
 from tidar.config.errors import UserError, user_errors_exit
 from tidar.config.loading import in_range, load_config, make_dump_folder, resolve_global_batch_size, to_toml
 from tidar.config.options import Config
+from tidar.config.seeds import derive_seed
 
 __all__ = [
     "Config",
     "UserError",
+    "derive_seed",
     "in_range",
     "load_config",
     "make_dump_folder",

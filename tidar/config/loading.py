@@ -179,6 +179,8 @@ def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
     if type(value) is not field.type:
         return False
     minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
+    if field.metadata["beside"] is not None and value == field.metadata["beside"]:
+        return True
     return (
         (field.type is not float or math.isfinite(value))
         and (minimum is None or value >= minimum)
@@ -194,7 +196,11 @@ def _allowed(field: dataclasses.Field) -> str:
     minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
     if above is not None:
         words += f" > {above}"
-    return words if minimum is None else f"{words} {in_range(minimum, maximum)}"
+    if minimum is not None:
+        words += f" {in_range(minimum, maximum)}"
+    if field.metadata["beside"] is not None:
+        words += f", or {field.metadata['beside']}"
+    return words
 
 
 def in_range(minimum: float, maximum: float | None) -> str:
@@ -236,12 +242,6 @@ def _unknown_argument(argument: str) -> str:
 
 
 def _check_together(config: Config) -> None:
-    for name, value in (
-        ("validation.steps", config.validation.steps),
-        ("training.global_batch_size", config.training.global_batch_size),
-    ):
-        if value == 0:
-            raise UserError(f"{name} = 0: must be integer >= 1, or -1")
     block_size, seq_len = config.tidar.block_size, config.training.seq_len
     if block_size > seq_len:
         raise UserError(f"tidar.block_size = {block_size}: must be at most training.seq_len = {seq_len}")

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(default: Any, help: str, *, minimum=None, maximum=None, above=None) -> Any:
-    """A field with its meaning and its range: minimum <= value <= maximum, value > above."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
+def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, beside=None) -> Any:
+    """A field with its meaning and its range: minimum <= value <= maximum, value > above; or value == beside."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "beside": beside}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,7 +56,10 @@ class Training:
     seq_len: int = option(256, "tokens of a row; tidar's model sees twice as many positions", minimum=2)
     local_batch_size: int = option(8, "rows of a micro-batch on one device", minimum=1)
     global_batch_size: int = option(
-        -1, "rows of an optimizer step over all devices and micro-batches (-1: one micro-batch on each)", minimum=-1
+        -1,
+        "rows of an optimizer step over all devices and micro-batches (-1: one micro-batch on each)",
+        minimum=1,
+        beside=-1,
     )
     steps: int = option(1000, "optimizer steps of the run", minimum=1)
     max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
@@ -105,7 +108,7 @@ class Validation:
 
     enable: bool = option(True, "validate at all")
     freq: int = option(100, "steps between validations; one more comes at the end (0: only that one)", minimum=0)
-    steps: int = option(-1, "batches of a validation on each device (-1: all held-out rows)", minimum=-1)
+    steps: int = option(-1, "batches of a validation on each device (-1: all held-out rows)", minimum=1, beside=-1)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Which rank sees which sample when, and batches made in the background."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tidar.config import derive_seed
 from tidar.data.packing import EMPTY_ROW, PackedRows, Row
 from tidar.patterns import PADDING, ModelBatch, Pattern
 
@@ -45,8 +45,7 @@ class TrainingOrder:
             sample += self.local_batch_size * self.world_size
 
     def _shuffle(self, epoch: int) -> list[int]:
-        digest = hashlib.sha256(f"{self.seed}/order/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(self.n_rows, generator=generator).tolist()
 
 

@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """ "flex" or "sdpa" for model.attention_backend. Raises UserError where the device cannot train with it."""
+    """What model.attention_backend means here, "flex" or "sdpa". Raises UserError where the device cannot train so."""
     if backend == "auto":
         return "flex" if device.type == "cuda" else "sdpa"
     if backend == "flex" and device.type != "cuda":

@@ -1,11 +1,10 @@
 """First values of the parameters."""
 
-import hashlib
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tidar.config import derive_seed
 from tidar.models.decoder import Decoder
 
 
@@ -22,8 +21,7 @@ def initialize(model: Decoder, seed: int) -> None:
         elif parameter.ndim == 1:
             parameter.fill_(1)
         else:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
             whole = torch.empty(parameter.shape, dtype=torch.float32)
             whole.normal_(0, model.config.initializer_range, generator=generator)
             _fill(parameter, whole)

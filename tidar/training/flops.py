@@ -3,6 +3,7 @@
 import torch
 
 from tidar.models import DecoderConfig
+from tidar.patterns import ModelBatch
 
 # dense bf16 rates of the datasheets, FLOP/s, by the first words of the device's name
 PEAK_FLOPS = {
@@ -30,6 +31,12 @@ def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pai
         + config.n_layers * attention
         + 6 * config.vocab_size * config.dim * scored
     )
+
+
+def batch_flops(config: DecoderConfig, rows: ModelBatch, allowed_pairs: int) -> float:
+    """Useful FLOPs, forward and backward, of rows whose mask allows so many query-key pairs."""
+    scored = sum(len(targets.labels) for targets in rows.targets.values())
+    return useful_flops(config, rows.input_ids.numel(), scored, allowed_pairs)
 
 
 def peak_flops(device: torch.device) -> float | None:

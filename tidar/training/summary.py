@@ -6,7 +6,7 @@ from tidar.config import Config
 from tidar.data import PackedRows
 from tidar.models import Decoder
 from tidar.patterns import Pattern
-from tidar.training.flops import useful_flops
+from tidar.training.flops import batch_flops
 
 
 def summarize(
@@ -25,12 +25,7 @@ def summarize(
     rows = config.training.local_batch_size * micro_batches * world_size
     row = torch.zeros(1, seq_len, dtype=torch.long)
     batch = pattern.layout(row, row, torch.ones_like(row))
-    flops = useful_flops(
-        model.config,
-        positions=batch.input_ids.numel(),
-        scored=sum(len(targets.labels) for targets in batch.targets.values()),
-        allowed_pairs=pattern.allowed_pairs(torch.tensor([seq_len])),
-    )
+    flops = batch_flops(model.config, batch, pattern.allowed_pairs(torch.tensor([seq_len])))
     document_tokens = len(training_rows.corpus.tokens)
     padding = 1 - document_tokens / (len(training_rows) * seq_len)
     lines = {

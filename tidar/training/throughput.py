@@ -8,7 +8,7 @@ import torch
 
 from tidar.data import Batch
 from tidar.models import DecoderConfig
-from tidar.training.flops import peak_flops, useful_flops
+from tidar.training.flops import batch_flops, peak_flops
 
 
 class Throughput:
@@ -31,12 +31,7 @@ class Throughput:
         self.data_wait += data_wait
         for batch in micro_batches:
             self.tokens += batch.n_tokens
-            self.flops += useful_flops(
-                self.decoder,
-                positions=batch.rows.input_ids.numel(),
-                scored=sum(len(targets.labels) for targets in batch.rows.targets.values()),
-                allowed_pairs=batch.allowed_pairs,
-            )
+            self.flops += batch_flops(self.decoder, batch.rows, batch.allowed_pairs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import torch
 
 from tidar.config import Config, UserError, load_config, make_dump_folder, resolve_global_batch_size, to_toml
 from tidar.distributed import check_device_count
-from tidar.models import decoder_config, resolve_backend
+from tidar.models import resolve_backend, size_config
 
 
 def test_file_command_line_and_back(tmp_path):
@@ -47,9 +47,9 @@ def test_help_lists_every_option_with_meaning_and_default(capsys):
 BAD_FILES = {
     "[trainig]\nsteps = 1": ["unknown section [trainig]", "did you mean training?"],
     "[training]\nstep = 1": ["unknown option training.step", "did you mean training.steps?"],
-    '[training]\nsteps = "many"': ['training.steps = "many": must be integer >= 1'],
-    '[training]\nsteps = "5"': ['training.steps = "5": must be integer >= 1'],
-    '[training]\nsteps = """a\nb\nc"""': ["training.steps = ", "must be integer >= 1"],
+    '[training]\nsteps = "many"': ['training.steps = "many": must be integer >= 0'],
+    '[training]\nsteps = "5"': ['training.steps = "5": must be integer >= 0'],
+    '[training]\nsteps = """a\nb\nc"""': ["training.steps = ", "must be integer >= 0"],
     '[training]\ndeterministic = "true"': ['training.deterministic = "true": must be true|false'],
     "[training]\nseed = -1": ["training.seed = -1: must be integer from 0 to 9223372036854775807"],
     '[job]\nconfig_file = "x"': ["job.config_file: is given on the command line only"],
@@ -84,7 +84,7 @@ BAD_ARGUMENTS = {
     ("--job.config_file", "/no/such.toml"): "job.config_file = /no/such.toml: cannot be read (No such file or dir",
     ("--training.seqlen", "3"): "unknown option training.seqlen; did you mean training.seq_len?",
     ("--seq_len", "3"): "unknown option seq_len; did you mean training.seq_len?",
-    ("--training.steps", "ten"): "training.steps = ten: must be integer >= 1",
+    ("--training.steps", "ten"): "training.steps = ten: must be integer >= 0",
     ("--training.global_batch_size", "0"): "training.global_batch_size = 0: must be integer >= 1, or -1",
     ("--validation.steps", "0"): "validation.steps = 0: must be integer >= 1, or -1",
     ("--optimizer.lr", "-1e-3"): "optimizer.lr = -1e-3: must be number > 0",
@@ -111,7 +111,7 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     assert "cannot be written" in refusal(lambda: make_dump_folder(config))
     config.job.dump_folder = "/proc/run"
     assert "job.dump_folder = /proc/run" in refusal(lambda: make_dump_folder(config))
-    assert "model.name = huge: must be one of debug" in refusal(lambda: decoder_config("huge", 258))
+    assert "model.name = huge: must be one of debug" in refusal(lambda: size_config("huge"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     check_device_count(2)
     assert "NGPU = 3: this machine has 2 GPUs" in refusal(lambda: check_device_count(3))

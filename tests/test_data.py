@@ -78,9 +78,9 @@ def validation_orders_of_two(n_rows, local_batch_size, world_size):
 
 def test_python_source():
     training, held_out, vocabulary = load_rows(load_config(["--training.seq_len", "64"]))
-    assert vocabulary.size == 258
+    assert vocabulary.size == 257
     tokens, ids, loss_mask = training[0]
-    assert 0 <= tokens.min() and tokens.max() < vocabulary.mask_token_id
+    assert 0 <= tokens.min() and tokens.max() < vocabulary.size
     files = len(training.corpus.offsets) - 1, len(held_out.corpus.offsets) - 1
     assert files[1] == sum(files) // 100
     assert training.corpus.tokens[training.corpus.offsets[1:] - 1].eq(256).all()  # every document ends

@@ -12,7 +12,7 @@ from reference import ids_of, random_lengths, tidar_mask
 
 from tidar.config import load_config
 from tidar.distributed import leave_world
-from tidar.models import Decoder, MaskBuilder, attention, decoder_config, initialize
+from tidar.models import Decoder, MaskBuilder, attention, decoder_config, initialize, size_config
 from tidar.objective import Objective
 from tidar.patterns import Documents, get_pattern
 from tidar.train import Trainer
@@ -55,7 +55,7 @@ def test_flex_rounds_as_sdpa_does(dtype):
     errors = {}
     expected = None
     for backend, kind in (("sdpa", torch.float64), ("sdpa", dtype), ("flex", dtype)):
-        model = Decoder(decoder_config("debug", 258))
+        model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
         initialize(model, seed=0)
         model.to(CUDA, kind)
         documents = Documents.from_ids(torch.cat([ids_of(row) for row in lengths]).to(CUDA))

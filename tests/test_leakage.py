@@ -23,6 +23,7 @@ def make_model(n_layers: int) -> Decoder:
         head_dim=8,
         hidden_dim=24,
         qkv_bias=True,
+        o_bias=False,
         qk_norm=True,
         tie_embeddings=True,
         initializer_range=0.3,

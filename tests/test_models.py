@@ -1,75 +1,158 @@
-import itertools
+import random
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from small_models import make_model
 
-from tidar.models import Decoder, DecoderConfig, initialize
+from tidar.config import UserError
+from tidar.models import Decoder, DecoderConfig, decoder_config, from_pretrained, initialize, size_config
+
+# of the published checkpoints, from the index of their safetensors files
+PUBLISHED_PARAMETERS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+}
 
 
-@pytest.mark.parametrize("family, tie_embeddings", list(itertools.product(["qwen2", "qwen3"], [True, False])))
-def test_logits_and_gradients_are_those_of_transformers(family, tie_embeddings):
-    """Causal, with position ids that start again, on the published implementation of both families."""
-    config = DecoderConfig(
-        vocab_size=90,
-        dim=48,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=24 if family == "qwen3" else 12,
-        hidden_dim=80,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tie_embeddings=tie_embeddings,
-        initializer_range=0.2,
-    )
-    model = Decoder(config)
-    initialize(model, seed=1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, -1, 1)
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[
-        family
-    ]
-    published = model_class(
-        config_class(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            intermediate_size=config.hidden_dim,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=tie_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            **({"head_dim": config.head_dim} if family == "qwen3" else {}),
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = Decoder(decoder_config(size_config(name)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+def random_options(rng: random.Random) -> tuple[str, dict]:
+    """Family and shape of a small model, of any kind that config.json can describe."""
+    family = rng.choice(["qwen2", "qwen3"])
+    n_kv_heads = rng.choice([1, 2, 4])
+    n_heads = n_kv_heads * rng.choice([1, 2, 3])
+    head_dim = rng.choice([8, 16, 24, 32])
+    rope = {"rope_type": rng.choice(["default", "linear", "yarn"]), "rope_theta": rng.choice([1e4, 1e6])}
+    if rope["rope_type"] != "default":
+        rope["factor"] = rng.choice([2.0, 4.0, 8.5])
+    if rope["rope_type"] == "yarn" and rng.random() < 0.7:
+        rope |= rng.choice(
+            [
+                {"original_max_position_embeddings": 1024, "beta_fast": 16, "beta_slow": 2},
+                {"original_max_position_embeddings": 512, "attention_factor": 1.3, "truncate": False},
+                {"original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 1.2},
+            ]
         )
-    )
-    names = {name: name if name == "lm_head.weight" else f"model.{name}" for name, _ in model.named_parameters()}
-    missing, unexpected = published.load_state_dict(
-        {names[name]: parameter.detach() for name, parameter in model.named_parameters()}, strict=False
-    )
-    assert not unexpected and missing == (["lm_head.weight"] if tie_embeddings else [])
+    options = {
+        "vocab_size": rng.randint(50, 300),
+        "hidden_size": n_heads * head_dim if rng.random() < 0.3 else rng.choice([40, 56, 72]),
+        "num_hidden_layers": rng.randint(1, 3),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": rng.randint(20, 100),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "rms_norm_eps": rng.choice([1e-6, 1e-5]),
+        "rope_parameters": rope,
+    }
+    if family == "qwen3":
+        options["attention_bias"] = rng.random() < 0.5
+    return family, options
 
-    tokens = torch.randint(0, config.vocab_size, (2, 40))
-    position_ids = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
-    published_logits = published(
-        tokens, position_ids=position_ids, attention_mask=torch.ones(2, 1, 40, 40).tril().bool()
-    )
+
+@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_logits_and_gradients_are_those_of_transformers(case, dtype, bound, tmp_path):
+    """Causal, on the published implementation of both families, as it saves them; positions start again."""
+    rng = random.Random(case)
+    family, options = random_options(rng)
+    published = make_model(family, seed=case, **options).to(dtype)
+    published.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path, dtype=dtype)
+
+    length, first = (4200, 0) if case == 0 else (60, 4080)
+    tokens = torch.randint(0, options["vocab_size"], (2, length))
+    position_ids = torch.cat([torch.arange(20), first + torch.arange(length - 20)]).expand(2, -1)
+    causal = torch.ones(2, 1, length, length).tril().bool()
+    expected = published(tokens, position_ids=position_ids, attention_mask=causal).logits
     logits = model(tokens, position_ids)
     direction = torch.randn_like(logits)
-    (published_logits.logits * direction).sum().backward()
+    (expected * direction).sum().backward()
     (logits * direction).sum().backward()
-    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    expected = {name: parameter.grad for name, parameter in published.named_parameters()}
-    expected = torch.cat([expected[names[name]].flatten() for name, _ in model.named_parameters()])
-    assert (logits - published_logits.logits).norm() <= 1e-5 * logits.norm()
-    assert (gradients - expected).norm() <= 1e-5 * expected.norm()
+    assert (logits - expected).norm() <= bound * expected.norm()
+    theirs = {name.removeprefix("model."): parameter.grad for name, parameter in published.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
+    assert difference.norm() <= bound * torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
+
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 4096,
+}
+REFUSED_OPTIONS = {
+    "another architecture": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "Qwen2ForCausalLM (qwen2)",
+    ),
+    "experts": ({"model_type": "qwen3_moe"}, "model_type = qwen3_moe"),
+    "another head": ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
+    "a missing shape": ({"hidden_size": None}, "hidden_size is missing"),
+    "a text for a number": ({"vocab_size": "90"}, 'vocab_size = "90": must be an integer >= 1'),
+    "uneven groups": ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3"),
+    "another activation": ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+    "quantised weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "sliding windows": (
+        {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 2},
+        "use_sliding_window = true: layers from 2 on",
+    ),
+    "a sliding layer": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "sliding_attention",
+    ),
+    "dynamic scaling": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "supported are default, linear and yarn"),
+    "llama's scaling": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8}}, "llama3"),
+    "rotary by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of parameters"),
+    "part of the head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+}
+
+
+@pytest.mark.parametrize("change, message", REFUSED_OPTIONS.values(), ids=list(REFUSED_OPTIONS))
+def test_what_is_not_computed_is_refused_by_name(change, message):
+    with pytest.raises(UserError) as error:
+        decoder_config(QWEN3 | change, "here/config.json")
+    assert message in str(error.value) and str(error.value).startswith("here/config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_options_without_effect_are_accepted():
+    windows = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 3}
+    old_form = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}, "use_sliding_window": False}
+    new_form = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}
+    assert decoder_config(QWEN3 | windows) == decoder_config(QWEN3)
+    assert decoder_config(QWEN3 | old_form) == decoder_config(QWEN3 | new_form)
+    assert decoder_config(QWEN3 | new_form).rope_scaling.original_max_position_embeddings == 4096
 
 
 def test_first_values_depend_on_seed_and_name_alone():
     def values(n_layers: int, seed: int) -> dict[str, torch.Tensor]:
-        config = DecoderConfig(30, 16, n_layers, 2, 1, 8, 24, qkv_bias=True, qk_norm=True, tie_embeddings=False)
+        config = DecoderConfig(
+            30, 16, n_layers, 2, 1, 8, 24, qkv_bias=True, o_bias=False, qk_norm=True, tie_embeddings=False
+        )
         model = Decoder(config)
         torch.rand(3)  # what was drawn before does not matter
         initialize(model, seed)

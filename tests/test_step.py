@@ -11,7 +11,7 @@ from reference import tidar_mask, tidar_targets
 from tidar.config import load_config
 from tidar.data import TrainingOrder
 from tidar.distributed import leave_world
-from tidar.models import Decoder, decoder_config, initialize
+from tidar.models import Decoder, decoder_config, initialize, size_config
 from tidar.train import Trainer
 
 SEQ_LEN, BLOCK, STEPS = 48, 3, 2
@@ -61,7 +61,7 @@ def test_two_steps_and_a_validation_by_hand(tmp_path):
         leave_world()
     *reported, validation = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
-    model = Decoder(decoder_config("debug", 258))
+    model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
     initialize(model, seed=0)
     model.double()
     order = iter(TrainingOrder(len(trainer.training_rows), 0, 0, 1, 0, 1))

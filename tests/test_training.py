@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tidar.config.options import LRScheduler, Optimizer
-from tidar.models import Decoder, decoder_config
+from tidar.models import Decoder, decoder_config, size_config
 from tidar.patterns import Targets
 from tidar.training.flops import useful_flops
 from tidar.training.metrics import MetricWriter
@@ -33,7 +33,7 @@ def test_learning_rate(decay_type):
 @pytest.mark.parametrize("decay_params, decayed", [("matrices", 2), ("all", 1)])
 def test_weight_decay(decay_params, decayed):
     with torch.device("meta"):
-        model = Decoder(decoder_config("debug", 258))
+        model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
     optimizer = make_optimizer(model, Optimizer(decay_params=decay_params, weight_decay=0.5))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -60,7 +60,7 @@ def test_accepted_prefixes_equal_the_loops():
 
 
 def test_useful_flops_by_hand():
-    config = decoder_config("debug", 258)
+    config = decoder_config(size_config("debug") | {"vocab_size": 258})
     layer = 192 * (192 + 64 + 64 + 192) + 3 * 192 * 512
     assert useful_flops(config, positions=10, scored=3, allowed_pairs=40) == (
         6 * 4 * layer * 10 + 6 * 258 * 192 * 3 + 4 * 12 * 40 * 6 * 32

@@ -19,7 +19,7 @@ def load(paths):
     return corpus(200), corpus(41)
 
 
-SOURCES["uneven"] = (Vocabulary(size=258, mask_token_id=257, padding_token_id=256), load)
+SOURCES["uneven"] = (Vocabulary(size=257, padding_token_id=256), load)
 
 if __name__ == "__main__":
     train.main()

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,15 @@ from tidar.config import (
     to_toml,
     user_errors_exit,
 )
-from tidar.data import Batch, PackedRows, TrainingOrder, load_rows, make_loader, validation_order
+from tidar.data import (
+    Batch,
+    PackedRows,
+    TrainingOrder,
+    check_token_ids,
+    load_rows,
+    make_loader,
+    validation_order,
+)
 from tidar.distributed import (
     arithmetic_dtype,
     join_world,
@@ -29,7 +38,17 @@ from tidar.distributed import (
     parallelize,
     shorten_timeout,
 )
-from tidar.models import Decoder, MaskBuilder, decoder_config, initialize, resolve_backend
+from tidar.models import (
+    Decoder,
+    MaskBuilder,
+    fill_new_rows,
+    initialize,
+    load_weights,
+    open_weights,
+    resolve_backend,
+    resolve_model,
+    write_huggingface_folder,
+)
 from tidar.objective import Objective, TokenScores
 from tidar.patterns import ModelBatch, get_pattern
 from tidar.training.checkpoint import Checkpointer
@@ -55,18 +74,26 @@ class Trainer:
         self.folder = make_dump_folder(config)
 
         self.training_rows, self.held_out_rows, vocabulary = load_rows(config)
+        self.spec = resolve_model(config, vocabulary.size)
+        warning = check_token_ids(
+            [self.training_rows.corpus, self.held_out_rows.corpus],
+            self.spec.decoder.vocab_size,
+            self.spec.mask_token_id,
+            mask_is_explicit=config.tidar.mask_token_id != -1,
+        )
+        if warning:
+            self.log(warning)
         self.pattern = get_pattern(
-            config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=vocabulary.mask_token_id
+            config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=self.spec.mask_token_id
         )
         self.mask_builder = MaskBuilder(self.pattern, resolve_backend(config.model.attention_backend, self.device))
 
         dtype = arithmetic_dtype(config, self.device)
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         with torch.device("meta"):
-            self.model = Decoder(decoder_config(config.model.name, vocabulary.size))
+            self.model = Decoder(self.spec.decoder)
         parallelize(self.model, self.world.mesh, dtype, compile)
         self.model.to_empty(device=self.device)
-        initialize(self.model, config.training.seed)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
 
         self.loss_weights = {"ar": config.tidar.ar_loss_weight, "diffusion": config.tidar.diffusion_loss_weight}
@@ -78,6 +105,7 @@ class Trainer:
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
             "rows": torch.tensor(len(self.training_rows)),
+            "mask_token_id": torch.tensor(self.spec.mask_token_id),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
         }
         self.checkpointer = Checkpointer(
@@ -86,17 +114,41 @@ class Trainer:
             self.optimizer,
             self.progress,
             self.world,
+            write_assets=self.write_assets,
             timeout=timedelta(seconds=config.comm.init_timeout_seconds),
         )
         self.throughput = Throughput(self.model.config, self.device)
+        self.checkpoint = self.checkpointer.load_latest() if config.checkpoint.enable else None
+        self.start = f"goes on from {self.checkpoint}" if self.checkpoint else self.set_first_weights()
+
+    def set_first_weights(self) -> str:
+        """Loads or draws the weights that the run starts from, and tells which these are."""
+        config, spec = self.config, self.spec
+        path = config.checkpoint.initial_load_path or config.model.hf_path
+        weights = open_weights(path) if path else None
+        if weights is None:
+            initialize(self.model, config.training.seed)
+            without = f", since {path} holds none" if path else ""
+            return f"starts from random weights{without}; the mask token is {spec.mask_token_id}"
+        started = time.perf_counter()
+        loaded_rows = load_weights(self.model, weights, spec.vocab_size_before)
+        keeps = {"auto": spec.mask_row_is_trained, "keep": True, "mean": False}[config.tidar.mask_token_init]
+        fill_new_rows(self.model, spec, loaded_rows, mask_row=not keeps)
+        text = f"starts from the weights of {path}, loaded in {time.perf_counter() - started:.1f} s"
+        if loaded_rows < spec.decoder.vocab_size:
+            text += f"\nthe vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows"
+        keeps = keeps and spec.mask_token_id < loaded_rows
+        row = "as it is there" if keeps else f"the mean of the {spec.used_rows:,} used rows"
+        return f"{text}\nthe mask token is {spec.mask_token_id}; its embedding is {row}"
 
     def train(self) -> None:
         config = self.config
-        checkpoint = self.checkpointer.load_latest() if config.checkpoint.enable else None
         self.check_continuation()
         self.announce()
-        if checkpoint:
-            self.log(f"goes on from {checkpoint}")
+        self.log(self.start)
+        if config.training.steps == 0 and config.checkpoint.enable and not self.checkpoint:
+            self.checkpointer.save(0)
+            return
         if self.step >= config.training.steps:
             self.log(f"nothing to do: {self.folder} has all of training.steps = {config.training.steps}")
             self.log("to train anew, choose another job.dump_folder or remove this one")
@@ -115,15 +167,18 @@ class Trainer:
         self.throughput.restart()
         while self.step < config.training.steps:
             self.progress["step"] += 1
+            epoch = self.epoch
             self.train_step(batches)
             if self.step == first_step:
                 shorten_timeout(config, self.world)
             if config.training.gc_freq and self.step % config.training.gc_freq == 0:
                 gc.collect()
-            # validated first: what a checkpoint says is done has been reported
+            # validated and exported first: what a checkpoint says is done has been reported and written
             if config.validation.enable and self.is_due(config.validation.freq):
                 with self.throughput.paused():
                     self.validate()
+            if config.checkpoint.export_epochs:
+                self.export_epoch(epochs_before=epoch)
             if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
                 with self.throughput.paused():
                     self.checkpointer.save(self.step)
@@ -197,6 +252,30 @@ class Trainer:
         self.metrics.write(self.step, scalars)
         self.log(validation_lines(scalars))
 
+    def export_epoch(self, epochs_before: int) -> None:
+        """Exports to export/epoch_<n> where the step has ended an epoch of which checkpoint.export_epochs wants one."""
+        every = self.config.checkpoint.export_epochs
+        number = self.epoch // every * every
+        if number <= epochs_before:
+            return
+        folder = self.folder / "export" / f"epoch_{number}"
+        parameters = self.checkpointer.parameters
+        with self.throughput.paused():
+            write_huggingface_folder(
+                folder,
+                {name: parameter.shape for name, parameter in parameters.items()},
+                torch.bfloat16,
+                read=lambda name: parameters[name].detach().to(torch.bfloat16).full_tensor().cpu(),
+                write_assets=self.write_assets,
+                writes=self.world.rank == 0,
+            )
+        self.log(f"exported {folder}")
+
+    def write_assets(self, folder: Path) -> None:
+        """What makes weights a model of Hugging Face's: config.json, tokenizer."""
+        tidar = self.config.tidar
+        self.spec.write(folder, {"pattern": tidar.pattern, "block_size": tidar.block_size})
+
     def training_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands, without an end."""
         training, world = self.config.training, self.world
@@ -238,6 +317,12 @@ class Trainer:
             raise UserError(
                 f"{self.folder} was trained on {before} rows, and the data has {now}: "
                 "go on with the same data and training.seq_len, or choose another job.dump_folder"
+            )
+        before, now = int(self.progress["mask_token_id"]), self.spec.mask_token_id
+        if before != now:
+            raise UserError(
+                f"{self.folder} was trained with mask token {before}, and now it is {now}: "
+                f"go on with tidar.mask_token_id = {before}, or choose another job.dump_folder"
             )
 
     def announce(self) -> None:

@@ -1,11 +1,19 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
 from tidar.config.errors import UserError, user_errors_exit
-from tidar.config.loading import in_range, load_config, make_dump_folder, resolve_global_batch_size, to_toml
+from tidar.config.loading import (
+    ArgumentParser,
+    in_range,
+    load_config,
+    make_dump_folder,
+    resolve_global_batch_size,
+    to_toml,
+)
 from tidar.config.options import Config
 from tidar.config.seeds import derive_seed
 
 __all__ = [
+    "ArgumentParser",
     "Config",
     "UserError",
     "derive_seed",

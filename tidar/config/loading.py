@@ -83,7 +83,9 @@ def make_dump_folder(config: Config) -> Path:
     return folder
 
 
-class _Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors."""
+
     def error(self, message: str):
         raise UserError(message)
 
@@ -100,7 +102,7 @@ def _join_negative_numbers(args: list[str]) -> list[str]:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--job.config_file FILE] [--section.option value ...]",
         description="Every option can stand in the TOML file, under its section, or on the command line, which wins.",

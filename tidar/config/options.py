@@ -25,6 +25,9 @@ class Model:
     """The decoder."""
 
     name: str = option("debug", "size of the decoder, one of those in tidar/models/sizes.py")
+    hf_path: str = option(
+        "", "local folder of a Hugging Face model: its config.json, tokenizer and weights; wins over name"
+    )
     attention_backend: Literal["auto", "flex", "sdpa"] = option(
         "auto", "flex: FlexAttention with block masks (CUDA); sdpa: dense masks (anywhere); auto: flex on CUDA"
     )
@@ -36,6 +39,17 @@ class Tidar:
 
     pattern: str = option("tidar", "attention pattern, one of those in tidar/patterns")
     block_size: int = option(8, "tokens drafted together (at most training.seq_len)", minimum=1)
+    mask_token_id: int = option(
+        -1,
+        "token of masked positions (-1: the first id after the tokenizer's last; the vocabulary grows if it must)",
+        minimum=0,
+        beside=-1,
+    )
+    mask_token_init: Literal["auto", "mean", "keep"] = option(
+        "auto",
+        "first embedding of the mask token where weights are loaded: the mean of the used rows, or as it is "
+        "(auto: mean, unless a token or a TiDAR checkpoint uses the row)",
+    )
     ar_loss_weight: float = option(1.0, "weight of the autoregressive loss", minimum=0)
     diffusion_loss_weight: float = option(1.0, "weight of the diffusion loss", minimum=0)
 
@@ -61,7 +75,7 @@ class Training:
         minimum=1,
         beside=-1,
     )
-    steps: int = option(1000, "optimizer steps of the run", minimum=1)
+    steps: int = option(1000, "optimizer steps of the run (0: only saves the first weights)", minimum=0)
     max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA)"
@@ -117,6 +131,12 @@ class Checkpoint:
 
     enable: bool = option(True, "save checkpoints, and go on from the last one in job.dump_folder")
     interval: int = option(500, "steps between checkpoints; one more comes at the end", minimum=1)
+    initial_load_path: str = option(
+        "",
+        "weights that a new run starts from: a Hugging Face folder, a checkpoint's step-<n> or a state dict saved "
+        "with torch.save (default: those in model.hf_path, or random ones)",
+    )
+    export_epochs: int = option(0, "epochs between exports to export/epoch_<n> (0: none)", minimum=0)
 
 
 @dataclass

@@ -25,6 +25,23 @@ def load_rows(config: Config) -> tuple[PackedRows, PackedRows, Vocabulary]:
     return training, held_out, vocabulary
 
 
+def check_token_ids(corpora: list[Corpus], vocab_size: int, mask_token_id: int, mask_is_explicit: bool) -> str | None:
+    """Raises UserError for a token without a row in the embedding, and for the mask token where it stands in the data.
+
+    Where tidar.mask_token_id named it, the mask token may stand there: the warning returned then says how often.
+    """
+    largest = max((int(corpus.tokens.max()) for corpus in corpora if len(corpus.tokens)), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"data: holds the token {largest}, but the model's embedding has {vocab_size} rows")
+    masks = sum(int((corpus.tokens == mask_token_id).sum()) for corpus in corpora)
+    if not masks:
+        return None
+    text = f"tidar.mask_token_id = {mask_token_id}: stands {masks:,} times in the data"
+    if not mask_is_explicit:
+        raise UserError(f"{text}; name a token that does not, or this one to train all the same")
+    return f"warning: {text}, where the model cannot tell it from a masked position"
+
+
 __all__ = [
     "SOURCES",
     "Batch",
@@ -32,6 +49,7 @@ __all__ = [
     "PackedRows",
     "TrainingOrder",
     "Vocabulary",
+    "check_token_ids",
     "load_rows",
     "make_loader",
     "validation_order",

@@ -7,10 +7,9 @@ from torch import Tensor
 
 @dataclass
 class Vocabulary:
-    """size: number of token ids. mask_token_id: the id that no document holds. padding_token_id: fills short rows."""
+    """size: number of token ids, all of them below it. padding_token_id: fills short rows."""
 
     size: int
-    mask_token_id: int
     padding_token_id: int
 
 

@@ -1,6 +1,6 @@
 """The embedded corpus: the Python files of the running interpreter's standard library, byte by byte.
 
-Real text on every machine, without a download. A token is a byte; 256 ends a document and 257 is the mask.
+Real text on every machine, without a download. A token is a byte; 256 ends a document.
 """
 
 import os
@@ -12,8 +12,8 @@ import torch
 from tidar.config import UserError
 from tidar.data.corpus import Corpus, Vocabulary
 
-END_OF_DOCUMENT, MASK = 256, 257
-VOCABULARY = Vocabulary(size=258, mask_token_id=MASK, padding_token_id=END_OF_DOCUMENT)
+END_OF_DOCUMENT = 256
+VOCABULARY = Vocabulary(size=257, padding_token_id=END_OF_DOCUMENT)
 
 # installed packages are not the standard library, and test suites are there on some systems only
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

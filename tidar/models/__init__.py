@@ -1,17 +1,40 @@
-"""One decoder for the Qwen family, its sizes and first values, and the attention backends."""
+"""One decoder for the Qwen family, its sizes and first values, attention backends, Hugging Face weights in and out."""
 
 from tidar.models.attention import Mask, MaskBuilder, attention, resolve_backend
+from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
+from tidar.models.export import write_huggingface_folder
 from tidar.models.initialize import initialize
-from tidar.models.sizes import decoder_config
+from tidar.models.sizes import size_config
+from tidar.models.spec import ASSETS, ModelSpec, resolve_model
+from tidar.models.weights import (
+    DistributedCheckpoint,
+    check_weights,
+    fill_new_rows,
+    from_pretrained,
+    load_weights,
+    open_weights,
+)
 
 __all__ = [
+    "ASSETS",
     "Decoder",
     "DecoderConfig",
+    "DistributedCheckpoint",
     "Mask",
     "MaskBuilder",
+    "ModelSpec",
     "attention",
+    "check_weights",
     "decoder_config",
+    "fill_new_rows",
+    "from_pretrained",
     "initialize",
+    "load_weights",
+    "open_weights",
+    "read_config_json",
     "resolve_backend",
+    "resolve_model",
+    "size_config",
+    "write_huggingface_folder",
 ]

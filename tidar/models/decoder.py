@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
+from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder. qkv_bias: as in Qwen2; qk_norm: as in Qwen3."""
+    """Shape of a decoder. qkv_bias: as in Qwen2; qk_norm: as in Qwen3; o_bias: of the attention's output."""
 
     vocab_size: int
     dim: int
@@ -22,25 +23,27 @@ class DecoderConfig:
     head_dim: int
     hidden_dim: int
     qkv_bias: bool
+    o_bias: bool
     qk_norm: bool
     tie_embeddings: bool
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
 
-def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions, each `[batch, 1, positions, head_dim]`, float32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+class RMSNorm(nn.Module):
+    """Normalises in float32, whatever the type of its input, and scales in that type, as the published models do."""
 
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[batch, heads, positions, head_dim]`, turned by its position; dimension i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normal.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -51,9 +54,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.dim, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(queries, config.dim, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         batch, positions, _ = x.shape
@@ -79,9 +82,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
@@ -95,7 +98,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
@@ -119,7 +122,7 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)
-        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tidar.config import UserError
 from tidar.distributed import World
+from tidar.models import ASSETS
 from tidar.training.optimizer import state_tensors
 
 
@@ -29,15 +31,19 @@ class Checkpointer:
         optimizer: torch.optim.AdamW,
         progress: dict[str, Tensor],
         world: World,
+        write_assets: Callable[[Path], None],
         timeout: timedelta,
     ):
-        """timeout: longest wait of a rank for the slowest writer or reader."""
+        """write_assets: makes the folder in a step's folder that holds all of an exported model but its weights.
+        timeout: longest wait of a rank for the slowest writer or reader.
+        """
         self.folder = dump_folder / "checkpoint"
         # the sharded ones: a model whose parameters are gathered at the moment would name others
         self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer
         self.progress = progress
         self.world = world
+        self.write_assets = write_assets
         self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, step: int) -> None:
@@ -48,6 +54,7 @@ class Checkpointer:
         dist.barrier(self.group)
         dcp.save(self._state() | self._random_state(), checkpoint_id=partial, process_group=self.group)
         if self.world.rank == 0:
+            self.write_assets(partial / ASSETS)
             # a run that was started again from an older step writes its steps anew
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -59,9 +66,9 @@ class Checkpointer:
         Raises UserError where a rank does not find what rank 0 found.
         """
         steps = [int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        step = torch.tensor(max(steps, default=0))
+        step = torch.tensor(max(steps, default=-1))
         dist.broadcast(step, src=0, group=self.group)
-        if not step:
+        if step < 0:
             return None
         path = self.folder / f"step-{step}"
         found = torch.tensor(int(path.exists()))

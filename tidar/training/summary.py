@@ -28,8 +28,9 @@ def summarize(
     flops = batch_flops(model.config, batch, pattern.allowed_pairs(torch.tensor([seq_len])))
     document_tokens = len(training_rows.corpus.tokens)
     padding = 1 - document_tokens / (len(training_rows) * seq_len)
+    name = config.model.hf_path or config.model.name
     lines = {
-        "model": f"{config.model.name}, {parameters:,} parameters",
+        "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",
         "data": f"{config.data.source}, {document_tokens:,} tokens in {len(training_rows):,} rows of {seq_len} "
         f"({padding:.2%} padding), {len(held_out_rows):,} rows held out",
         "pattern": f"{config.tidar.pattern}, blocks of {config.tidar.block_size}, "

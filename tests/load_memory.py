@@ -1,0 +1,47 @@
+"""python tests/load_memory.py FOLDER, under torchrun: loads a folder's weights into shards and prints this rank's peak
+of anonymous memory above what it had before, as a share of the whole model's float32 bytes.
+"""
+
+import re
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from tidar.config import load_config
+from tidar.distributed import join_world, leave_world, parallelize
+from tidar.models import Decoder, decoder_config, load_weights, open_weights, read_config_json
+
+
+def anonymous_bytes() -> int:
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def main(folder: str) -> None:
+    world = join_world(load_config([]))
+    with torch.device("meta"):
+        model = Decoder(decoder_config(read_config_json(Path(folder))))
+    parallelize(model, world.mesh, torch.float32, compile=False)
+    baseline = peak = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model.to_empty(device="cpu")
+    load_weights(model, open_weights(folder))
+    done.set()
+    watcher.join()
+    sums = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    print(f"rank {world.rank} peak {(peak - baseline) / size:.3f} of {size} sum {sum(sums):.6f}", flush=True)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

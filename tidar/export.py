@@ -1,0 +1,73 @@
+"""Exports a checkpoint to a Hugging Face folder: python -m tidar.export --checkpoint RUN/checkpoint/step-N --output DIR
+
+The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU,
+and memory for one tensor.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from tidar.config import ArgumentParser, UserError, user_errors_exit
+from tidar.models import (
+    ASSETS,
+    Decoder,
+    DistributedCheckpoint,
+    check_weights,
+    decoder_config,
+    read_config_json,
+    write_huggingface_folder,
+)
+
+
+def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+    """Writes the model of a checkpoint's step-<n> to `output`.
+
+    Raises UserError where the one is not a whole checkpoint, or the other exists and is not an empty folder.
+    """
+    if not (checkpoint / ".metadata").is_file() or not (checkpoint / ASSETS).is_dir():
+        raise UserError(f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output}: exists and is not an empty folder")
+    options = read_config_json(checkpoint / ASSETS)
+    with torch.device("meta"):
+        model = Decoder(decoder_config(options, str(checkpoint / ASSETS / "config.json")))
+    weights = DistributedCheckpoint(checkpoint)
+    check_weights(weights, model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = torch.empty(shapes[name], dtype=dtype)
+        weights.load({name: tensor})
+        return tensor
+
+    try:
+        write_huggingface_folder(
+            output, shapes, dtype, read, lambda folder: shutil.copytree(checkpoint / ASSETS, folder)
+        )
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tidar.export", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint/step-<n>")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights [bfloat16]"
+    )
+    with user_errors_exit():
+        arguments = parser.parse_args()
+        started = time.perf_counter()
+        export(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
+        print(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")
+        grown = read_config_json(arguments.output)
+        before = grown["tidar"].get("vocab_size_before_mask_token")
+        if before:
+            print(f"the vocabulary has grown from {before} to {grown['vocab_size']} rows, to hold the mask token")
+
+
+if __name__ == "__main__":
+    main()

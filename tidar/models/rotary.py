@@ -1,0 +1,74 @@
+"""Rotary position embeddings (arXiv 2104.09864) and their published extensions to longer texts."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How frequencies are changed for texts longer than those of the pretraining.
+
+    linear: all divided by `factor`. yarn (arXiv 2309.00071, section 3): those that turn more than `beta_fast` times
+    within `original_max_position_embeddings` stay, those that turn less than `beta_slow` times are divided by
+    `factor`, with a ramp between; `attention_factor` multiplies cosines and sines; `truncate` rounds the ramp's ends.
+    """
+
+    kind: Literal["linear", "yarn"]
+    factor: float
+    original_max_position_embeddings: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+def rotary(position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions `[batch, positions]`, each `[batch, 1, positions, head_dim]`, float32."""
+    frequencies = inverse_frequencies(head_dim, theta, scaling, position_ids.device)
+    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    attention_factor = scaling.attention_factor if scaling else 1.0
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[batch, heads, positions, head_dim]`, turned by its position; dimension i pairs with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@lru_cache
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Radians per position of each pair of dimensions, `[head_dim / 2]` float32.
+
+    Computed on the CPU, once: a rounding of another device would turn far positions visibly.
+    """
+    wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    frequencies = 1.0 / wavelengths
+    if scaling and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling:
+        kept = 1 - _yarn_ramp(head_dim, theta, scaling)
+        frequencies = (1.0 / (scaling.factor * wavelengths)) * (1 - kept) + frequencies * kept
+    return frequencies.to(device)
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """How far each pair of dimensions is interpolated, from 0 to 1, `[head_dim / 2]`."""
+
+    def pair_that_turns(times: float) -> float:
+        turns = scaling.original_max_position_embeddings / (times * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)

@@ -11,7 +11,7 @@ import torch
 
 from tidar.config import load_config
 from tidar.distributed import join_world, leave_world, parallelize
-from tidar.models import Decoder, decoder_config, load_weights, open_weights, read_config_json
+from tidar.models import ASSETS, Decoder, decoder_config, load_weights, open_weights, read_config_json
 
 
 def anonymous_bytes() -> int:
@@ -20,8 +20,9 @@ def anonymous_bytes() -> int:
 
 def main(folder: str) -> None:
     world = join_world(load_config([]))
+    kept = Path(folder) / ASSETS
     with torch.device("meta"):
-        model = Decoder(decoder_config(read_config_json(Path(folder))))
+        model = Decoder(decoder_config(read_config_json(kept if kept.is_dir() else Path(folder))))
     parallelize(model, world.mesh, torch.float32, compile=False)
     baseline = peak = anonymous_bytes()
     done = threading.Event()

@@ -1,42 +1,114 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from tidar.config import UserError, load_config
-from tidar.data import SOURCES, Corpus, PackedRows, TrainingOrder, load_rows, make_loader, validation_order
+from tidar.config import load_config
+from tidar.data import (
+    Corpus,
+    Document,
+    PackedRows,
+    TrainingOrder,
+    data_tokenizer,
+    held_out_documents,
+    load_data,
+    make_loader,
+    make_rows,
+    shuffled,
+    validation_order,
+)
+from tidar.data.packing import best_fit
 from tidar.patterns import PADDING, get_pattern
 
 
 def random_corpus(rng: random.Random, seq_len: int) -> Corpus:
-    lengths = [rng.randint(1, 3 * seq_len) for _ in range(rng.randint(1, 60))]
-    offsets = torch.tensor([0] + lengths).cumsum(0)
-    tokens = torch.arange(offsets[-1])  # every token is its own number, so it can be found again
-    return Corpus(tokens, offsets, loss_mask=torch.rand(len(tokens)))
+    """Every token is its own number, so that it can be found again."""
+    lengths = [rng.randint(0, 3 * seq_len) for _ in range(rng.randint(1, 60))]
+    ends = np.cumsum(lengths)
+    targets = [np.array([rng.random() < 0.5 for _ in range(length)], bool) for length in lengths]
+    return Corpus.of(
+        Document(np.arange(end - length, end), target) for length, end, target in zip(lengths, ends, targets)
+    )
 
 
-def test_packing_keeps_every_token_once_in_its_place():
+def best_fit_by_loops(lengths: list[int], seq_len: int) -> list[int]:
+    """Space left in each row, one piece at a time."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(space, row) for row, space in enumerate(spaces) if space >= length]
+        row = min(fitting)[1] if fitting else len(spaces)
+        spaces += [] if fitting else [seq_len]
+        spaces[row] -= length
+    return sorted(spaces)
+
+
+def test_best_fit_equals_the_loops():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        seq_len = int(rng.integers(1, 40))
+        lengths = rng.integers(1, seq_len + 1, int(rng.integers(0, 80)))
+        filled = np.bincount(best_fit(lengths, seq_len), weights=lengths)
+        assert sorted(seq_len - filled) == best_fit_by_loops(lengths.tolist(), seq_len)
+
+
+@pytest.mark.parametrize("long_documents", ["split", "drop"])
+def test_packing_keeps_every_token_once_in_its_place(long_documents, monkeypatch):
+    """Corpora one after the other, in chunks smaller than they are."""
+    monkeypatch.setattr("tidar.data.packing.CHUNK_DOCUMENTS", 17)
     rng = random.Random(0)
     for _ in range(40):
         seq_len = rng.randint(2, 50)
-        corpus = random_corpus(rng, seq_len)
-        rows = PackedRows(corpus, seq_len, padding_token_id=-7)
-        found, pieces = [], []
+        corpora = [random_corpus(rng, seq_len) for _ in range(2)]
+        rows = PackedRows(corpora, seq_len, padding_token_id=7, long_documents=long_documents)
+        lengths = [np.diff(corpus.offsets) for corpus in corpora]
+        found, pieces = ([], []), ([], [])
         for row in range(len(rows)):
             tokens, ids, loss_mask = rows[row]
-            assert tokens[ids == PADDING].eq(-7).all() and not loss_mask[ids == PADDING].any()
+            which = corpora.index(rows.pieces(row)[0])
+            offsets = corpora[which].offsets
+            assert tokens[ids == PADDING].eq(7).all() and not loss_mask[ids == PADDING].any()
+            assert ids.max() >= 0
             for number in range(int(ids.max()) + 1):
                 piece = tokens[ids == number]
                 assert piece.equal(torch.arange(int(piece[0]), int(piece[0]) + len(piece)))
-                assert loss_mask[ids == number].equal(corpus.loss_mask[piece])
-                document = torch.searchsorted(corpus.offsets, piece[0], right=True)
-                assert piece[-1] < corpus.offsets[document]  # never across two documents
-                pieces.append((int(document), len(piece)))
-                found += piece.tolist()
-        assert sorted(found) == list(range(len(corpus.tokens)))
-        for document, length in pieces:
-            whole = int(corpus.offsets[document] - corpus.offsets[document - 1])
-            assert length == min(whole, seq_len) or length == whole % seq_len  # cut into full rows and a rest
+                bits = np.unpackbits(corpora[which].target_bits)[piece.numpy()]
+                assert loss_mask[ids == number].tolist() == bits.tolist()
+                document = np.searchsorted(offsets, int(piece[0]), side="right") - 1
+                assert piece[-1] < offsets[document + 1]  # never across two documents
+                pieces[which].append((document, len(piece)))
+                found[which].extend(piece.tolist())
+        for which, corpus in enumerate(corpora):
+            kept = [i for i, n in enumerate(lengths[which]) if long_documents == "split" or n <= seq_len]
+            expected = [t for i in kept for t in range(corpus.offsets[i], corpus.offsets[i + 1])]
+            assert sorted(found[which]) == expected
+            for document, length in pieces[which]:
+                whole = lengths[which][document]
+                assert length == min(whole, seq_len) or length == whole % seq_len  # cut into full rows and a rest
+        assert rows.n_tokens == sum(map(len, found))
+        assert rows.n_dropped == (0 if long_documents == "split" else sum((n > seq_len).sum() for n in lengths))
+
+
+def test_without_packing_a_row_is_a_document():
+    rng = random.Random(1)
+    corpus = random_corpus(rng, 20)
+    rows = PackedRows([corpus], 20, packing=False)
+    documents = [(a, b) for a, b in zip(corpus.offsets, corpus.offsets[1:]) if b > a]
+    assert len(rows) == len(documents)
+    for row, (start, end) in enumerate(documents):
+        tokens, ids, _ = rows[row]
+        length = min(end - start, 20)
+        assert tokens[:length].tolist() == list(range(start, start + length))
+        assert ids.tolist() == [0] * length + [PADDING] * (20 - length)
+
+
+def test_a_shuffle_is_a_permutation():
+    for n in (1, 2, 3, 5, 64, 100, 1000):
+        orders = [[shuffled(position, n, key) for position in range(n)] for key in ("a", "b")]
+        assert all(sorted(order) == list(range(n)) for order in orders)
+        if n > 10:
+            fixed = [sum(i == j for i, j in enumerate(order)) for order in orders]
+            assert orders[0] != orders[1] and max(fixed) < 10
 
 
 def test_every_cut_of_a_batch_sees_the_same_samples():
@@ -76,33 +148,44 @@ def validation_orders_of_two(n_rows, local_batch_size, world_size):
     return [validation_order(n_rows, 2, local_batch_size, rank, world_size) for rank in range(world_size)]
 
 
-def test_python_source():
-    training, held_out, vocabulary = load_rows(load_config(["--training.seq_len", "64"]))
-    assert vocabulary.size == 257
-    tokens, ids, loss_mask = training[0]
-    assert 0 <= tokens.min() and tokens.max() < vocabulary.size
-    files = len(training.corpus.offsets) - 1, len(held_out.corpus.offsets) - 1
-    assert files[1] == sum(files) // 100
-    assert training.corpus.tokens[training.corpus.offsets[1:] - 1].eq(256).all()  # every document ends
-    # the same again, in this order
-    again, _, _ = load_rows(load_config(["--training.seq_len", "64"]))
-    assert again.corpus.tokens.equal(training.corpus.tokens)
+def test_held_out_documents_are_a_share_fixed_by_the_seed():
+    for n in (0, 1, 2, 3, 10, 1000, 12345):
+        for share in (0.0, 0.001, 0.01, 0.3, 0.5):
+            held_out = held_out_documents(n, share, seed=3)
+            assert len(set(held_out.tolist())) == len(held_out)
+            assert all(0 <= document < n for document in held_out)
+            assert max(int(n * share), share > 0 and n > 1) * 0.6 <= len(held_out) <= max(int(n * share), 1)
+            assert held_out.tolist() == held_out_documents(n, share, seed=3).tolist()
+    assert held_out_documents(1000, 0.1, 3).tolist() != held_out_documents(1000, 0.1, 4).tolist()
 
 
-def test_a_corpus_without_documents_is_refused(monkeypatch):
-    empty = Corpus(torch.zeros(0), torch.zeros(1, dtype=torch.long))
-    one = Corpus(torch.arange(5), torch.tensor([0, 5]))
-    for training, held_out, words in ((empty, one, "no documents to train on"), (one, empty, "no held-out documents")):
-        monkeypatch.setitem(SOURCES, "short", (SOURCES["python_source"][0], lambda paths, c=(training, held_out): c))
-        with pytest.raises(UserError, match=words):
-            load_rows(load_config(["--data.source", "short"]))
-    assert load_rows(load_config(["--data.source", "short", "--validation.enable", "false"]))
-    with pytest.raises(UserError, match="data.source = shirt: must be one of python_source"):
-        load_rows(load_config(["--data.source", "shirt"]))
+def load(folder, *options: str):
+    config = load_config(["--job.dump_folder", str(folder), *options])
+    data = load_data(config, data_tokenizer(config.data, None))
+    return data, *make_rows(config, data)
+
+
+def documents_of(rows: PackedRows) -> list[int]:
+    """First tokens of the pieces."""
+    return sorted(start for row in range(len(rows)) for start, _ in rows.pieces(row)[1])
+
+
+def test_python_source(tmp_path):
+    data, training, held_out = load(tmp_path / "a", "--training.seq_len", "1000000")
+    (corpus,) = data.training
+    assert data.n_ids == 257 and corpus.tokens.max() == 256
+    assert corpus.tokens[corpus.offsets[1:] - 1].min() == 256  # every document ends
+    starts = documents_of(training) + documents_of(held_out)
+    assert sorted(starts) == corpus.offsets[:-1].tolist()  # held out is what is not trained on
+    assert len(documents_of(held_out)) == len(corpus) // 100
+    again = load(tmp_path / "b", "--training.seq_len", "1000000")
+    assert (again[0].training[0].tokens == corpus.tokens).all()
+    other_seed = load(tmp_path / "a", "--training.seq_len", "1000000", "--training.seed", "1")
+    assert documents_of(again[2]) == documents_of(held_out) != documents_of(other_seed[2])
 
 
 def test_background_workers_change_nothing():
-    rows = PackedRows(random_corpus(random.Random(3), 16), 16, padding_token_id=0)
+    rows = PackedRows([random_corpus(random.Random(3), 16)], 16)
     pattern = get_pattern("tidar", block_size=4, mask_token_id=0)
     order = [[0, 1], [2, -1]]
     state = torch.get_rng_state()
@@ -110,5 +193,5 @@ def test_background_workers_change_nothing():
         assert here.rows.input_ids.equal(there.rows.input_ids)
         assert here.rows.targets["ar"].index.equal(there.rows.targets["ar"].index)
         assert here.allowed_pairs == there.allowed_pairs == pattern.allowed_pairs(here.rows.documents.lengths())
-    assert there.n_tokens == sum(length for _, length in rows.rows[2])
+    assert there.n_tokens == sum(length for _, length in rows.pieces(2)[1])
     assert torch.get_rng_state().equal(state)

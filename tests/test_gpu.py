@@ -102,7 +102,8 @@ class Watched(Trainer):
 def test_training_compiles_once(tmp_path):
     """Packed rows with ever different numbers of targets: nothing compiles after step 2 but the first validation."""
     torch._dynamo.reset()
-    options = "--data.source uneven --training.seq_len 128 --training.local_batch_size 4 --training.steps 16"
+    options = "--data.source uneven --validation.share 0.17 --training.seq_len 128"
+    options += " --training.local_batch_size 4 --training.steps 16"
     options += " --training.loss_chunk_size 50 --validation.freq 8 --metrics.log_freq 8"
     options += f" --checkpoint.enable false --job.dump_folder {tmp_path}"
     trainer = Watched(load_config(options.split()))

@@ -7,7 +7,7 @@ from small_models import make_model
 from tidar.config import UserError
 from tidar.models import Decoder, DecoderConfig, decoder_config, from_pretrained, initialize, size_config
 
-# of the published checkpoints, from the index of their safetensors files
+# of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,

@@ -34,8 +34,8 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def train_here(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
-    trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
     try:
+        trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
         trainer.train()
     finally:
         leave_world()
@@ -56,8 +56,8 @@ def results(folder: Path) -> list[dict]:
 def test_same_losses_however_a_step_is_cut(tmp_path):
     """One process and two, one micro-batch and more: 20 steps with ranks of very different target counts."""
     cuts = {"1x1": (1, 8), "1x4": (1, 2), "2x1": (2, 4), "2x4": (2, 1)}
-    options = "--data.source uneven --training.seq_len 64 --training.global_batch_size 8 --training.steps 20".split()
-    options += ["--tidar.block_size", "3"]
+    options = "--data.source uneven --validation.share 0.17 --tidar.block_size 3".split()
+    options += "--training.seq_len 64 --training.global_batch_size 8 --training.steps 20".split()
     options += "--metrics.log_freq 1 --validation.freq 10 --data.num_workers 0 --checkpoint.interval 15".split()
     for name, (processes, local_batch_size) in cuts.items():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
@@ -140,7 +140,7 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
         "train/batch_accuracy_diff", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/tflops",
         "perf/data_wait_fraction", "memory/peak_gib",
     } < logged.keys()  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl", "tb", "checkpoint"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl", "tb", "checkpoint", "data"}
     again = train_here(tmp_path / "again", "--job.config_file", str(tmp_path / "config.toml"), "--training.steps", "1")
     assert again.config.optimizer.lr == 2e-3
 
@@ -155,8 +155,8 @@ class Recorded(Trainer):
 
 def test_epochs_are_reported(tmp_path):
     """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
-    options = "--data.source uneven --training.steps 20 --training.global_batch_size 40 --checkpoint.interval 4".split()
-    options += ["--training.local_batch_size", "20"]
+    options = "--data.source uneven --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
+    options += "--training.global_batch_size 40 --training.local_batch_size 20".split()
     trainer = train_here(tmp_path, *options, kind=Recorded)
     names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
     epochs = metrics(tmp_path, *names)

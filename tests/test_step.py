@@ -16,7 +16,8 @@ from tidar.train import Trainer
 
 SEQ_LEN, BLOCK, STEPS = 48, 3, 2
 OPTIONS = f"""
-    --data.source uneven --data.num_workers 0 --training.seq_len {SEQ_LEN} --tidar.block_size {BLOCK}
+    --data.source uneven --validation.share 0.17 --data.num_workers 0
+    --training.seq_len {SEQ_LEN} --tidar.block_size {BLOCK}
     --tidar.ar_loss_weight 1.5 --tidar.diffusion_loss_weight 0.5 --training.local_batch_size 2
     --training.global_batch_size 6 --training.steps {STEPS} --training.max_norm 0.3 --training.loss_chunk_size 17
     --optimizer.lr 1e-2 --optimizer.beta1 0.8 --optimizer.beta2 0.9 --optimizer.eps 1e-3 --optimizer.weight_decay 0.2
@@ -54,8 +55,8 @@ def adamw(parameters, gradients, moments, step: int) -> None:
 
 
 def test_two_steps_and_a_validation_by_hand(tmp_path):
-    trainer = Trainer(load_config([*OPTIONS, "--job.dump_folder", str(tmp_path)]))
     try:
+        trainer = Trainer(load_config([*OPTIONS, "--job.dump_folder", str(tmp_path)]))
         trainer.train()
     finally:
         leave_world()

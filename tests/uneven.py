@@ -1,25 +1,32 @@
 """python tests/uneven.py ARGS: tidar.train on a small corpus whose rows differ much in their number of targets."""
 
-import torch
+import numpy as np
 
 from tidar import train
-from tidar.data import SOURCES, Corpus, Vocabulary
+from tidar.data import SOURCES, Document
+from tidar.data.source import Part, Source
 
 
-def load(paths):
-    generator = torch.Generator().manual_seed(11)
+class Uneven(Source):
+    """Random documents, most of which have few targets."""
 
-    def corpus(n_documents: int) -> Corpus:
-        lengths = torch.randint(1, 120, (n_documents,), generator=generator)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        tokens = torch.randint(0, 256, (int(offsets[-1]),), generator=generator) // 4 * 4
-        share = (torch.rand(n_documents, generator=generator) ** 4).repeat_interleave(lengths)  # mostly few targets
-        return Corpus(tokens, offsets, (torch.rand(len(tokens), generator=generator) < share).float())
+    needs_tokenizer = needs_paths = False
 
-    return corpus(200), corpus(41)
+    def groups(self, paths: list[str]) -> list[str]:
+        return ["uneven"]
+
+    def parts(self, paths: list[str]) -> list[Part]:
+        return [Part(0, ())]
+
+    def documents(self, part: Part):
+        random = np.random.default_rng(11)
+        for _ in range(241):
+            length = random.integers(1, 120)
+            tokens = random.integers(0, 256, length) // 4 * 4
+            tokens[-1] = 256
+            yield Document(tokens, random.random(length) < random.random() ** 4)
 
 
-SOURCES["uneven"] = (Vocabulary(size=257, padding_token_id=256), load)
-
+SOURCES["uneven"] = Uneven
 if __name__ == "__main__":
     train.main()

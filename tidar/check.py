@@ -19,10 +19,10 @@ from tidar.config import (
     resolve_global_batch_size,
     user_errors_exit,
 )
-from tidar.data import check_token_ids, load_rows
 from tidar.distributed import check_device_count, logging_ranks
-from tidar.models import Decoder, check_weights, open_weights, resolve_backend, resolve_model
+from tidar.models import Decoder, check_weights, open_weights, resolve_backend
 from tidar.patterns import get_pattern
+from tidar.training.inputs import load_inputs
 
 
 def main() -> None:
@@ -42,21 +42,16 @@ def main() -> None:
         resolve_global_batch_size(config, processes * nodes)
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         get_pattern(config.tidar.pattern)
-        training, held_out, vocabulary = load_rows(config)
-        spec = resolve_model(config, vocabulary.size)
-        check_token_ids(
-            [training.corpus, held_out.corpus],
-            spec.decoder.vocab_size,
-            spec.mask_token_id,
-            mask_is_explicit=config.tidar.mask_token_id != -1,
-        )
         folder = make_dump_folder(config)
+        inputs = load_inputs(config)
+        if inputs.warning:
+            print(inputs.warning, file=sys.stderr)
         start = config.checkpoint.initial_load_path or config.model.hf_path
-        goes_on = any(folder.glob("checkpoint/step-*"))
+        goes_on = any(path.name[5:].isdigit() for path in folder.glob("checkpoint/step-*"))
         weights = open_weights(start) if start and not goes_on else None
         if weights:
             with torch.device("meta"):
-                check_weights(weights, Decoder(spec.decoder), spec.vocab_size_before)
+                check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)
         print(processes)
 
 

@@ -1,7 +1,7 @@
 """Exports a checkpoint to a Hugging Face folder: python -m tidar.export --checkpoint RUN/checkpoint/step-N --output DIR
 
 The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU,
-and memory for one tensor.
+and little memory: it goes through the weights by rows.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.models import (
     ASSETS,
     Decoder,
-    DistributedCheckpoint,
+    StepFolder,
     check_weights,
     decoder_config,
     read_config_json,
@@ -31,21 +31,14 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         raise UserError(f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder")
-    options = read_config_json(checkpoint / ASSETS)
     with torch.device("meta"):
-        model = Decoder(decoder_config(options, str(checkpoint / ASSETS / "config.json")))
-    weights = DistributedCheckpoint(checkpoint)
+        model = Decoder(decoder_config(read_config_json(checkpoint / ASSETS), str(checkpoint / ASSETS / "config.json")))
+    weights = StepFolder(checkpoint)
     check_weights(weights, model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-
-    def read(name: str) -> torch.Tensor:
-        tensor = torch.empty(shapes[name], dtype=dtype)
-        weights.load({name: tensor})
-        return tensor
-
     try:
         write_huggingface_folder(
-            output, shapes, dtype, read, lambda folder: shutil.copytree(checkpoint / ASSETS, folder)
+            output, shapes, dtype, weights.pieces, lambda folder: shutil.copytree(checkpoint / ASSETS, folder)
         )
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
@@ -63,10 +56,10 @@ def main() -> None:
         started = time.perf_counter()
         export(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
         print(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")
-        grown = read_config_json(arguments.output)
-        before = grown["tidar"].get("vocab_size_before_mask_token")
+        options = read_config_json(arguments.output)
+        before = options.get("tidar", {}).get("vocab_size_before_mask_token")
         if before:
-            print(f"the vocabulary has grown from {before} to {grown['vocab_size']} rows, to hold the mask token")
+            print(f"the vocabulary has grown from {before} to {options['vocab_size']} rows, to hold the mask token")
 
 
 if __name__ == "__main__":

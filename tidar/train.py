@@ -1,6 +1,8 @@
 """Trains a TiDAR model: python -m tidar.train --job.config_file FILE [--section.option value ...]"""
 
 import gc
+import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,15 +23,7 @@ from tidar.config import (
     to_toml,
     user_errors_exit,
 )
-from tidar.data import (
-    Batch,
-    PackedRows,
-    TrainingOrder,
-    check_token_ids,
-    load_rows,
-    make_loader,
-    validation_order,
-)
+from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import (
     arithmetic_dtype,
     join_world,
@@ -45,13 +39,14 @@ from tidar.models import (
     initialize,
     load_weights,
     open_weights,
+    recorded_model,
     resolve_backend,
-    resolve_model,
     write_huggingface_folder,
 )
 from tidar.objective import Objective, TokenScores
 from tidar.patterns import ModelBatch, get_pattern
 from tidar.training.checkpoint import Checkpointer
+from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
 from tidar.training.optimizer import learning_rate, make_optimizer
 from tidar.training.scores import mean_scores, score_sums, target_weights
@@ -66,23 +61,22 @@ class Trainer:
     def __init__(self, config: Config):
         """Raises UserError for options that this machine, the data or the dump folder cannot serve."""
         self.config = config
+        self.folder = make_dump_folder(config)
+        inputs = load_inputs(config)  # before ranks wait for each other: preparing data may take long
         self.world = join_world(config)
         self.device = self.world.device
         make_deterministic(config)
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
-        self.folder = make_dump_folder(config)
 
-        self.training_rows, self.held_out_rows, vocabulary = load_rows(config)
-        self.spec = resolve_model(config, vocabulary.size)
-        warning = check_token_ids(
-            [self.training_rows.corpus, self.held_out_rows.corpus],
-            self.spec.decoder.vocab_size,
-            self.spec.mask_token_id,
-            mask_is_explicit=config.tidar.mask_token_id != -1,
-        )
-        if warning:
-            self.log(warning)
+        self.spec = inputs.spec
+        if inputs.warning:
+            self.log(inputs.warning)
+        self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
+        # training.epochs in place of steps
+        self.steps = config.training.steps
+        if config.training.epochs:
+            self.steps = math.ceil(config.training.epochs * len(self.training_rows) / self.global_batch_size)
         self.pattern = get_pattern(
             config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=self.spec.mask_token_id
         )
@@ -105,7 +99,6 @@ class Trainer:
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
             "rows": torch.tensor(len(self.training_rows)),
-            "mask_token_id": torch.tensor(self.spec.mask_token_id),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
         }
         self.checkpointer = Checkpointer(
@@ -118,18 +111,24 @@ class Trainer:
             timeout=timedelta(seconds=config.comm.init_timeout_seconds),
         )
         self.throughput = Throughput(self.model.config, self.device)
-        self.checkpoint = self.checkpointer.load_latest() if config.checkpoint.enable else None
-        self.start = f"goes on from {self.checkpoint}" if self.checkpoint else self.set_first_weights()
+        self.checkpoint = self.checkpointer.newest() if config.checkpoint.enable else None
+        if self.checkpoint:
+            self.go_on()
+            self.start = f"goes on from {self.checkpoint}"
+        else:
+            self.start = self.set_first_weights()
 
     def set_first_weights(self) -> str:
         """Loads or draws the weights that the run starts from, and tells which these are."""
         config, spec = self.config, self.spec
         path = config.checkpoint.initial_load_path or config.model.hf_path
         weights = open_weights(path) if path else None
+        if weights is None and config.checkpoint.initial_load_path:
+            raise UserError(f"checkpoint.initial_load_path = {path}: holds no weights")
         if weights is None:
             initialize(self.model, config.training.seed)
-            without = f", since {path} holds none" if path else ""
-            return f"starts from random weights{without}; the mask token is {spec.mask_token_id}"
+            warning = f"warning: {path} holds no weights\n" if path else ""
+            return f"{warning}starts from random weights; the mask token is {spec.mask_token_id}"
         started = time.perf_counter()
         loaded_rows = load_weights(self.model, weights, spec.vocab_size_before)
         keeps = {"auto": spec.mask_row_is_trained, "keep": True, "mean": False}[config.tidar.mask_token_init]
@@ -143,19 +142,21 @@ class Trainer:
 
     def train(self) -> None:
         config = self.config
-        self.check_continuation()
+        if not config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
+            raise UserError(
+                f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
+            )
         self.announce()
         self.log(self.start)
-        if config.training.steps == 0 and config.checkpoint.enable and not self.checkpoint:
-            self.checkpointer.save(0)
+        if self.steps == 0 and not self.checkpoint:
+            self.save_first_weights()
             return
-        if self.step >= config.training.steps:
-            self.log(f"nothing to do: {self.folder} has all of training.steps = {config.training.steps}")
+        if self.step >= self.steps:
+            self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
             self.log("to train anew, choose another job.dump_folder or remove this one")
             return
 
-        if self.world.rank == 0:
-            (self.folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        self.write_options()
         first_step = self.step + 1
         self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
         batches = self.training_batches()
@@ -165,7 +166,7 @@ class Trainer:
             gc.freeze()
             gc.disable()
         self.throughput.restart()
-        while self.step < config.training.steps:
+        while self.step < self.steps:
             self.progress["step"] += 1
             epoch = self.epoch
             self.train_step(batches)
@@ -209,7 +210,7 @@ class Trainer:
         grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True).full_tensor()
         if config.training.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.training.max_norm, grad_norm, foreach=True)
-        lr = learning_rate(self.step, config.training.steps, config.optimizer.lr, config.lr_scheduler)
+        lr = learning_rate(self.step, self.steps, config.optimizer.lr, config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -260,16 +261,38 @@ class Trainer:
             return
         folder = self.folder / "export" / f"epoch_{number}"
         parameters = self.checkpointer.parameters
+
+        def gather(name: str) -> torch.Tensor:
+            return parameters[name].detach().to(torch.bfloat16).full_tensor().cpu()
+
         with self.throughput.paused():
-            write_huggingface_folder(
-                folder,
-                {name: parameter.shape for name, parameter in parameters.items()},
-                torch.bfloat16,
-                read=lambda name: parameters[name].detach().to(torch.bfloat16).full_tensor().cpu(),
-                write_assets=self.write_assets,
-                writes=self.world.rank == 0,
-            )
+            if self.world.rank == 0:
+                # of this epoch, from before the run was started again
+                for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
+                    shutil.rmtree(old, ignore_errors=True)
+                shapes = {name: parameter.shape for name, parameter in parameters.items()}
+                try:
+                    write_huggingface_folder(
+                        folder, shapes, torch.bfloat16, lambda name: [gather(name)], self.write_assets
+                    )
+                except OSError as error:
+                    raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+            else:
+                for name in parameters:
+                    gather(name)
         self.log(f"exported {folder}")
+
+    def save_first_weights(self) -> None:
+        """All that a run of no steps does: it makes a checkpoint of what it would start from."""
+        if not self.config.checkpoint.enable:
+            raise UserError("training.steps = 0: only saves the first weights, which checkpoint.enable = false forbids")
+        self.write_options()
+        self.checkpointer.save(0)
+        self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
+
+    def write_options(self) -> None:
+        if self.world.rank == 0:
+            (self.folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
 
     def write_assets(self, folder: Path) -> None:
         """What makes weights a model of Hugging Face's: config.json, tokenizer."""
@@ -304,25 +327,22 @@ class Trainer:
 
     def is_due(self, every: int) -> bool:
         """What happens every so many steps, if any, and after the last."""
-        return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
+        return self.step == self.steps or (every > 0 and self.step % every == 0)
 
-    def check_continuation(self) -> None:
-        """Raises UserError where going on in job.dump_folder would mix up two runs."""
-        if not self.config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
+    def go_on(self) -> None:
+        """Restores the run from its newest checkpoint. Raises UserError where going on would mix up two runs."""
+        before, now = recorded_model(self.checkpoint), (self.spec.decoder.vocab_size, self.spec.mask_token_id)
+        if before != now:
             raise UserError(
-                f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
+                f"{self.folder} was trained with a vocabulary of {before[0]} and mask token {before[1]}, and now they "
+                f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
             )
+        self.checkpointer.load(self.checkpoint)
         before, now = int(self.progress["rows"]), len(self.training_rows)
         if before != now:
             raise UserError(
                 f"{self.folder} was trained on {before} rows, and the data has {now}: "
                 "go on with the same data and training.seq_len, or choose another job.dump_folder"
-            )
-        before, now = int(self.progress["mask_token_id"]), self.spec.mask_token_id
-        if before != now:
-            raise UserError(
-                f"{self.folder} was trained with mask token {before}, and now it is {now}: "
-                f"go on with tidar.mask_token_id = {before}, or choose another job.dump_folder"
             )
 
     def announce(self) -> None:
@@ -336,6 +356,7 @@ class Trainer:
                 self.held_out_rows,
                 self.world.size,
                 self.micro_batches,
+                self.steps,
                 self.engine,
             )
         )
@@ -346,8 +367,8 @@ class Trainer:
         scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
         scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
         self.metrics.write(self.step, scalars)
-        seconds_left = (self.config.training.steps - self.step) * self.throughput.seconds_per_step
-        self.log(step_line(self.step, self.config.training.steps, scalars, seconds_left))
+        seconds_left = (self.steps - self.step) * self.throughput.seconds_per_step
+        self.log(step_line(self.step, self.steps, scalars, seconds_left))
         self.throughput.restart()
 
     def report_epoch(self) -> None:

@@ -118,7 +118,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             arguments: dict[str, Any] = {"metavar": _allowed(field), "help": text.replace("%", "%%")}
             if field.type is bool:
                 arguments |= {"nargs": "?", "const": "true"}
-            elif field.type == list[str]:
+            elif typing.get_origin(field.type) is list:
                 arguments |= {"nargs": "*"}
             group.add_argument(f"--{section.name}.{field.name}", **arguments)
     return parser
@@ -155,6 +155,8 @@ def _set(config: Config, full_name: str, value: Any, origin: str, from_text: boo
         value = _from_text(value, field.type)
     if field.type is float and type(value) is int:
         value = float(value)
+    if field.type == list[float] and isinstance(value, list):
+        value = [float(item) if type(item) is int else item for item in value]
     if not _is_allowed(value, field):
         raise UserError(f"{origin}{full_name} = {shown}: must be {_allowed(field)}")
     setattr(options, name, value)
@@ -165,6 +167,8 @@ def _from_text(text: Any, kind: Any) -> Any:
     try:
         if kind in (int, float):
             return kind(text)
+        if kind == list[float]:
+            return [float(item) for item in text]
     except ValueError:
         return text
     if kind is bool or typing.get_origin(kind) is typing.Literal:
@@ -176,15 +180,18 @@ def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
     if typing.get_origin(field.type) is typing.Literal:
         # `in` would take 1 for True
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(field.type))
-    if field.type == list[str]:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if type(value) is not field.type:
-        return False
+    if typing.get_origin(field.type) is list:
+        (kind,) = typing.get_args(field.type)
+        return isinstance(value, list) and all(type(item) is kind and _in_bounds(item, field) for item in value)
+    return type(value) is field.type and _in_bounds(value, field)
+
+
+def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
     minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
     if field.metadata["beside"] is not None and value == field.metadata["beside"]:
         return True
     return (
-        (field.type is not float or math.isfinite(value))
+        (type(value) is not float or math.isfinite(value))
         and (minimum is None or value >= minimum)
         and (maximum is None or value <= maximum)
         and (above is None or value > above)
@@ -194,7 +201,9 @@ def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
 def _allowed(field: dataclasses.Field) -> str:
     if typing.get_origin(field.type) is typing.Literal:
         return "|".join(_show(choice) for choice in typing.get_args(field.type))
-    words = {int: "integer", float: "number", bool: "true|false", str: "text"}.get(field.type, "list of texts")
+    words = {int: "integer", float: "number", bool: "true|false", str: "text", list[float]: "list of numbers"}.get(
+        field.type, "list of texts"
+    )
     minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
     if above is not None:
         words += f" > {above}"

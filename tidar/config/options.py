@@ -58,8 +58,26 @@ class Tidar:
 class Data:
     """Where the text comes from."""
 
-    source: str = option("python_source", "kind of corpus, one of those in tidar/data")
-    paths: list[str] = option([], "python_source: folders of .py files to add to the standard library")
+    source: str = option(
+        "python_source", "python_source, text, chat, gumiho, or prepared: folders of tidar.prepare_data"
+    )
+    paths: list[str] = option(
+        [], "files, folders or globs of the source (python_source: folders to add to the standard library)"
+    )
+    weights: list[float] = option([], "how often an epoch takes the documents of each path (default: once)", minimum=0)
+    tokenizer: str = option("", "local folder of a tokenizer, or bytes (default: that of the model's folder)")
+    text_field: str = option("text", "text: field of a record that holds the text")
+    prompt_field: str = option("", "chat: field of the prompt (default: prompt or question)")
+    response_field: str = option("", "chat: field of the response (default: response or answer)")
+    end_of_document: str = option(
+        "", "token that ends a document, or none (default: the tokenizer's end of text; chat: what the template has)"
+    )
+    end_is_target: bool = option(True, "whether the end of a document is to be predicted")
+    on_error: Literal["fail", "skip"] = option(
+        "fail", "a document that cannot be used: stop, or count and leave it out"
+    )
+    packing: bool = option(True, "pack documents into rows (false: one document a row, truncated and padded)")
+    long_documents: Literal["split", "drop"] = option("split", "documents longer than a row, where they are packed")
     num_workers: int = option(1, "background processes that prepare batches (0: none)", minimum=0)
 
 
@@ -76,6 +94,7 @@ class Training:
         beside=-1,
     )
     steps: int = option(1000, "optimizer steps of the run (0: only saves the first weights)", minimum=0)
+    epochs: float = option(0.0, "passes over the data, in place of steps (0: as training.steps says)", minimum=0)
     max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA)"
@@ -122,6 +141,8 @@ class Validation:
 
     enable: bool = option(True, "validate at all")
     freq: int = option(100, "steps between validations; one more comes at the end (0: only that one)", minimum=0)
+    paths: list[str] = option([], "data to validate on, as data.paths (default: a share of the training data)")
+    share: float = option(0.01, "share of the documents that is held out of training", minimum=0, maximum=0.5)
     steps: int = option(-1, "batches of a validation on each device (-1: all held-out rows)", minimum=1, beside=-1)
 
 

@@ -1,7 +1,7 @@
-"""Which rank sees which sample when, and batches made in the background."""
+"""Batches made in the background."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,58 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tidar.config import derive_seed
-from tidar.data.packing import EMPTY_ROW, PackedRows, Row
+from tidar.data.packing import PackedRows, Row
 from tidar.patterns import PADDING, ModelBatch, Pattern
-
-
-class TrainingOrder:
-    """The endless order of samples: every epoch holds each row once, shuffled by (seed, epoch).
-
-    Yields the rows of this rank's micro-batches, from sample number `first_sample` of the run on. An optimizer step
-    takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does not depend on how
-    these three make up their product: micro-batch m of rank r takes slice m * world_size + r.
-    """
-
-    def __init__(self, n_rows: int, seed: int, first_sample: int, local_batch_size: int, rank: int, world_size: int):
-        self.n_rows = n_rows
-        self.seed = seed
-        self.first_sample = first_sample
-        self.local_batch_size = local_batch_size
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, shuffled = -1, []
-        sample = self.first_sample + self.rank * self.local_batch_size
-        while True:
-            rows = []
-            for number in range(sample, sample + self.local_batch_size):
-                if number // self.n_rows != epoch:
-                    epoch = number // self.n_rows
-                    shuffled = self._shuffle(epoch)
-                rows.append(shuffled[number % self.n_rows])
-            yield rows
-            sample += self.local_batch_size * self.world_size
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-        return torch.randperm(self.n_rows, generator=generator).tolist()
-
-
-def validation_order(
-    n_rows: int, max_batches: int, local_batch_size: int, rank: int, world_size: int
-) -> list[list[int]]:
-    """Rows of this rank's validation batches: all in turn, or those of the first `max_batches` (-1: all).
-
-    Ranks get equally many batches of equal size, the last of them filled up with EMPTY_ROW.
-    """
-    stride = local_batch_size * world_size
-    n_batches = -(-n_rows // stride)
-    if max_batches != -1:
-        n_batches = min(n_batches, max_batches)
-    firsts = [batch * stride + rank * local_batch_size for batch in range(n_batches)]
-    return [[row if row < n_rows else EMPTY_ROW for row in range(first, first + local_batch_size)] for first in firsts]
 
 
 @dataclass

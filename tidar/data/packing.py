@@ -1,5 +1,10 @@
 """Documents packed into rows of seq_len tokens."""
 
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -8,59 +13,189 @@ from tidar.data.corpus import Corpus
 from tidar.patterns import PADDING
 
 EMPTY_ROW = -1
+# documents that are packed together; what a row needs to know of them stays small however many there are
+CHUNK_DOCUMENTS = 2**20
 
 Row = tuple[Tensor, Tensor, Tensor]  # tokens, document ids, loss mask, each [seq_len]
+Copies = Callable[[int, np.ndarray], np.ndarray]
+
+
+@dataclass
+class Packed:
+    """Rows of one chunk of a corpus: first those that a long document fills, then those of packed pieces.
+
+    first_row: its number in all rows. first_document: the chunk's first in the corpus. long_documents, long_ends:
+    documents longer than a row and, summed up, the rows that they fill. pieces: documents of the packed rows, in order,
+    counted from `first_document`. ends: where each packed row ends in `pieces`.
+    """
+
+    corpus: Corpus
+    first_row: int
+    first_document: int
+    long_documents: np.ndarray
+    long_ends: np.ndarray
+    pieces: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def n_long_rows(self) -> int:
+        return int(self.long_ends[-1]) if len(self.long_ends) else 0
 
 
 class PackedRows(Dataset[Row]):
-    """Rows of a corpus. A row is a sample, and its number the sample's id.
+    """Rows of corpora. A row is a sample, and its number the sample's id.
 
-    A document longer than a row is cut into full rows and a rest; rests and short documents are packed together, kept
-    whole. A piece of a document is a document of its own: nothing predicts its first token. Row EMPTY_ROW is padding.
+    Documents that fit are kept whole and packed together, by best fit, longest first. A longer one is cut into full
+    rows and a rest ("split"), or left out ("drop"); a piece of a document is a document of its own: nothing predicts
+    its first token. Without packing every document is a row, truncated. Row EMPTY_ROW is padding.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, padding_token_id: int):
-        self.corpus = corpus
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        seq_len: int,
+        padding_token_id: int = 0,
+        packing: bool = True,
+        long_documents: str = "split",
+        copies: Copies | None = None,
+    ):
+        """copies: how often each document is taken: (number of the corpus, numbers of documents `[n]`) -> `[n]`."""
         self.seq_len = seq_len
         self.padding_token_id = padding_token_id
-        self.rows = pack(corpus.offsets, seq_len)
+        self.packing = packing
+        self.chunks: list[Packed] = []
+        self.n_rows = self.n_documents = self.n_tokens = self.n_long = self.n_dropped = self.n_cut_tokens = 0
+        for number, corpus in enumerate(corpora):
+            for first in range(0, len(corpus), CHUNK_DOCUMENTS):
+                lengths = np.diff(corpus.offsets[first : first + CHUNK_DOCUMENTS + 1])
+                documents = np.flatnonzero(lengths)
+                if copies:
+                    documents = np.repeat(documents, copies(number, first + documents))
+                self._add(corpus, first, documents, lengths[documents], long_documents)
+        self.first_rows = [chunk.first_row for chunk in self.chunks]
+
+    def _add(self, corpus: Corpus, first: int, documents: np.ndarray, lengths: np.ndarray, long_documents: str) -> None:
+        is_long = lengths > self.seq_len
+        if self.packing and long_documents == "drop":
+            self.n_dropped += int(is_long.sum())
+            documents, lengths = documents[~is_long], lengths[~is_long]
+            is_long = np.zeros(len(documents), bool)
+        self.n_documents += len(documents)
+        self.n_long += int(is_long.sum())
+        if self.packing:
+            full_rows = np.where(is_long, lengths // self.seq_len, 0)
+            rests = lengths - full_rows * self.seq_len
+            self.n_tokens += int(lengths.sum())
+            with_rest = np.flatnonzero(rests)
+            rows = best_fit(rests[with_rest], self.seq_len)
+            # by row and, inside it, in the corpus' order
+            order = np.sort(rows << 32 | documents[with_rest])
+            pieces, ends = order & 0xFFFFFFFF, np.cumsum(np.bincount(rows))
+            long, long_ends = documents[is_long], np.cumsum(full_rows[is_long])
+        else:
+            pieces, ends = documents, np.arange(1, len(documents) + 1)
+            long, long_ends = documents[:0], documents[:0]
+            kept = np.minimum(lengths, self.seq_len)
+            self.n_tokens += int(kept.sum())
+            self.n_cut_tokens += int((lengths - kept).sum())
+        chunk = Packed(
+            corpus,
+            self.n_rows,
+            first,
+            long.astype(np.uint32),
+            long_ends,
+            pieces.astype(np.uint32),
+            ends.astype(np.uint32),
+        )
+        self.chunks.append(chunk)
+        self.n_rows += chunk.n_long_rows + len(chunk.ends)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.n_rows
 
     def __getitem__(self, row: int) -> Row:
         tokens = torch.full((self.seq_len,), self.padding_token_id)
         document_ids = torch.full((self.seq_len,), PADDING)
         loss_mask = torch.zeros(self.seq_len)
         filled = 0
-        for number, (start, length) in enumerate(() if row == EMPTY_ROW else self.rows[row]):
-            piece = slice(filled, filled + length)
-            tokens[piece] = self.corpus.tokens[start : start + length]
-            document_ids[piece] = number
-            loss_mask[piece] = 1 if self.corpus.loss_mask is None else self.corpus.loss_mask[start : start + length]
+        corpus, pieces = (None, []) if row == EMPTY_ROW else self.pieces(row)
+        for number, (start, length) in enumerate(pieces):
+            place = slice(filled, filled + length)
+            tokens[place], loss_mask[place] = corpus.read(start, length)
+            document_ids[place] = number
             filled += length
         return tokens, document_ids, loss_mask
 
+    def pieces(self, row: int) -> tuple[Corpus, list[tuple[int, int]]]:
+        """The corpus of a row, and where its pieces lie there: (first token, length)."""
+        chunk = self.chunks[bisect_right(self.first_rows, row) - 1]
+        offsets, seq_len = chunk.corpus.offsets, self.seq_len
+        row -= chunk.first_row
+        if row < chunk.n_long_rows:
+            number = int(np.searchsorted(chunk.long_ends, row, side="right"))
+            part = row - (int(chunk.long_ends[number - 1]) if number else 0)
+            document = chunk.first_document + int(chunk.long_documents[number])
+            return chunk.corpus, [(int(offsets[document]) + part * seq_len, seq_len)]
+        row -= chunk.n_long_rows
+        begin = int(chunk.ends[row - 1]) if row else 0
+        found = []
+        for piece in chunk.pieces[begin : int(chunk.ends[row])].tolist():
+            start, end = offsets[chunk.first_document + piece : chunk.first_document + piece + 2].tolist()
+            if not self.packing:
+                end = min(end, start + seq_len)
+            elif end - start > seq_len:
+                start = end - (end - start) % seq_len
+            found.append((start, end - start))
+        return chunk.corpus, found
 
-def pack(offsets: Tensor, seq_len: int) -> list[list[tuple[int, int]]]:
-    """Rows of (first token, length), by best fit, longest first: each rest goes to the row that it fills most.
 
-    offsets: `[documents + 1]`, where documents start and end.
+def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """The row of each piece: longest first, each to the row with the least space that still takes it.
+
+    lengths: `[pieces]`, 1 to seq_len. Returns `[pieces]` int64. Pieces of equal length are placed together, so that the
+    work grows with the number of different lengths and not with that of pieces.
     """
-    rows, rests = [], []
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
-        full_rows = (end - start) // seq_len
-        rows += [[(start + i * seq_len, seq_len)] for i in range(full_rows)]
-        if (end - start) % seq_len:
-            rests.append((start + full_rows * seq_len, (end - start) % seq_len))
-    open_rows: list[list[list]] = [[] for _ in range(seq_len + 1)]  # by the space that is left
-    for start, length in sorted(rests, key=lambda rest: -rest[1]):
-        space = next((space for space in range(length, seq_len + 1) if open_rows[space]), None)
-        if space is None:
-            rows.append([])
-            space = seq_len
-            open_rows[space].append(rows[-1])
-        row = open_rows[space].pop()
-        row.append((start, length))
-        open_rows[space - length].append(row)
+    order = np.sort((seq_len - lengths).astype(np.int64) << 32 | np.arange(len(lengths))) & 0xFFFFFFFF
+    counts = np.bincount(lengths, minlength=seq_len + 1).tolist()
+    rows = np.empty(len(lengths), np.int64)
+    n_rows = placed = 0
+    spaces: list[int] = []  # of the open rows, ascending
+    open_rows: dict[int, list[tuple[int, int]]] = {}  # by their space, runs of them: first row, number of rows
+
+    def put(length: int, each: int, first: int, n: int, space: int) -> None:
+        """`each` pieces into each of `n` rows, which have `space`."""
+        nonlocal placed
+        rows[order[placed : placed + n * each]] = np.repeat(np.arange(first, first + n), each)
+        placed += n * each
+        keep(first, n, space - each * length)
+
+    def keep(first: int, n: int, space: int) -> None:
+        if n and space:
+            if space not in open_rows:
+                open_rows[space] = []
+                insort(spaces, space)
+            open_rows[space].append((first, n))
+
+    for length in range(seq_len, 0, -1):
+        left = counts[length]
+        while left:
+            at = bisect_left(spaces, length)
+            if at == len(spaces):
+                space, each = seq_len, seq_len // length
+                first, n = n_rows, -(-left // each)
+                n_rows += n
+            else:
+                space, each = spaces[at], spaces[at] // length
+                first, n = open_rows[space].pop()
+                if not open_rows[space]:
+                    del open_rows[space], spaces[at]
+            # a row that has just taken one has the least space, and takes the next
+            full = min(n, left // each)
+            if full:
+                put(length, each, first, full, space)
+                left -= full * each
+            if full < n and left:
+                put(length, left, first + full, 1, space)
+                left, full = 0, full + 1
+            keep(first + full, n - full, space)
     return rows

@@ -1,43 +1,68 @@
-"""The embedded corpus: the Python files of the running interpreter's standard library, byte by byte.
+"""The embedded corpus: the Python files of the running interpreter's standard library.
 
-Real text on every machine, without a download. A token is a byte; 256 ends a document.
+Real text on every machine, without a download. Without a tokenizer, a token is a byte.
 """
 
 import os
 import sysconfig
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from tidar.config import UserError
-from tidar.data.corpus import Corpus, Vocabulary
-
-END_OF_DOCUMENT = 256
-VOCABULARY = Vocabulary(size=257, padding_token_id=END_OF_DOCUMENT)
+from tidar.data.corpus import BadDocument, Document
+from tidar.data.source import Part, Source, batched, divide_files
+from tidar.data.tokenizer import BytesTokenizer
 
 # installed packages are not the standard library, and test suites are there on some systems only
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-HELD_OUT_EVERY = 100
 
 
-def load(paths: list[str]) -> tuple[Corpus, Corpus]:
-    """Training and held-out documents: the standard library's files and those below `paths`, one in a hundred held out.
+class PythonSource(Source):
+    """The standard library's files and those of the folders in data.paths, one document each."""
 
-    Raises UserError for a path that is no folder, holds no .py file or cannot be read.
-    """
-    files = _find_files(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS)
-    for path in paths:
-        if not os.path.isdir(path):
-            raise UserError(f"data.paths: {path}: must be a folder that holds .py files")
-        added = _find_files(Path(path), {"__pycache__"})
-        if not added:
-            raise UserError(f"data.paths: {path}: holds no .py file")
-        files += added
-    files = list({file.resolve(): file for file in files}.values())  # folders may lie in each other
-    # counted from the end of each hundred, so that a corpus of fewer files still trains on some
-    held_out = files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    training = [file for i, file in enumerate(files) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-    return _tokenize(training), _tokenize(held_out)
+    needs_paths = False
+
+    def groups(self, paths: list[str]) -> list[str]:
+        return ["the standard library", *paths]
+
+    def parts(self, paths: list[str]) -> list[Part]:
+        groups = [_find_files(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS)]
+        for path in paths:
+            if not os.path.isdir(path):
+                raise UserError(f"data.paths: {path}: must be a folder that holds .py files")
+            added = _find_files(Path(path), {"__pycache__"})
+            if not added:
+                raise UserError(f"data.paths: {path}: holds no .py file")
+            groups.append(added)
+        parts, seen = [], set()
+        for group, files in enumerate(groups):
+            new = [file for file in files if file.resolve() not in seen]  # folders may lie in each other
+            seen |= {file.resolve() for file in new}
+            parts += divide_files(group, [str(file) for file in new])
+        return parts
+
+    def documents(self, part: Part) -> Iterator[Document | BadDocument]:
+        end = self.end_of_document(self.tokenizer.end_of_text)
+        if isinstance(self.tokenizer, BytesTokenizer):
+            for file in part.files:
+                yield self.finish(np.frombuffer(Path(file).read_bytes(), np.uint8), None, end)
+            return
+
+        def encode(texts: list[str]) -> list[Document]:
+            return [self.finish(tokens, None, end) for tokens in self.tokenizer.encode(texts)]
+
+        yield from batched(map(_read_text, part.files), encode, size=len)
+
+
+def _read_text(file: str) -> str | BadDocument:
+    try:
+        with tokenize.open(file) as text:  # in the encoding that its first lines name
+            return text.read()
+    except (SyntaxError, UnicodeDecodeError) as error:
+        return BadDocument(f"is not Python text ({error})")
 
 
 def _find_files(root: Path, skipped_folders: set[str]) -> list[Path]:
@@ -47,18 +72,3 @@ def _find_files(root: Path, skipped_folders: set[str]) -> list[Path]:
         subfolders[:] = sorted(set(subfolders) - skipped_folders)
         found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     return [file for file in found if file.is_file() and file.stat().st_size > 0]
-
-
-def _tokenize(files: list[Path]) -> Corpus:
-    documents = []
-    for file in files:
-        try:
-            content = bytearray(file.read_bytes())
-        except OSError as error:
-            raise UserError(f"data.paths: {file}: cannot be read ({error.strerror})") from None
-        documents.append(torch.frombuffer(content, dtype=torch.uint8).to(torch.int16))
-        documents.append(torch.tensor([END_OF_DOCUMENT], dtype=torch.int16))
-    lengths = torch.tensor([0] + [len(document) + 1 for document in documents[::2]])
-    # torch.cat takes no empty list
-    tokens = torch.cat([torch.empty(0, dtype=torch.int16), *documents])
-    return Corpus(tokens, offsets=lengths.cumsum(0))

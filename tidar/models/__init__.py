@@ -1,14 +1,15 @@
 """One decoder for the Qwen family, its sizes and first values, attention backends, Hugging Face weights in and out."""
 
 from tidar.models.attention import Mask, MaskBuilder, attention, resolve_backend
+from tidar.models.checkpoint_files import CheckpointReader
 from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
 from tidar.models.initialize import initialize
 from tidar.models.sizes import size_config
-from tidar.models.spec import ASSETS, ModelSpec, resolve_model
+from tidar.models.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
 from tidar.models.weights import (
-    DistributedCheckpoint,
+    StepFolder,
     check_weights,
     fill_new_rows,
     from_pretrained,
@@ -18,9 +19,10 @@ from tidar.models.weights import (
 
 __all__ = [
     "ASSETS",
+    "CheckpointReader",
     "Decoder",
     "DecoderConfig",
-    "DistributedCheckpoint",
+    "StepFolder",
     "Mask",
     "MaskBuilder",
     "ModelSpec",
@@ -33,6 +35,8 @@ __all__ = [
     "load_weights",
     "open_weights",
     "read_config_json",
+    "read_model",
+    "recorded_model",
     "resolve_backend",
     "resolve_model",
     "size_config",

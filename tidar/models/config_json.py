@@ -37,8 +37,9 @@ def decoder_config(options: dict[str, Any], origin: str = "config.json") -> Deco
     """
     read = _Reader(options, origin)
     family = options.get("model_type")
-    architectures = options.get("architectures") or [ARCHITECTURES.get(family)]
-    if family not in ARCHITECTURES or architectures != [ARCHITECTURES[family]]:
+    expected = ARCHITECTURES.get(family) if isinstance(family, str) else None
+    architectures = options.get("architectures") or [expected]
+    if not expected or architectures != [expected]:
         supported = " and ".join(f"{name} ({kind})" for kind, name in ARCHITECTURES.items())
         raise UserError(
             f"{origin}: model_type = {family}, architectures = {json.dumps(architectures)}: "
@@ -89,16 +90,16 @@ class _Reader:
         self.options = options
         self.origin = origin
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
         value = self._get(name, default)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be an integer >= 1")
+        if type(value) is not int or value < minimum:
+            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be an integer >= {minimum}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, above: float = 0) -> float:
         value = self._get(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be a number > 0")
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be a number > {above}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -116,12 +117,14 @@ class _Reader:
 
 def _refuse_sliding_windows(options: dict[str, Any], n_layers: int, origin: str) -> None:
     types = options.get("layer_types") or []
+    if not isinstance(types, list):
+        raise UserError(f"{origin}: layer_types = {json.dumps(types)}: must be a list")
     windowed = [kind for kind in types if kind != "full_attention"]
     if windowed:
         raise UserError(f"{origin}: layer_types has {json.dumps(windowed[0])}: only full_attention is supported")
     if types or not options.get("use_sliding_window") or options.get("sliding_window", 4096) is None:
         return
-    first_windowed = options.get("max_window_layers", 28)
+    first_windowed = _Reader(options, origin).integer("max_window_layers", 28, minimum=0)
     if first_windowed < n_layers:
         raise UserError(
             f"{origin}: use_sliding_window = true: layers from {first_windowed} on would have a window; "
@@ -133,15 +136,21 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
     """Base and scaling of the rotary positions, from `rope_parameters` or, older, `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if options.get("rope_parameters") else "rope_scaling"
     parameters = options.get(name) or {}
+    if options.get("rope_scaling") not in (None, {}, parameters):
+        raise UserError(f"{origin}: rope_parameters and rope_scaling are both there and differ: leave one out")
     if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
         raise UserError(f"{origin}: {name}: must be one set of parameters for all layers")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default" and parameters.get("factor", 1) != 1:
+        raise UserError(f"{origin}: {name} = {json.dumps(parameters)}: has a factor, but no rope_type")
     if kind not in ("default", "linear", "yarn"):
         raise UserError(f"{origin}: {name} = {json.dumps(parameters)}: supported are default, linear and yarn")
     for place in (options, parameters):
         if place.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{origin}: partial_rotary_factor = {place['partial_rotary_factor']}: only 1 is supported")
-    theta = _Reader({"rope_theta": options.get("rope_theta"), **parameters}, origin).number("rope_theta", 10000.0)
+    theta = _Reader({"rope_theta": options.get("rope_theta"), **parameters}, origin).number(
+        "rope_theta", 10000.0, above=1
+    )
     if kind == "default":
         return theta, None
     read = _Reader(parameters, f"{origin}: {name}")
@@ -149,7 +158,7 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        usual = _magnitude(factor, parameters["mscale"]) / _magnitude(factor, parameters["mscale_all_dim"])
+        usual = _magnitude(factor, read.number("mscale")) / _magnitude(factor, read.number("mscale_all_dim"))
     else:
         usual = _magnitude(factor, 1.0)
     name = "original_max_position_embeddings"

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tidar.config import UserError
 from tidar.models.weights import published_name
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -21,43 +23,43 @@ def write_huggingface_folder(
     folder: Path,
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Iterable[Tensor]],
     write_assets: Callable[[Path], None],
-    writes: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes an exported model: beside `folder` first, which it replaces when it is whole.
+    """Writes an exported model. What bears a final name in `folder`, which may be there and be empty, is whole.
 
-    shapes: of the decoder's parameters by name. read: the whole tensor of a name; it is asked for one at a time, and
-    no more than one is held. write_assets: makes the folder with all but the weights. writes: false on ranks that take
-    part only because `read` needs all of them.
+    shapes: of the decoder's parameters by name. read: the rows of a tensor, in one piece or in several, none of which
+    is held longer than it takes to write it. write_assets: makes a folder with all but the weights. Raises OSError
+    where it cannot be written, and UserError for a value that `dtype` cannot hold.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    if writes:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        write_assets(partial)
-        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    folder = folder.resolve()
+    into = folder if folder.exists() else folder.parent
+    into.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=into))
     try:
+        written = partial / "model"
+        write_assets(written)
+        config = json.loads((written / "config.json").read_text(encoding="utf-8"))
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         files = _divide(shapes, dtype, max_shard_bytes)
         for file, names in files.items():
-            _write_safetensors(partial / file if writes else None, {name: shapes[name] for name in names}, dtype, read)
-        if writes:
-            index = {
-                "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
-                "weight_map": {published_name(name): file for file, names in files.items() for name in names},
-            }
-            path = partial / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-    except BaseException:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+            _write_safetensors(written / file, {name: shapes[name] for name in names}, dtype, read)
+        index = {
+            "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
+            "weight_map": {published_name(name): file for file, names in files.items() for name in names},
+        }
+        path = written / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            # without config.json, which comes last, nothing takes it for a model
+            for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(written, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[str]]:
@@ -77,13 +79,9 @@ def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: 
 
 
 def _write_safetensors(
-    path: Path | None, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Tensor]
+    path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Iterable[Tensor]]
 ) -> None:
     """One file: the length of its header, the header, the tensors. The library wants them all in memory at one time."""
-    if path is None:
-        for name in shapes:
-            read(name)
-        return
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -97,5 +95,8 @@ def _write_safetensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            tensor = read(name).to(dtype).contiguous()
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            for rows in read(name):
+                converted = rows.to(dtype).contiguous()
+                if dtype == torch.float16 and not converted.isfinite().equal(rows.isfinite()):
+                    raise UserError(f"{published_name(name)}: has values that float16 cannot hold; export bfloat16")
+                file.write(memoryview(converted.flatten().view(torch.uint8).numpy()))

@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class ModelSpec:
     """options: the model's config.json. decoder: what it describes.
-    tokenizer: folder that holds the tokenizer's files, None where there is none.
+    folder: where a generation_config.json may lie. tokenizer: folder that holds the tokenizer's files. None: no folder.
     used_rows: ids below it belong to tokens; those from it on are free rows of the embedding.
     mask_token_id, mask_row_is_trained: the mask token, and whether its row is one that must not be overwritten.
     vocab_size_before: rows of the embedding that config.json knows, fewer than `decoder.vocab_size` where it has grown.
@@ -37,6 +37,7 @@ class ModelSpec:
 
     options: dict[str, Any]
     decoder: DecoderConfig
+    folder: Path | None
     tokenizer: Path | None
     used_rows: int
     mask_token_id: int
@@ -49,48 +50,80 @@ class ModelSpec:
         tidar: what config.json keeps of the method, beside the mask token.
         """
         folder.mkdir()
-        tidar = {**self.options.get("tidar", {}), **tidar, "mask_token_id": self.mask_token_id}
+        tidar = {**(self.options.get("tidar") or {}), **tidar, "mask_token_id": self.mask_token_id}
         if self.vocab_size_before < self.decoder.vocab_size:
             tidar["vocab_size_before_mask_token"] = self.vocab_size_before
         options = {**self.options, "vocab_size": self.decoder.vocab_size, "tidar": tidar}
         (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if self.tokenizer and (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, folder / name)
+        files = [self.tokenizer / name for name in TOKENIZER_FILES] if self.tokenizer else []
+        files += [self.folder / "generation_config.json"] if self.folder else []
+        for file in files:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         if not (folder / "generation_config.json").exists():
             ends = {name: options[name] for name in ("bos_token_id", "eos_token_id") if options.get(name) is not None}
             text = json.dumps({"_from_model_config": True, **ends}, indent=2) + "\n"
             (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
-def resolve_model(config: Config, data_ids: int) -> ModelSpec:
-    """The model that model.hf_path or else model.name describes, with the mask token of tidar.mask_token_id.
+@dataclass(frozen=True)
+class ModelFiles:
+    """The folders that describe a model, checked, before anything in them but config.json is read.
 
-    data_ids: number of token ids that the data may hold. Raises UserError for a model that is not supported, one that
-    is not that of checkpoint.initial_load_path, and a mask token without a row.
+    options: the model's config.json. origin: names it in messages. folder: the model's, None for a size by name.
+    start_options, start_folder: those of checkpoint.initial_load_path, where it has a config.json of its own.
+    tokenizer: folder of the tokenizer: data.tokenizer, the model's or that of the first weights.
+    """
+
+    options: dict[str, Any]
+    origin: str
+    folder: Path | None
+    start_options: dict[str, Any]
+    start_folder: Path | None
+    tokenizer: str | None
+
+
+def read_model(config: Config) -> ModelFiles:
+    """What model.hf_path, or else model.name, and checkpoint.initial_load_path say of the model.
+
+    Raises UserError as `decoder_config` does.
     """
     folder = Path(config.model.hf_path) if config.model.hf_path else None
     origin = str(folder / "config.json") if folder else f"model.name = {config.model.name}"
     options = read_config_json(folder) if folder else size_config(config.model.name)
-    start_folder = _config_folder(Path(config.checkpoint.initial_load_path)) if _starts_elsewhere(config) else None
-    start_options = read_config_json(start_folder) if start_folder else options
-    tokenizer = next((place for place in (folder, start_folder) if place and _tokenizer_files(place)), None)
+    start_folder = None
+    if config.checkpoint.initial_load_path not in ("", config.model.hf_path):
+        start_folder = _config_folder(Path(config.checkpoint.initial_load_path))
+    start_options = read_config_json(start_folder) if start_folder else {}
+    for place, where in ((options if folder else {}, origin), (start_options, str(start_folder) + "/config.json")):
+        if place:
+            decoder_config(place, where)
+            _recorded_mask_token(place, where)
+    folders = [str(place) for place in (folder, start_folder) if place and _tokenizer_files(place)]
+    named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
+    return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
 
-    vocab_size = options.get("vocab_size")
-    if tokenizer:
-        used_rows = tokenizer_size(tokenizer)
+
+def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenizer_size: int | None) -> ModelSpec:
+    """The model that files describe, with the mask token `mask_token_id`; -1: the first id after the tokenizer's last.
+
+    data_ids: number of token ids that the data may hold. tokenizer_size: ids of the tokenizer in `files.tokenizer`.
+    Raises UserError for a model that is not that of checkpoint.initial_load_path, and a mask token without a row.
+    """
+    vocab_size = files.options.get("vocab_size")
+    if tokenizer_size:
+        used_rows = tokenizer_size
     else:
-        used_rows = TOKENIZER_SIZES.get(options.get("model_type"), 0)
+        used_rows = TOKENIZER_SIZES[files.options["model_type"]]
         if not vocab_size or used_rows >= vocab_size:
             used_rows = data_ids  # nothing is known of the model's tokens but those of the data
     if not vocab_size:
         vocab_size = used_rows + 1
-    decoder = decoder_config({**options, "vocab_size": vocab_size}, origin)
-    if start_folder:
-        _check_same_model(decoder, start_options, start_folder)
-
-    recorded = [place["tidar"].get("mask_token_id") for place in (start_options, options) if place.get("tidar")]
-    mask_token_id = config.tidar.mask_token_id
+    decoder = decoder_config({**files.options, "vocab_size": vocab_size}, files.origin)
+    if files.start_folder:
+        _check_same_model(decoder, files.start_options, files.start_folder)
+    recorded = [_recorded_mask_token(place, "") for place in (files.start_options, files.options)]
+    recorded = [number for number in recorded if number is not None]
     if mask_token_id == -1:
         mask_token_id = recorded[0] if recorded else used_rows
         if mask_token_id >= vocab_size:
@@ -100,9 +133,10 @@ def resolve_model(config: Config, data_ids: int) -> ModelSpec:
             f"tidar.mask_token_id = {mask_token_id}: must be from 0 to {vocab_size - 1}, a row of the embedding"
         )
     return ModelSpec(
-        options=options,
+        options=files.options,
         decoder=decoder,
-        tokenizer=tokenizer,
+        folder=files.folder or files.start_folder,
+        tokenizer=Path(files.tokenizer) if files.tokenizer else None,
         used_rows=min(used_rows, vocab_size),
         mask_token_id=mask_token_id,
         mask_row_is_trained=mask_token_id < used_rows or mask_token_id in recorded,
@@ -110,23 +144,26 @@ def resolve_model(config: Config, data_ids: int) -> ModelSpec:
     )
 
 
-def tokenizer_size(folder: Path) -> int:
-    """One more than the last token id of the tokenizer in `folder`. Raises UserError where it cannot be read."""
-    from transformers import AutoTokenizer  # takes seconds, and most runs of the debug model need none
-
-    try:
-        return max(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab().values()) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+def recorded_model(step: Path) -> tuple[int, int]:
+    """Vocabulary and mask token of the model in a step's folder. Raises UserError where its config.json is damaged."""
+    options = read_config_json(step / ASSETS)
+    origin = str(step / ASSETS / "config.json")
+    return decoder_config(options, origin).vocab_size, _recorded_mask_token(options, origin)
 
 
-def _starts_elsewhere(config: Config) -> bool:
-    return config.checkpoint.initial_load_path not in ("", config.model.hf_path)
+def _recorded_mask_token(options: dict[str, Any], origin: str) -> int | None:
+    """The mask token that a config.json keeps where TiDAR has trained the model."""
+    tidar = options.get("tidar") or {}
+    number = tidar.get("mask_token_id") if isinstance(tidar, dict) else tidar
+    if number is not None and not (type(number) is int and 0 <= number < options["vocab_size"]):
+        raise UserError(f"{origin}: tidar = {json.dumps(tidar)}: must keep a mask_token_id below vocab_size")
+    return number
 
 
 def _config_folder(path: Path) -> Path | None:
-    """Where the config.json of weights at `path` lies: a Hugging Face folder's own, or that kept in a step's folder."""
-    return next((place for place in (path, path / ASSETS) if (place / "config.json").is_file()), None)
+    """Where the config.json of weights at `path` lies: in a Hugging Face or a step's folder, or beside a file."""
+    places = (path.parent,) if path.is_file() else (path, path / ASSETS)
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def _tokenizer_files(folder: Path) -> bool:

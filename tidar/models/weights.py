@@ -1,19 +1,18 @@
 """Weights in: from Hugging Face folders, 16-bit state dicts and distributed checkpoints, straight into shards."""
 
 import json
-import warnings
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tidar.config import UserError
+from tidar.models.checkpoint_files import CheckpointTensors
 from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder
 from tidar.models.spec import ASSETS, ModelSpec
@@ -35,20 +34,24 @@ class SafetensorsFolder:
         """Raises UserError for an index or file that is missing, damaged or contradicts the other."""
         self.path = folder
         index = folder / "model.safetensors.index.json"
-        weight_map = _read_index(index) if index.is_file() else None
+        # one whole file comes before an index, as transformers reads them
+        weight_map = _read_index(index) if index.is_file() and not (folder / "model.safetensors").is_file() else None
         files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
         self.slices = {}
+        held: dict[str, str] = {}
         for file in files:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing" + (f"; {index.name} names it" if weight_map else ""))
             try:
                 handle = safe_open(folder / file, framework="pt")
-                self.slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+                names = list(handle.keys())
+                self.slices |= {name: handle.get_slice(name) for name in names}
+                held |= dict.fromkeys(names, file)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / file}: is not a whole safetensors file ({error})") from None
-        for name in weight_map or ():
-            if name not in self.slices:
-                raise UserError(f"{folder / weight_map[name]}: misses {name}, which {index.name} says it holds")
+        for name, file in (weight_map or {}).items():
+            if held.get(name) != file:
+                raise UserError(f"{folder / file}: misses {name}, which {index.name} says it holds")
         self.shapes = {name: tuple(part.get_shape()) for name, part in self.slices.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -71,9 +74,10 @@ class StateDictFile:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: is not a state dict that can be read safely ({reason})") from None
         if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            for name, tensor in tensors.items()
         ):
-            raise UserError(f"{path}: must be a state dict: tensors by name, saved with torch.save")
+            raise UserError(f"{path}: must be a state dict: dense tensors by name, saved with torch.save")
         embedding = published_name("embed_tokens.weight")
         prefix = next((name.removesuffix(embedding) for name in tensors if name.endswith(embedding)), "")
         self.tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -84,30 +88,33 @@ class StateDictFile:
         return self.tensors[name][start:stop]
 
 
-class DistributedCheckpoint:
-    """The model in a folder of torch.distributed.checkpoint."""
+class StepFolder:
+    """The model in a step's folder of a run."""
 
     def __init__(self, folder: Path):
         self.path = folder
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        self.shapes = {
-            published_name(name.removeprefix("model.")): tuple(value.size)
-            for name, value in saved.items()
+        self.tensors = CheckpointTensors(folder)
+        self.names = {
+            published_name(name.removeprefix("model.")): name
+            for name in self.tensors.shapes
             if name.startswith("model.")
         }
+        self.shapes = {name: self.tensors.shapes[saved] for name, saved in self.names.items()}
 
-    def load(self, parameters: dict[str, Tensor]) -> None:
-        """Fills parameters by name, of any dtype; sharded ones with all ranks together, plain ones alone."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(
-                {f"model.{name}": tensor for name, tensor in parameters.items()},
-                checkpoint_id=self.path,
-                no_dist=not dist.is_initialized(),
-            )
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, read from the files."""
+        return self.tensors.rows(self.names[name], start, stop)
+
+    def pieces(self, parameter: str) -> Iterator[Tensor]:
+        """All rows of a parameter of the decoder, a few at a time."""
+        name = published_name(parameter)
+        n_rows, *row = self.shapes[name]
+        length = max(1, PIECE_BYTES // (4 * math.prod(row)))
+        for start in range(0, n_rows, length):
+            yield self.rows(name, start, min(start + length, n_rows))
 
 
-Weights = SafetensorsFolder | StateDictFile | DistributedCheckpoint
+Weights = SafetensorsFolder | StateDictFile | StepFolder
 
 
 def open_weights(path: str) -> Weights | None:
@@ -118,10 +125,10 @@ def open_weights(path: str) -> Weights | None:
     place = Path(path)
     if place.is_file():
         return StateDictFile(place)
-    if (place / ".metadata").is_file():
-        return DistributedCheckpoint(place)
     if any(place.glob("*.safetensors*")):
         return SafetensorsFolder(place)
+    if (place / ".metadata").is_file():
+        return StepFolder(place)
     if (place / "pytorch_model.bin").is_file():
         return StateDictFile(place / "pytorch_model.bin")
     others = [file.name for end in ("bin", "index.json", "pt", "pth", "gguf") for file in place.glob(f"*.{end}")]
@@ -168,11 +175,7 @@ def load_weights(model: Decoder, weights: Weights, vocab_size: int | None = None
     differs from the embedding where the two are tied.
     """
     vocab_size = check_weights(weights, model, vocab_size)
-    parameters = dict(model.named_parameters())
-    if isinstance(weights, DistributedCheckpoint):
-        weights.load({name: tensor.detach() for name, tensor in parameters.items()})
-        return vocab_size
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         for local, start in _pieces(parameter, vocab_size if name in VOCABULARY_ROWS else parameter.shape[0]):
             rows = weights.rows(published_name(name), start, start + len(local))
             if rows.dtype not in FLOAT_TYPES:

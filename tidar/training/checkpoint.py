@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tidar.config import UserError
 from tidar.distributed import World
-from tidar.models import ASSETS
+from tidar.models import ASSETS, CheckpointReader
 from tidar.training.optimizer import state_tensors
 
 
@@ -60,8 +60,8 @@ class Checkpointer:
             os.replace(partial, final)
         dist.barrier(self.group)
 
-    def load_latest(self) -> Path | None:
-        """Restores the newest checkpoint and returns its folder, or None where there is none.
+    def newest(self) -> Path | None:
+        """Folder of the newest checkpoint, None where there is none.
 
         Raises UserError where a rank does not find what rank 0 found.
         """
@@ -75,12 +75,16 @@ class Checkpointer:
         dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
         if not found:
             raise UserError(f"{path}: is not on all nodes; job.dump_folder must be one that they share")
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        return path
+
+    def load(self, path: Path) -> None:
+        """Restores everything from a checkpoint's folder."""
+        reader = CheckpointReader(path)
+        saved = reader.read_metadata().state_dict_metadata
         # on other devices nothing of it is there: what a step computes does not depend on it, so it starts fresh
         random_state = {name: tensor for name, tensor in self._random_state().items() if name in saved}
-        dcp.load(self._state() | random_state, checkpoint_id=path, process_group=self.group)
+        dcp.load(self._state() | random_state, storage_reader=reader, process_group=self.group)
         self._set_random_state(random_state)
-        return path
 
     def _state(self) -> dict[str, Tensor]:
         """By name, the tensors that are saved or loaded into."""

@@ -17,22 +17,27 @@ def summarize(
     held_out_rows: PackedRows,
     world_size: int,
     micro_batches: int,
+    steps: int,
     engine: str,
 ) -> str:
     """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states. engine: how it computes."""
-    seq_len, steps = config.training.seq_len, config.training.steps
+    seq_len = config.training.seq_len
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = config.training.local_batch_size * micro_batches * world_size
     row = torch.zeros(1, seq_len, dtype=torch.long)
     batch = pattern.layout(row, row, torch.ones_like(row))
     flops = batch_flops(model.config, batch, pattern.allowed_pairs(torch.tensor([seq_len])))
-    document_tokens = len(training_rows.corpus.tokens)
-    padding = 1 - document_tokens / (len(training_rows) * seq_len)
+    padding = 1 - training_rows.n_tokens / (len(training_rows) * seq_len)
+    long = training_rows.n_long / max(training_rows.n_documents, 1)
+    long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
+    if training_rows.n_dropped:
+        long_documents = f"{training_rows.n_dropped:,} long documents dropped"
     name = config.model.hf_path or config.model.name
     lines = {
         "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",
-        "data": f"{config.data.source}, {document_tokens:,} tokens in {len(training_rows):,} rows of {seq_len} "
-        f"({padding:.2%} padding), {len(held_out_rows):,} rows held out",
+        "data": f"{config.data.source}, {training_rows.n_tokens:,} tokens of {training_rows.n_documents:,} documents "
+        f"in {len(training_rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
+        f"{len(held_out_rows):,} rows held out",
         "pattern": f"{config.tidar.pattern}, blocks of {config.tidar.block_size}, "
         f"{batch.input_ids.numel()} model positions a row",
         "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "

@@ -1,0 +1,46 @@
+"""Chats: records of messages, ShareGPT conversations, or prompts and responses, rendered with the chat template."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tidar.config import UserError
+from tidar.config.options import Data
+from tidar.data.chat_template import conversation, encode_chats
+from tidar.data.corpus import BadDocument, Document
+from tidar.data.source import Part, batched
+from tidar.data.text import RecordSource
+from tidar.data.tokenizer import Tokenizer
+
+
+class Chat(RecordSource):
+    """What the assistant says, with the token that ends its turn, is to be predicted; nothing else is."""
+
+    def __init__(self, options: Data, tokenizer: Tokenizer | None):
+        super().__init__(options, tokenizer)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"data.tokenizer = {self.tokenizer.name}: has no chat template, which chats need")
+
+    def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
+        end = self.end_of_document(None)  # the template ends turns, and so the last one
+
+        def encode(chats: list) -> list[Document | BadDocument]:
+            return [
+                chat if isinstance(chat, BadDocument) else self.finish(np.array(chat[0]), np.array(chat[1], bool), end)
+                for chat in encode_chats(self.tokenizer.backend, chats)
+            ]
+
+        def size(messages: list) -> int:
+            return sum(len(message["content"]) for message in messages)
+
+        yield from batched(self._conversations(part), encode, size)
+
+    def _conversations(self, part: Part) -> Iterator[list | BadDocument | None]:
+        for record in self.records(part):
+            if record is None or isinstance(record, BadDocument):
+                yield record
+                continue
+            try:
+                yield conversation(record, self.options.prompt_field, self.options.response_field)
+            except BadDocument as error:
+                yield error

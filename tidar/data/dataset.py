@@ -1,0 +1,211 @@
+"""The data of a run: from the options of [data] and [validation] to rows to train on and rows held out."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tidar.config import Config, UserError, derive_seed
+from tidar.config.options import Data
+from tidar.data.chat import Chat
+from tidar.data.corpus import Corpus
+from tidar.data.gumiho import Gumiho
+from tidar.data.order import held_out_documents
+from tidar.data.packing import PackedRows
+from tidar.data.preparation import Progress, is_prepared, plan, prepare
+from tidar.data.python_source import PythonSource
+from tidar.data.source import Source
+from tidar.data.text import Text
+from tidar.data.tokenizer import BytesTokenizer, Tokenizer
+
+SOURCES: dict[str, type[Source]] = {"python_source": PythonSource, "text": Text, "chat": Chat, "gumiho": Gumiho}
+
+
+@dataclass
+class Dataset:
+    """training, validation: prepared corpora; without any of the latter a share of the first is held out.
+    n_ids: token ids that the data may hold are below it. padding_token_id: fills rows, and is never seen.
+    """
+
+    training: list[Corpus]
+    validation: list[Corpus]
+    n_ids: int
+    padding_token_id: int
+
+
+def data_tokenizer(options: Data, model_tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The model's, unless data.tokenizer says bytes; bytes for python_source where the model has none."""
+    if options.tokenizer == "bytes" or (model_tokenizer is None and options.source == "python_source"):
+        return BytesTokenizer()
+    return model_tokenizer
+
+
+def make_source(options: Data, tokenizer: Tokenizer | None) -> Source:
+    """The source of data.source. Raises UserError for an unknown one, and for options that it cannot serve."""
+    if options.source not in SOURCES:
+        raise UserError(f"data.source = {options.source}: must be one of {', '.join(SOURCES)}, prepared")
+    source = SOURCES[options.source]
+    if source.needs_paths and not options.paths:
+        raise UserError(f"data.paths: is empty: data.source = {options.source} needs files or folders")
+    return source(options, tokenizer)
+
+
+def load_data(config: Config, tokenizer: Tokenizer | None) -> Dataset:
+    """The corpora of a run, memory-mapped. What is not prepared yet, rank 0 prepares in job.dump_folder/data.
+
+    Raises UserError for bad options or documents, and for a prepared folder made with another tokenizer.
+    """
+    options, validation_paths = config.data, config.validation.paths if config.validation.enable else []
+    if options.source == "prepared":
+        if not options.paths:
+            raise UserError("data.paths: is empty: data.source = prepared needs folders of tidar.prepare_data")
+        training, validation = (
+            [Corpus.open(Path(path)) for path in paths] for paths in (options.paths, validation_paths)
+        )
+        for path, corpus in zip([*options.paths, *validation_paths], training + validation):
+            _check_tokenizer(path, corpus, tokenizer)
+    else:
+        source = make_source(options, tokenizer)
+        folder = Path(config.job.dump_folder) / "data"
+        training = [_prepare_for_run(source, options.paths, folder / "training")]
+        validation = [_prepare_for_run(source, validation_paths, folder / "validation")] if validation_paths else []
+    if not any(len(corpus.tokens) for corpus in training):
+        raise UserError(f"data.source = {options.source}: holds no documents to train on")
+    recorded = [corpus.meta["tokenizer"]["size"] for corpus in training + validation if corpus.meta.get("tokenizer")]
+    largest = max(len(corpus.counts) for corpus in training + validation)
+    end = tokenizer.end_of_text if tokenizer else None
+    return Dataset(training, validation, max([largest, *recorded]), end or 0)
+
+
+def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
+    """Rows to train on and rows held out: those of the validation corpora, or of a share of the documents.
+
+    Raises UserError for weights that do not fit, and where one of the two is empty.
+    """
+    options, validation, training = config.data, config.validation, config.training
+    weights = _weights_by_document_group(options, data.training)
+    share = 0.0 if data.validation or not validation.enable else validation.share
+    firsts = np.cumsum([0, *(len(corpus) for corpus in data.training)])
+    held_out = held_out_documents(int(firsts[-1]), share, training.seed)
+
+    def is_held_out(corpus: int, documents: np.ndarray) -> np.ndarray:
+        documents = documents + firsts[corpus]
+        return held_out[np.searchsorted(held_out, documents).clip(max=len(held_out) - 1)] == documents
+
+    def copies(corpus: int, documents: np.ndarray) -> np.ndarray:
+        taken = ~is_held_out(corpus, documents) if len(held_out) else np.ones(len(documents), bool)
+        if weights is None:
+            return taken
+        ends, weight = weights[corpus]
+        weight = weight[np.searchsorted(ends, documents, side="right")]
+        # the share of a document that is left over, it is taken by a draw of its own
+        draws = _draw(documents + firsts[corpus], training.seed)
+        return taken * (weight.astype(np.int64) + (draws < weight % 1))
+
+    rows = {"seq_len": training.seq_len, "padding_token_id": data.padding_token_id}
+    rows |= {"packing": options.packing, "long_documents": options.long_documents}
+    train_rows = PackedRows(data.training, **rows, copies=copies if len(held_out) or weights else None)
+    if data.validation or not len(held_out):
+        validation_rows = PackedRows(data.validation, **rows)
+    else:
+        validation_rows = PackedRows(data.training, **rows, copies=is_held_out)
+    if not len(train_rows):
+        raise UserError(f"data.source = {options.source}: holds no documents to train on")
+    if validation.enable and not len(validation_rows):
+        raise UserError(
+            f"validation.enable = true: validation.share = {validation.share} of the documents holds none; "
+            "raise it, name validation.paths, or validate not at all"
+        )
+    return train_rows, validation_rows
+
+
+def check_token_ids(data: Dataset, vocab_size: int, mask_token_id: int, mask_is_explicit: bool) -> str | None:
+    """Raises UserError for a token without a row in the embedding, and for the mask token where it stands in the data.
+
+    Where tidar.mask_token_id named it, the mask token may stand there: the warning returned then says how often.
+    """
+    corpora = data.training + data.validation
+    largest = max(len(corpus.counts) for corpus in corpora) - 1
+    if largest >= vocab_size:
+        raise UserError(f"data: holds the token {largest}, but the model's embedding has {vocab_size} rows")
+    masks = sum(int(corpus.counts[mask_token_id]) for corpus in corpora if mask_token_id < len(corpus.counts))
+    if not masks:
+        return None
+    text = f"tidar.mask_token_id = {mask_token_id}: stands {masks:,} times in the data"
+    if not mask_is_explicit:
+        raise UserError(f"{text}; name a token that does not, or this one to train all the same")
+    return f"warning: {text}, where the model cannot tell it from a masked position"
+
+
+def progress_printer() -> Callable[[Progress], None]:
+    """Shows on stderr how far a preparation is: a line that is written over on a terminal, else one now and then."""
+    last = time.perf_counter()
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        done = progress.parts == progress.all_parts
+        if time.perf_counter() - last < (0.2 if sys.stderr.isatty() else 10) and not done:
+            return
+        last = time.perf_counter()
+        rate = progress.tokens / max(progress.seconds, 1e-9)
+        filled = 24 * progress.parts // progress.all_parts
+        text = f"preparing data [{'#' * filled}{'.' * (24 - filled)}] {progress.parts}/{progress.all_parts} parts, "
+        text += f"{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:,.0f} tokens/s"
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="\n" if done else "", file=sys.stderr, flush=True)
+        elif progress.seconds > 10 or not done:
+            print(text, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _prepare_for_run(source: Source, paths: list[str], folder: Path) -> Corpus:
+    """A prepared corpus in the run's own folder, which rank 0 makes and the others wait for."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        # bytes are read faster than a process starts
+        processes = 1 if isinstance(source.tokenizer, BytesTokenizer) else os.cpu_count() or 1
+        prepare(source, make_source, paths, folder, processes, progress_printer())
+    else:
+        wanted = plan(source, source.parts(paths), paths)
+        waited = 0.0
+        while not is_prepared(folder, wanted):
+            time.sleep(0.2)
+            waited += 0.2
+            if abs(waited - 60) < 0.1:
+                print(f"rank {rank} waits for rank 0 to prepare {folder}, which all nodes must share", file=sys.stderr)
+    return Corpus.open(folder)
+
+
+def _check_tokenizer(path: str, corpus: Corpus, tokenizer: Tokenizer | None) -> None:
+    made_with = corpus.meta.get("tokenizer")
+    if made_with and tokenizer and made_with["sha256"] != tokenizer.digest:
+        raise UserError(
+            f"{path}: was prepared with the tokenizer {made_with['name']} ({made_with['size']} ids), "
+            f"and this run's is {tokenizer.name} ({tokenizer.size} ids): prepare it anew"
+        )
+
+
+def _weights_by_document_group(options: Data, corpora: list[Corpus]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """For each corpus, where its groups of documents end, and their weights; None: each document is taken once."""
+    if not options.weights:
+        return None
+    # a prepared folder is one path; a corpus made of several has a group for each
+    groups = [[len(corpus)] for corpus in corpora] if options.source == "prepared" else [corpora[0].groups]
+    n_groups = sum(len(group) for group in groups)
+    if len(options.weights) != n_groups:
+        raise UserError(f"data.weights: {len(options.weights)} numbers for {n_groups} paths: must be one for each")
+    weights = iter(options.weights)
+    return [(np.cumsum(group), np.array([next(weights) for _ in group])) for group in groups]
+
+
+def _draw(documents: np.ndarray, seed: int) -> np.ndarray:
+    """A number from 0 to 1 for each document, a function of (seed, number of the document)."""
+    mixed = documents.astype(np.uint64) + np.uint64(derive_seed(seed, "weights") % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the mixer of SplitMix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53

@@ -1,0 +1,85 @@
+"""Text to tokens: the tokenizer of a Hugging Face folder, or plain bytes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tidar.config import UserError
+
+
+class BytesTokenizer:
+    """A token is a byte of UTF-8; 256 ends a text. Needs no file, and every text has tokens in it."""
+
+    name = "bytes"
+    size = 257
+    end_of_text = 256
+    digest = "bytes"
+    chat_template = None
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokens of each text."""
+        return [np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8) for text in texts]
+
+    def token(self, text: str) -> int | None:
+        return None
+
+
+class FolderTokenizer:
+    """The tokenizer in a local folder, as transformers loads it.
+
+    size: one more than its last id. end_of_text: the id of <|endoftext|>, else of its eos_token, None without either.
+    digest: SHA-256 of its ids and tokens.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises UserError where there is no tokenizer that can be loaded."""
+        from transformers import AutoTokenizer  # takes seconds, and bytes need none
+
+        try:
+            self.backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            vocabulary = self.backend.get_vocab()
+        except Exception as error:  # files of any kind, read by a library
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{folder}: its tokenizer cannot be read ({reason})") from None
+        if not self.backend.is_fast:
+            raise UserError(f"{folder}: its tokenizer must be a fast one, with a tokenizer.json or vocab.json")
+        self.name = str(folder)
+        self.size = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary.get("<|endoftext|>", self.backend.eos_token_id)
+        self.chat_template = self.backend.chat_template
+        self.digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+        # a text is cut into windows by who trains on it, and not by the tokenizer
+        self.backend.model_max_length = 10**30
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Tokens of each text."""
+        if not texts:
+            return []
+        encodings = self.backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def token(self, text: str) -> int | None:
+        """Id of the token that is written so, None where there is none."""
+        return self.backend.get_vocab().get(text)
+
+
+Tokenizer = BytesTokenizer | FolderTokenizer
+
+
+def holds_tokenizer(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "vocab.json"))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """That of data.tokenizer: "bytes" or a local folder. Raises UserError where there is none."""
+    if name == "bytes":
+        return BytesTokenizer()
+    if not holds_tokenizer(name):
+        raise UserError(
+            f"data.tokenizer = {name}: must be bytes, or a local folder with a tokenizer.json or vocab.json"
+        )
+    return FolderTokenizer(Path(name))

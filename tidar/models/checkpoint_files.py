@@ -1,0 +1,148 @@
+"""Distributed checkpoints read as files: metadata without running code of it, and rows of tensors without the rest."""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+
+from tidar.config import UserError
+
+# what DCP's metadata of tensors is made of; byte items are not among it, since DCP unpickles these freely
+_CHECKPOINT = "torch.distributed.checkpoint"
+ADMITTED = {
+    f"{_CHECKPOINT}.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in ADMITTED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of a checkpoint's folder. Nothing that it names is run, and only tensors are admitted.
+
+    Raises UserError where it cannot be read so.
+    """
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata) or not all(
+            isinstance(value, TensorStorageMetadata) for value in metadata.state_dict_metadata.values()
+        ):
+            raise pickle.UnpicklingError("it does not describe tensors")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # whatever damaged or malicious bytes lead to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is not the metadata of a checkpoint ({reason})") from None
+    return metadata
+
+
+class CheckpointReader(dcp.FileSystemReader):
+    """DCP's reader of a folder, its metadata read by `read_metadata`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class CheckpointTensors:
+    """The tensors of a checkpoint's folder by name. Rows are read from the files, and nothing else is."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError where the folder cannot be read."""
+        self.path = folder
+        self.metadata = read_metadata(folder)
+        self.shapes = {name: tuple(value.size) for name, value in self.metadata.state_dict_metadata.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor. Raises UserError for a file that is missing or damaged."""
+        saved = self.metadata.state_dict_metadata[name]
+        rows = torch.empty((stop - start, *saved.size[1:]), dtype=saved.properties.dtype)
+        filled = 0
+        for number, chunk in enumerate(saved.chunks):
+            first, length = chunk.offsets[0], chunk.sizes[0]
+            begin, end = max(start, first), min(stop, first + length)
+            if begin >= end:
+                continue
+            if tuple(chunk.sizes[1:]) != tuple(saved.size[1:]):
+                raise UserError(f"{self.path}: {name} is not saved by rows")
+            info = self.metadata.storage_data[MetadataIndex(name, chunk.offsets, number)]
+            row_bytes = rows[0].nbytes
+            path = self.path / info.relative_path
+            into = memoryview(rows[begin - start : end - start].flatten().view(torch.uint8).numpy())
+            try:
+                with open(path, "rb") as file:
+                    values = _tensor_start(file, info.offset, info.length, length * row_bytes)
+                    file.seek(values + (begin - first) * row_bytes)
+                    if file.readinto(into) != len(into):
+                        raise ValueError("it ends too early")
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path}: {name} cannot be read from it ({error})") from None
+            filled += end - begin
+        if filled != stop - start:
+            raise UserError(f"{self.path}: holds {filled} of rows {start} to {stop} of {name}")
+        return rows
+
+
+def _tensor_start(file: BinaryIO, offset: int, length: int, n_bytes: int) -> int:
+    """Where the values of a tensor begin in a file that holds, at `offset`, what torch.save has written of it."""
+    with zipfile.ZipFile(io.BufferedReader(_Window(file, offset, length))) as archive:
+        entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None)
+    if not entry or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != n_bytes:
+        raise ValueError(f"it holds no plain tensor of {n_bytes} bytes")
+    file.seek(offset + entry.header_offset)
+    header = file.read(30)
+    return offset + entry.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+
+
+class _Window(io.RawIOBase):
+    """Bytes `offset` to `offset + length` of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self.position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)

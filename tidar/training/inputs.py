@@ -1,0 +1,31 @@
+"""What a run is made of, before anything is computed: its tokenizer, its data and its model."""
+
+from dataclasses import dataclass
+
+from tidar.config import Config
+from tidar.data import Dataset, check_token_ids, data_tokenizer, load_data, load_tokenizer
+from tidar.models import ModelSpec, read_model, resolve_model
+
+
+@dataclass
+class Inputs:
+    """warning: what the user should know of the data, None where there is nothing."""
+
+    data: Dataset
+    spec: ModelSpec
+    warning: str | None
+
+
+def load_inputs(config: Config) -> Inputs:
+    """The data and the model of a run, which fit each other. Prepares what data is not prepared yet.
+
+    Raises UserError for options, files or documents that cannot be used.
+    """
+    files = read_model(config)
+    model_tokenizer = load_tokenizer(files.tokenizer) if files.tokenizer else None
+    data = load_data(config, data_tokenizer(config.data, model_tokenizer))
+    spec = resolve_model(files, config.tidar.mask_token_id, data.n_ids, model_tokenizer and model_tokenizer.size)
+    warning = check_token_ids(
+        data, spec.vocab_size_before, spec.mask_token_id, mask_is_explicit=config.tidar.mask_token_id != -1
+    )
+    return Inputs(data, spec, warning)

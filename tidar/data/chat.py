@@ -16,6 +16,8 @@ from tidar.data.tokenizer import Tokenizer
 class Chat(RecordSource):
     """What the assistant says, with the token that ends its turn, is to be predicted; nothing else is."""
 
+    meaning = ("prompt_field", "response_field", "end_of_document", "end_is_target")
+
     def __init__(self, options: Data, tokenizer: Tokenizer | None):
         super().__init__(options, tokenizer)
         if not self.tokenizer.chat_template:

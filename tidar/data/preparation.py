@@ -24,13 +24,12 @@ import numpy as np
 
 from tidar.config import UserError
 from tidar.config.options import Data
+from tidar.data.chat import Chat
 from tidar.data.corpus import BadDocument
 from tidar.data.source import Part, Source
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
-# options of [data] that change what is prepared
-MEANING = ("source", "text_field", "prompt_field", "response_field", "end_of_document", "end_is_target", "on_error")
 
 
 @dataclass
@@ -48,16 +47,16 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     """What a prepared folder is made from. Two equal plans give equal folders."""
     options = asdict(source.options)
     tokenizer = source.tokenizer
-    template = getattr(tokenizer, "chat_template", None)
+    template = str(tokenizer.chat_template) if isinstance(source, Chat) else ""
     files = hashlib.sha256()
     for part in parts:
         stats = [os.stat(file) for file in part.files]
         files.update(json.dumps([asdict(part), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]).encode())
     return {
         "format": FORMAT,
-        "options": {name: options[name] for name in MEANING},
-        "tokenizer": tokenizer and {"name": tokenizer.name, "sha256": tokenizer.digest, "size": tokenizer.size},
-        "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
+        "options": {name: options[name] for name in ("source", "on_error", *source.meaning)},
+        "tokenizer": tokenizer and {"sha256": tokenizer.digest, "size": tokenizer.size},
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
         "groups": source.groups(paths),
         "files": files.hexdigest(),
     }
@@ -93,14 +92,14 @@ def prepare(
     parts = source.parts(paths)
     wanted = plan(source, parts, paths)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: another process prepares data there") from None
         if not is_prepared(folder, wanted):
             _prepare_parts(source, make_source, parts, wanted, folder / "parts", processes, report)
-            _join_parts(folder, parts, wanted)
+            _join_parts(folder, parts, wanted, source.tokenizer.name if source.tokenizer else "")
         shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
@@ -192,7 +191,7 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
     return len(documents), len(tokens)
 
 
-def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any]) -> None:
+def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any], tokenizer_name: str) -> None:
     """Puts the parts one behind the other, and writes meta.json last."""
     tokenizer = wanted["tokenizer"]
     dtype = np.uint16 if tokenizer and tokenizer["size"] <= 2**16 else np.uint32
@@ -238,7 +237,7 @@ def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any]) -> None
     reasons = Counter(reason for _, reason in dropped).most_common(20)
     meta = {
         "source": wanted["options"]["source"],
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer and {"name": tokenizer_name, **tokenizer},
         "dtype": np.dtype(dtype).name,
         "documents": n_documents,
         "tokens": n_tokens,

@@ -24,6 +24,7 @@ class PythonSource(Source):
     """The standard library's files and those of the folders in data.paths, one document each."""
 
     needs_paths = False
+    meaning = ("end_of_document", "end_is_target")
 
     def groups(self, paths: list[str]) -> list[str]:
         return ["the standard library", *paths]

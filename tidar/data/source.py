@@ -34,6 +34,8 @@ class Source(ABC):
     """A kind of corpus. Its parts, in order, hold its documents, in order."""
 
     needs_tokenizer = needs_paths = True
+    # options of [data] that change what its documents are
+    meaning: tuple[str, ...] = ()
 
     def __init__(self, options: Data, tokenizer: Tokenizer | None):
         """Raises UserError for options that do not go together."""
@@ -161,7 +163,13 @@ def parse_json(line: bytes) -> Any | BadDocument | None:
     if not line.strip():
         return None
     try:
-        return json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a half of a pair is no character
+        return value
+    except UnicodeEncodeError:
+        return BadDocument("is not Unicode: it has a lone surrogate")
     except UnicodeDecodeError as error:
         return BadDocument(f"is not UTF-8 (byte {error.start} of the line)")
     except (ValueError, RecursionError) as error:

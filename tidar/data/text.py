@@ -63,6 +63,7 @@ class Text(RecordSource):
     """A field of records, data.text_field, or plain files. Each text ends with data.end_of_document."""
 
     suffixes = RecordSource.suffixes + PLAIN
+    meaning = ("text_field", "end_of_document", "end_is_target")
 
     def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
         end = self.end_of_document(self.tokenizer.end_of_text)

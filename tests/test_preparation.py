@@ -31,7 +31,7 @@ def prepare(output: Path, *options: str) -> subprocess.Popen:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".tidar-lock"}
 
 
 def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
@@ -56,9 +56,9 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
     out = tmp_path / "killed"
     for _ in range(5):
         process = prepare(out, *options, "1")
-        wanted = len(list(out.glob("parts/*.npz"))) + rng.randint(0, 1)
+        wanted = len(list(out.glob(".tidar-parts/*.npz"))) + rng.randint(0, 1)
         deadline = time.time() + 60
-        while len(list(out.glob("parts/*.npz"))) < wanted or not (out / "parts").exists():
+        while len(list(out.glob(".tidar-parts/*.npz"))) < wanted or not (out / ".tidar-parts").exists():
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.002)
         time.sleep(rng.random() * 0.2)
@@ -77,6 +77,38 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
     output, _ = refused.communicate()
     assert refused.returncode == 1 and "was prepared from other options; remove it" in output
     assert len(output.splitlines()) == 1
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """And a folder that holds something else is not touched."""
+    write_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "in the beginning " * 20}) + "\n" * 2)
+    file.write_text(file.read_text() * 40_000)
+    options = ["--data.source", "text", "--data.paths", str(file), "--data.tokenizer", str(tmp_path / "tokenizer")]
+    process = prepare(tmp_path / "out", *options, "--processes", "2")
+
+    def group() -> list[str]:
+        found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        return [line for line in found if line.split()[1] == str(process.pid) and "Z" not in line]
+
+    deadline = time.time() + 60
+    while not list((tmp_path / "out").glob(".tidar-parts/*.npz")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    assert len(group()) >= 3
+    process.kill()
+    process.wait()
+    while group():
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.communicate()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    refused = prepare(tmp_path / "mine", *options)
+    output, _ = refused.communicate()
+    assert refused.returncode == 1 and "holds thesis.txt: must be empty" in output
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 @real_text

@@ -172,6 +172,18 @@ def test_epochs_are_reported(tmp_path):
     assert metrics(tmp_path, *names) == epochs
 
 
+def test_epochs_count_samples_and_not_steps(tmp_path):
+    """One and a half passes over the data, the first half of them with smaller steps."""
+    options = ["--data.source", "uneven", "--validation.enable", "false", "--training.global_batch_size"]
+    first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
+    n_rows = len(first.training_rows)
+    assert first.step == -(-n_rows // 40)
+    second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5")
+    samples = int(second.progress["samples"])
+    assert samples == 20 * first.step + 60 * (second.step - first.step)
+    assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
+
+
 def test_the_launcher_starts_as_many_processes_as_it_is_told(tmp_path):
     options = [*TINY, "--training.steps", "2", "--validation.steps", "1", "--job.dump_folder", str(tmp_path)]
     command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options]
@@ -198,6 +210,7 @@ def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
     for change, words in (
         (["--checkpoint.enable", "false"], "checkpoint.enable = false: .* holds the checkpoints of another run"),
         (["--training.steps", "2", "--training.seq_len", "16"], "was trained on .* rows, and the data has"),
+        (["--training.steps", "2", "--training.seed", "7"], "was trained with other data, another training.seed, or"),
     ):
         with pytest.raises(UserError, match=words):
             train_here(tmp_path, *options, *change)

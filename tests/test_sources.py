@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tidar.config import UserError, load_config
 from tidar.data import Corpus, data_tokenizer, load_data, load_tokenizer, make_rows
-from tidar.data.source import read_lines
+from tidar.data.source import lines_before, read_lines
 from tidar.data.text import Text
 
 
@@ -85,7 +85,11 @@ def test_lines_are_divided_without_loss(tmp_path, monkeypatch):
         monkeypatch.setattr("tidar.data.source.PART_BYTES", size)
         source = Text(load_config([]).data, load_tokenizer("bytes"))
         parts = source.parts([str(file)])
-        found = [(line, source.place(part, index)) for part in parts for index, line in enumerate(read_lines(part))]
+        found = [
+            (line, source.place(part, index, lines_before(part)))
+            for part in parts
+            for index, line in enumerate(read_lines(part))
+        ]
         assert [line for line, _ in found] == lines
         assert [place for _, place in found] == [f"{file}: line {number}" for number in range(1, 41)]
 
@@ -285,7 +289,7 @@ def test_bad_chats_and_plain_files(tmp_path):
     with gzip.open(tmp_path / "c.jsonl.gz", "wb") as archive:
         archive.write(b'{"text": "a"}\n' * 100)
     (tmp_path / "c.jsonl.gz").write_bytes((tmp_path / "c.jsonl.gz").read_bytes()[:-10])
-    with pytest.raises(UserError, match="c.jsonl.gz: cannot be read"):
+    with pytest.raises(UserError, match="c.jsonl.gz: line [0-9]+: cannot be read from here on"):
         load(tmp_path, *options, "--data.paths", str(tmp_path / "c.jsonl.gz"))
     with pytest.raises(UserError, match="data.source = text: needs data.tokenizer"):
         load(tmp_path, "--data.source", "text", "--data.paths", str(file))
@@ -333,3 +337,63 @@ def test_prepared_folders(tmp_path):
         load(tmp_path, *options)
     with pytest.raises(UserError, match="prepared folders are made by"):
         load(tmp_path, "--data.source", "prepared", "--data.paths", str(tmp_path / "in"))
+
+
+def test_a_tokenizer_saved_with_truncation_cuts_nothing(tmp_path):
+    """Nor does padding that was saved with it add tokens; and merges are part of what a tokenizer is."""
+    write_tokenizer(tmp_path / "plain")
+    plain = load_tokenizer(str(tmp_path / "plain"))
+    backend = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    backend.backend_tokenizer.enable_truncation(4)
+    backend.backend_tokenizer.enable_padding(length=64)
+    backend.save_pretrained(tmp_path / "cut")
+    cut = load_tokenizer(str(tmp_path / "cut"))
+    text = "in the beginning was the word"
+    assert cut.encode([text])[0].tolist() == plain.encode([text])[0].tolist() and cut.digest == plain.digest
+    merges = tmp_path / "plain" / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().splitlines()[:3]) + "\n")
+    other = load_tokenizer(str(tmp_path / "plain"))
+    assert len(other.encode([text])[0]) > len(plain.encode([text])[0]) and other.digest != plain.digest
+
+
+def test_files_are_found_or_missed_aloud(tmp_path):
+    """Suffixes in capitals, folders that a glob matches, a byte order mark; a link to nothing is a bad document."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "A.JSONL").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    (tmp_path / "in" / "deep" / "b.txt").write_bytes(b"\xef\xbb\xbfb")
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths"]
+    for path in ("in", "in/*"):
+        _, data = load(tmp_path, *options, str(tmp_path / path))
+        assert documents(data.training[0]) == as_bytes(["a", "b"])
+    (tmp_path / "in" / "c.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="c.txt: cannot be read"):
+        load(tmp_path, *options, str(tmp_path / "in"))
+    _, data = load(tmp_path, *options, str(tmp_path / "in"), "--data.on_error", "skip")
+    assert documents(data.training[0]) == as_bytes(["a", "b"]) and data.training[0].meta["bad_documents"] == 1
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing")
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="d.parquet: row 1: cannot be read from here on"):
+        load(tmp_path, *options, str(tmp_path / "d.parquet"))
+
+
+def test_odd_tensors_are_bad_documents(tmp_path):
+    """What torch.save can hold and a row of tokens cannot be; a tensor that takes a graph is one like any other."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ids = torch.arange(5)
+    torch.save({"input_ids": ids, "loss_mask": torch.ones(5, requires_grad=True)}, folder / "0.ckpt")
+    for number, mask in enumerate(
+        [torch.zeros(1).expand(10**13), torch.ones(5).to_sparse(), torch.ones(5, device="meta"), torch.ones(5, 1, 1)], 1
+    ):
+        torch.save({"input_ids": ids, "loss_mask": mask}, folder / f"{number}.ckpt")
+    torch.save({"input_ids": [2**32 - 1], "loss_mask": [1]}, folder / "5.ckpt")
+    _, data = load(tmp_path, "--data.source", "gumiho", "--data.paths", str(folder), "--data.on_error", "skip")
+    assert documents(data.training[0]) == [ids.tolist()] and data.training[0].meta["bad_documents"] == 5
+
+
+def test_validation_paths_of_python_source(tmp_path):
+    """The standard library is there to train on, and not among them."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.py").write_text("x = 1\n")
+    _, data = load(tmp_path, "--validation.paths", str(tmp_path / "own"))
+    assert documents(data.validation[0]) == as_bytes(["x = 1\n"]) and len(data.training[0]) > 100

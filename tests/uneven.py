@@ -12,7 +12,7 @@ class Uneven(Source):
 
     needs_tokenizer = needs_paths = False
 
-    def groups(self, paths: list[str]) -> list[str]:
+    def training_paths(self, paths: list[str]) -> list[str]:
         return ["uneven"]
 
     def parts(self, paths: list[str]) -> list[Part]:

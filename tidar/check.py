@@ -1,8 +1,8 @@
 """Checks a run before it is launched: python -m tidar.check --job.config_file FILE [--section.option value ...]
 
 Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh
-(NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK). Starts nothing, and prints the number of processes to
-start here.
+(NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK). Prepares data that is not prepared yet, on node 0, trains
+nothing, and prints the number of processes to start here.
 """
 
 import os
@@ -43,6 +43,9 @@ def main() -> None:
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         get_pattern(config.tidar.pattern)
         folder = make_dump_folder(config)
+        if os.environ.get("NODE_RANK", "0") != "0":
+            print(processes)  # node 0 looks after the data, which all nodes share
+            return
         inputs = load_inputs(config)
         if inputs.warning:
             print(inputs.warning, file=sys.stderr)

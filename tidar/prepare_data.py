@@ -34,8 +34,9 @@ def main() -> None:
         folder = read_model(config).tokenizer
         tokenizer = data_tokenizer(config.data, load_tokenizer(folder) if folder else None)
         source = make_source(config.data, tokenizer)
+        paths = source.training_paths(config.data.paths)
         try:
-            prepare(source, make_source, config.data.paths, arguments.output, arguments.processes, progress_printer())
+            prepare(source, make_source, paths, arguments.output, arguments.processes, progress_printer())
         except OSError as error:
             raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
         print(summary(arguments.output, time.perf_counter() - started))

@@ -17,19 +17,21 @@ from torch.utils.data import DataLoader
 from tidar.config import (
     Config,
     UserError,
+    derive_seed,
     load_config,
     make_dump_folder,
     resolve_global_batch_size,
     to_toml,
     user_errors_exit,
 )
-from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
+from tidar.data import Batch, Dataset, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import (
     arithmetic_dtype,
     join_world,
     leave_world,
     make_deterministic,
     parallelize,
+    rank_zero_first,
     shorten_timeout,
 )
 from tidar.models import (
@@ -62,21 +64,18 @@ class Trainer:
         """Raises UserError for options that this machine, the data or the dump folder cannot serve."""
         self.config = config
         self.folder = make_dump_folder(config)
-        inputs = load_inputs(config)  # before ranks wait for each other: preparing data may take long
         self.world = join_world(config)
         self.device = self.world.device
         make_deterministic(config)
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
 
+        inputs = rank_zero_first(self.world, lambda is_first: load_inputs(config, prepares=is_first))
         self.spec = inputs.spec
         if inputs.warning:
             self.log(inputs.warning)
         self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
-        # training.epochs in place of steps
-        self.steps = config.training.steps
-        if config.training.epochs:
-            self.steps = math.ceil(config.training.epochs * len(self.training_rows) / self.global_batch_size)
+        self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
         self.pattern = get_pattern(
             config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=self.spec.mask_token_id
         )
@@ -99,6 +98,7 @@ class Trainer:
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
             "rows": torch.tensor(len(self.training_rows)),
+            "data": torch.tensor(self.data_identity(inputs.data)),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
         }
         self.checkpointer = Checkpointer(
@@ -117,6 +117,18 @@ class Trainer:
             self.start = f"goes on from {self.checkpoint}"
         else:
             self.start = self.set_first_weights()
+        self.steps = config.training.steps
+        if config.training.epochs:
+            samples_left = config.training.epochs * len(self.training_rows) - int(self.progress["samples"])
+            self.steps = self.step + max(0, math.ceil(samples_left / self.global_batch_size))
+
+    def data_identity(self, data: Dataset) -> int:
+        """A number that differs where other samples would be seen, or in another order."""
+        config = self.config
+        digests = [corpus.digest for corpus in data.training]
+        packing = config.training.seq_len, config.data.packing, config.data.long_documents, config.data.weights
+        share = 0 if data.validation or not config.validation.enable else config.validation.share
+        return derive_seed(config.training.seed, digests, packing, share)
 
     def set_first_weights(self) -> str:
         """Loads or draws the weights that the run starts from, and tells which these are."""
@@ -337,12 +349,18 @@ class Trainer:
                 f"{self.folder} was trained with a vocabulary of {before[0]} and mask token {before[1]}, and now they "
                 f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
             )
+        identity = int(self.progress["data"])
         self.checkpointer.load(self.checkpoint)
         before, now = int(self.progress["rows"]), len(self.training_rows)
         if before != now:
             raise UserError(
                 f"{self.folder} was trained on {before} rows, and the data has {now}: "
                 "go on with the same data and training.seq_len, or choose another job.dump_folder"
+            )
+        if identity != int(self.progress["data"]):
+            raise UserError(
+                f"{self.folder} was trained with other data, another training.seed, or other options of packing, "
+                "weights or validation: go on with the same, or choose another job.dump_folder"
             )
 
     def announce(self) -> None:
@@ -357,6 +375,7 @@ class Trainer:
                 self.world.size,
                 self.micro_batches,
                 self.steps,
+                self.n_left_out,
                 self.engine,
             )
         )

@@ -64,7 +64,11 @@ class Data:
     paths: list[str] = option(
         [], "files, folders or globs of the source (python_source: folders to add to the standard library)"
     )
-    weights: list[float] = option([], "how often an epoch takes the documents of each path (default: once)", minimum=0)
+    weights: list[float] = option(
+        [],
+        "how often an epoch takes the documents of each path [1]; 0.3 takes three in ten, drawn once",
+        minimum=0,
+    )
     tokenizer: str = option("", "local folder of a tokenizer, or bytes (default: that of the model's folder)")
     text_field: str = option("text", "text: field of a record that holds the text")
     prompt_field: str = option("", "chat: field of the prompt (default: prompt or question)")

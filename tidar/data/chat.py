@@ -18,8 +18,8 @@ class Chat(RecordSource):
 
     meaning = ("prompt_field", "response_field", "end_of_document", "end_is_target")
 
-    def __init__(self, options: Data, tokenizer: Tokenizer | None):
-        super().__init__(options, tokenizer)
+    def __init__(self, options: Data, tokenizer: Tokenizer | None, vocab_size: int | None = None):
+        super().__init__(options, tokenizer, vocab_size)
         if not self.tokenizer.chat_template:
             raise UserError(f"data.tokenizer = {self.tokenizer.name}: has no chat template, which chats need")
 

@@ -1,8 +1,10 @@
 """Tokenised documents end to end, as memory-mapped files or as arrays."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +77,14 @@ class Corpus:
                 path = folder / f"{name}.bin"
                 size = length * np.dtype(dtype).itemsize
                 if path.stat().st_size != size:
-                    raise UserError(f"{path}: holds {path.stat().st_size} bytes, and meta.json asks for {size}")
+                    raise UserError(
+                        f"{path}: holds {path.stat().st_size} bytes, and meta.json asks for {size}: "
+                        "remove the folder and prepare it anew"
+                    )
                 maps[name] = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
             groups = [group["documents"] for group in meta["paths"]]
+            if maps["offsets"][0] != 0 or maps["offsets"][-1] != meta["tokens"]:
+                raise UserError(f"{folder / 'offsets.bin'}: is damaged: remove the folder and prepare it anew")
         except OSError as error:
             raise UserError(
                 f"{error.filename}: cannot be read ({error.strerror}); prepared folders are made by "
@@ -86,6 +93,12 @@ class Corpus:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'meta.json'}: is not that of a prepared folder ({error!r})") from None
         return Corpus(maps["tokens"], maps["offsets"], maps.get("targets"), maps["counts"], groups, meta)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells its content from another's: SHA-256 of its numbers of documents and tokens and of `counts`."""
+        numbers = [len(self), len(self.tokens), self.meta.get("target_tokens")]
+        return hashlib.sha256(json.dumps(numbers).encode() + self.counts.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         """Number of documents."""

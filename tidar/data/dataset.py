@@ -16,7 +16,7 @@ from tidar.data.corpus import Corpus
 from tidar.data.gumiho import Gumiho
 from tidar.data.order import held_out_documents
 from tidar.data.packing import PackedRows
-from tidar.data.preparation import Progress, is_prepared, plan, prepare
+from tidar.data.preparation import Progress, prepare
 from tidar.data.python_source import PythonSource
 from tidar.data.source import Source
 from tidar.data.text import Text
@@ -44,19 +44,22 @@ def data_tokenizer(options: Data, model_tokenizer: Tokenizer | None) -> Tokenize
     return model_tokenizer
 
 
-def make_source(options: Data, tokenizer: Tokenizer | None) -> Source:
+def make_source(options: Data, tokenizer: Tokenizer | None, vocab_size: int | None = None) -> Source:
     """The source of data.source. Raises UserError for an unknown one, and for options that it cannot serve."""
     if options.source not in SOURCES:
         raise UserError(f"data.source = {options.source}: must be one of {', '.join(SOURCES)}, prepared")
     source = SOURCES[options.source]
     if source.needs_paths and not options.paths:
         raise UserError(f"data.paths: is empty: data.source = {options.source} needs files or folders")
-    return source(options, tokenizer)
+    return source(options, tokenizer, vocab_size)
 
 
-def load_data(config: Config, tokenizer: Tokenizer | None) -> Dataset:
-    """The corpora of a run, memory-mapped. What is not prepared yet, rank 0 prepares in job.dump_folder/data.
+def load_data(
+    config: Config, tokenizer: Tokenizer | None, vocab_size: int | None = None, prepares: bool = True
+) -> Dataset:
+    """The corpora of a run, memory-mapped. What is not prepared yet is prepared in job.dump_folder/data.
 
+    vocab_size: rows of the model's embedding, where they are known. prepares: false where another rank has.
     Raises UserError for bad options or documents, and for a prepared folder made with another tokenizer.
     """
     options, validation_paths = config.data, config.validation.paths if config.validation.enable else []
@@ -69,10 +72,16 @@ def load_data(config: Config, tokenizer: Tokenizer | None) -> Dataset:
         for path, corpus in zip([*options.paths, *validation_paths], training + validation):
             _check_tokenizer(path, corpus, tokenizer)
     else:
-        source = make_source(options, tokenizer)
+        source = make_source(options, tokenizer, vocab_size)
         folder = Path(config.job.dump_folder) / "data"
-        training = [_prepare_for_run(source, options.paths, folder / "training")]
-        validation = [_prepare_for_run(source, validation_paths, folder / "validation")] if validation_paths else []
+        paths = {"training": source.training_paths(options.paths), "validation": validation_paths}
+        if prepares:
+            # bytes are read faster than a process starts
+            processes = 1 if isinstance(tokenizer, BytesTokenizer) else os.cpu_count() or 1
+            for name in paths:
+                if paths[name]:
+                    prepare(source, make_source, paths[name], folder / name, processes, progress_printer())
+        training, validation = ([Corpus.open(folder / name)] if paths[name] else [] for name in paths)
     if not any(len(corpus.tokens) for corpus in training):
         raise UserError(f"data.source = {options.source}: holds no documents to train on")
     recorded = [corpus.meta["tokenizer"]["size"] for corpus in training + validation if corpus.meta.get("tokenizer")]
@@ -161,24 +170,6 @@ def progress_printer() -> Callable[[Progress], None]:
             print(text, file=sys.stderr, flush=True)
 
     return show
-
-
-def _prepare_for_run(source: Source, paths: list[str], folder: Path) -> Corpus:
-    """A prepared corpus in the run's own folder, which rank 0 makes and the others wait for."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        # bytes are read faster than a process starts
-        processes = 1 if isinstance(source.tokenizer, BytesTokenizer) else os.cpu_count() or 1
-        prepare(source, make_source, paths, folder, processes, progress_printer())
-    else:
-        wanted = plan(source, source.parts(paths), paths)
-        waited = 0.0
-        while not is_prepared(folder, wanted):
-            time.sleep(0.2)
-            waited += 0.2
-            if abs(waited - 60) < 0.1:
-                print(f"rank {rank} waits for rank 0 to prepare {folder}, which all nodes must share", file=sys.stderr)
-    return Corpus.open(folder)
 
 
 def _check_tokenizer(path: str, corpus: Corpus, tokenizer: Tokenizer | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tidar.config import UserError
 from tidar.data.corpus import Corpus
 from tidar.patterns import PADDING
 
@@ -68,6 +69,8 @@ class PackedRows(Dataset[Row]):
         for number, corpus in enumerate(corpora):
             for first in range(0, len(corpus), CHUNK_DOCUMENTS):
                 lengths = np.diff(corpus.offsets[first : first + CHUNK_DOCUMENTS + 1])
+                if lengths.min() < 0:
+                    raise UserError("data.paths: a prepared folder's offsets.bin is damaged: prepare it anew")
                 documents = np.flatnonzero(lengths)
                 if copies:
                     documents = np.repeat(documents, copies(number, first + documents))

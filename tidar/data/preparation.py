@@ -2,7 +2,8 @@
 
 The folder holds tokens.bin (uint16 or uint32), offsets.bin (int64), targets.bin (a bit for each token; absent where all
 are targets), counts.bin (int64, how often each token occurs), dropped.txt where documents were left out, and meta.json,
-which is written last: a folder that has it is whole. Until then finished parts lie in parts/ and are not made again.
+which is written last: a folder that has it is whole. Until then finished parts lie in .tidar-parts and are not made
+again.
 """
 
 import fcntl
@@ -10,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +29,11 @@ from tidar.config import UserError
 from tidar.config.options import Data
 from tidar.data.chat import Chat
 from tidar.data.corpus import BadDocument
-from tidar.data.source import Part, Source
+from tidar.data.source import Part, Source, lines_before
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+PARTS, LOCK = ".tidar-parts", ".tidar-lock"
 
 
 @dataclass
@@ -50,24 +54,40 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     template = str(tokenizer.chat_template) if isinstance(source, Chat) else ""
     files = hashlib.sha256()
     for part in parts:
-        stats = [os.stat(file) for file in part.files]
-        files.update(json.dumps([asdict(part), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]).encode())
+        files.update(json.dumps([asdict(part), [_stamp(file) for file in part.files]]).encode())
     return {
         "format": FORMAT,
-        "options": {name: options[name] for name in ("source", "on_error", *source.meaning)},
+        "options": {name: options[name] for name in ("source", *source.meaning)},
         "tokenizer": tokenizer and {"sha256": tokenizer.digest, "size": tokenizer.size},
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
-        "groups": source.groups(paths),
+        "paths": paths,
         "files": files.hexdigest(),
     }
 
 
-def is_prepared(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `folder` is whole and made by this plan. Raises UserError where it is whole and made by another."""
+def _stamp(file: str) -> list[int]:
     try:
-        found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["plan"]
+        stat = os.stat(file)
+        return [stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        return []  # who reads it says so
+
+
+def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
+    """Whether `folder` is whole and made by this plan.
+
+    Raises UserError where it is whole and made by another, or without documents that data.on_error does not forgive.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        found = meta["plan"]
     except (OSError, ValueError, KeyError):
         return False
+    if meta["bad_documents"] and on_error == "fail":
+        raise UserError(
+            f"{folder}: was prepared without {meta['bad_documents']} bad documents, listed in dropped.txt; "
+            "data.on_error = skip accepts that"
+        )
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         raise UserError(
@@ -86,21 +106,32 @@ def prepare(
 ) -> None:
     """Makes `folder` from the documents at `paths`, or what is missing of it.
 
-    make_source: makes `source` anew in another process. Raises UserError for a document that cannot be used where
-    data.on_error is "fail", for a folder made from something else, and where another process is at work in it.
+    make_source: makes `source` anew in another process. Where another process is at work in the folder, it is waited
+    for. Raises UserError for a document that cannot be used where data.on_error is "fail", and for a folder that holds
+    something else.
     """
     parts = source.parts(paths)
     wanted = plan(source, parts, paths)
+    _refuse_other_content(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
+    with open(folder / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: another process prepares data there") from None
-        if not is_prepared(folder, wanted):
-            _prepare_parts(source, make_source, parts, wanted, folder / "parts", processes, report)
-            _join_parts(folder, parts, wanted, source.tokenizer.name if source.tokenizer else "")
-        shutil.rmtree(folder / "parts", ignore_errors=True)
+            print(f"{folder}: waits for another process that prepares data there", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_prepared(folder, wanted, source.options.on_error):
+            _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
+            _join_parts(folder, source, parts, wanted)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Raises UserError for a folder that holds what no preparation has put there."""
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        if names and not names & {LOCK, PARTS, "meta.json"}:
+            raise UserError(f"{folder}: holds {min(names)}: must be empty, or a folder that was prepared before")
 
 
 def _prepare_parts(
@@ -136,7 +167,7 @@ def _prepare_parts(
         return
     # a fresh interpreter each: a tokenizer's threads do not survive a fork
     tokenizer = source.tokenizer.name if source.tokenizer else None
-    initial = (make_source, source.options, tokenizer)
+    initial = (make_source, source.options, tokenizer, source.vocab_size)
     pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start_worker, initial)
     try:
         for result in pool.map(_work, jobs):
@@ -150,10 +181,18 @@ def _prepare_parts(
 _source: Source
 
 
-def _start_worker(make_source: Callable, options: Data, tokenizer: str | None) -> None:
+def _start_worker(make_source: Callable, options: Data, tokenizer: str | None, vocab_size: int | None) -> None:
     global _source
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _source = make_source(options, load_tokenizer(tokenizer) if tokenizer else None)
+    _source = make_source(options, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would go on beside those of the next call."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _work(job: tuple[Part, Path]) -> tuple[int, int]:
@@ -162,23 +201,17 @@ def _work(job: tuple[Part, Path]) -> tuple[int, int]:
 
 def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
     """Writes a part and returns its numbers of documents and tokens."""
-    documents, dropped = [], []
-    try:
-        for index, document in enumerate(source.documents(part)):
-            if isinstance(document, BadDocument):
-                reason = str(document)
-            elif document is not None and not len(document.tokens):
-                reason = "holds no tokens"
-            else:
-                documents += [] if document is None else [document]
-                continue
-            place = source.place(part, index)
-            # a document without a token is nothing to be mended
-            if source.options.on_error == "fail" and isinstance(document, BadDocument):
-                raise UserError(f"{place}: {reason}; data.on_error = skip would leave it out")
-            dropped.append([place, reason])
-    except (OSError, EOFError) as error:
-        raise UserError(f"{', '.join(part.files[:1])}: cannot be read ({error})") from None
+    documents, dropped, index = [], [], -1
+    for index, document in enumerate(source.documents(part)):
+        if isinstance(document, BadDocument):
+            if source.options.on_error == "fail":
+                place = source.place(part, index, lines_before(part))
+                raise UserError(f"{place}: {document}; data.on_error = skip would leave it out")
+            dropped.append([index, str(document), True])
+        elif document is not None and not len(document.tokens):
+            dropped.append([index, "holds no tokens", False])  # nothing that could be mended
+        elif document is not None:
+            documents.append(document)
     tokens = np.concatenate([np.zeros(0, np.uint32), *(document.tokens.astype(np.uint32) for document in documents)])
     targets = [np.ones(len(d.tokens), bool) if d.targets is None else d.targets for d in documents]
     arrays = {
@@ -186,12 +219,13 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
         "lengths": np.array([len(document.tokens) for document in documents], np.int64),
         "targets": np.packbits(np.concatenate([np.zeros(0, bool), *targets])),
         "dropped": np.frombuffer(json.dumps(dropped).encode(), np.uint8),
+        "places": np.array(index + 1),
     }
     _write(file, lambda stream: np.savez(stream, **arrays))
     return len(documents), len(tokens)
 
 
-def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any], tokenizer_name: str) -> None:
+def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[str, Any]) -> None:
     """Puts the parts one behind the other, and writes meta.json last."""
     tokenizer = wanted["tokenizer"]
     dtype = np.uint16 if tokenizer and tokenizer["size"] <= 2**16 else np.uint32
@@ -199,14 +233,19 @@ def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any], tokeniz
     files = {name: open(folder / f"{name}.bin.partial", "wb") for name in names}  # noqa: SIM115
     counts = np.zeros(1, np.int64)
     n_documents = n_tokens = n_targets = 0
-    groups = [0] * len(wanted["groups"])
-    dropped: list[list[str]] = []
+    groups = [0] * len(wanted["paths"])
+    dropped: list[tuple[str, str]] = []
+    n_bad = before = 0
     left_bits = np.zeros(0, np.uint8)
     files["offsets"].write(np.zeros(1, np.int64).tobytes())
     for number, part in enumerate(parts):
-        with np.load(_part_file(folder / "parts", number)) as arrays:
+        with np.load(_part_file(folder / PARTS, number)) as arrays:
             tokens, lengths, bits = arrays["tokens"], arrays["lengths"], arrays["targets"]
-            dropped += json.loads(arrays["dropped"].tobytes())
+            before = before if part.start else 0
+            for index, reason, is_bad in json.loads(arrays["dropped"].tobytes()):
+                dropped.append((source.place(part, index, before), reason))
+                n_bad += is_bad
+            before += int(arrays["places"])
         files["tokens"].write(tokens.astype(dtype).tobytes())
         files["offsets"].write((n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes())
         bits = np.unpackbits(bits)[: len(tokens)]
@@ -234,10 +273,12 @@ def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any], tokeniz
         lines = "".join(f"{place}: {reason}\n" for place, reason in dropped)
         _write(folder / "dropped.txt", lambda file: file.write(lines.encode("utf-8", "surrogatepass")))
     used = np.flatnonzero(counts)
-    reasons = Counter(reason for _, reason in dropped).most_common(20)
+    reasons = dict(sorted(Counter(reason for _, reason in dropped).items(), key=lambda item: (-item[1], item[0]))[:20])
+    if sum(reasons.values()) < len(dropped):
+        reasons["others"] = len(dropped) - sum(reasons.values())
     meta = {
         "source": wanted["options"]["source"],
-        "tokenizer": tokenizer and {"name": tokenizer_name, **tokenizer},
+        "tokenizer": tokenizer and {"name": source.tokenizer.name, **tokenizer},
         "dtype": np.dtype(dtype).name,
         "documents": n_documents,
         "tokens": n_tokens,
@@ -245,8 +286,9 @@ def _join_parts(folder: Path, parts: list[Part], wanted: dict[str, Any], tokeniz
         "smallest_id": int(used[0]) if len(used) else 0,
         "largest_id": len(counts) - 1,
         "dropped": len(dropped),
-        "dropped_reasons": dict(sorted(reasons)),
-        "paths": [{"path": path, "documents": n} for path, n in zip(wanted["groups"], groups)],
+        "bad_documents": n_bad,
+        "dropped_reasons": reasons,
+        "paths": [{"path": path, "documents": n} for path, n in zip(wanted["paths"], groups)],
         "plan": wanted,
     }
     _write(folder / "meta.json", lambda file: file.write((json.dumps(meta, indent=2) + "\n").encode()))
@@ -258,7 +300,7 @@ def _part_file(folder: Path, number: int) -> Path:
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     file = open(partial, "wb")  # noqa: SIM115
     write(file)
     _close(file)

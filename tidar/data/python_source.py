@@ -19,6 +19,8 @@ from tidar.data.tokenizer import BytesTokenizer
 # installed packages are not the standard library, and test suites are there on some systems only
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
+STANDARD_LIBRARY = "the standard library"
+
 
 class PythonSource(Source):
     """The standard library's files and those of the folders in data.paths, one document each."""
@@ -26,12 +28,15 @@ class PythonSource(Source):
     needs_paths = False
     meaning = ("end_of_document", "end_is_target")
 
-    def groups(self, paths: list[str]) -> list[str]:
-        return ["the standard library", *paths]
+    def training_paths(self, paths: list[str]) -> list[str]:
+        return [STANDARD_LIBRARY, *paths]
 
     def parts(self, paths: list[str]) -> list[Part]:
-        groups = [_find_files(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS)]
+        groups = []
         for path in paths:
+            if path == STANDARD_LIBRARY:
+                groups.append(_find_files(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS))
+                continue
             if not os.path.isdir(path):
                 raise UserError(f"data.paths: {path}: must be a folder that holds .py files")
             added = _find_files(Path(path), {"__pycache__"})

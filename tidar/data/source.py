@@ -1,5 +1,6 @@
 """What a source of documents is, and how files become units of work."""
 
+import codecs
 import glob
 import gzip
 import json
@@ -37,10 +38,11 @@ class Source(ABC):
     # options of [data] that change what its documents are
     meaning: tuple[str, ...] = ()
 
-    def __init__(self, options: Data, tokenizer: Tokenizer | None):
-        """Raises UserError for options that do not go together."""
+    def __init__(self, options: Data, tokenizer: Tokenizer | None, vocab_size: int | None = None):
+        """vocab_size: rows of the model's embedding, where that is known. Raises UserError for options that clash."""
         self.options = options
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         if self.needs_tokenizer and tokenizer is None:
             raise UserError(
                 f"data.source = {options.source}: needs data.tokenizer: a local folder with a tokenizer, or bytes"
@@ -50,16 +52,19 @@ class Source(ABC):
     def parts(self, paths: list[str]) -> list[Part]:
         """Units of work for these paths. Raises UserError for a path that holds nothing of this kind."""
 
-    def groups(self, paths: list[str]) -> list[str]:
-        """What the groups of parts are called."""
+    def training_paths(self, paths: list[str]) -> list[str]:
+        """Where documents to train on lie, if data.paths are `paths`; each is a group."""
         return paths
 
     @abstractmethod
     def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
         """What each place of a part holds; None: nothing, as a blank line."""
 
-    def place(self, part: Part, index: int) -> str:
-        """Where the document number `index` of a part lies, for messages."""
+    def place(self, part: Part, index: int, before: int) -> str:
+        """Where what `documents` gives as number `index` lies, for messages.
+
+        before: how many it gives for earlier parts of the same file.
+        """
         return part.files[index]
 
     def end_of_document(self, default: int | None) -> int | None:
@@ -88,23 +93,38 @@ class Source(ABC):
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """Files at a path: the file itself, those of a folder with these suffixes, at any depth, or those of a glob.
 
-    Links are followed; the order depends on names alone. Raises UserError where there is none.
+    Links are followed; the order depends on names alone. Raises UserError where there is none, and for a folder that
+    cannot be read.
     """
-    if os.path.isdir(path):
-        found, seen = [], set()
-        for folder, subfolders, names in os.walk(path, followlinks=True):
+    matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    found, seen = [], set()
+    for match in matches:
+        if not os.path.isdir(match):
+            found.append(match)
+            continue
+        for folder, subfolders, names in os.walk(match, onerror=_cannot_be_read, followlinks=True):
             if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
                 subfolders.clear()
                 continue
             seen.add(real)
             subfolders.sort()
-            found += [os.path.join(folder, name) for name in sorted(names) if name.endswith(suffixes)]
-    else:
-        found = [path] if os.path.isfile(path) else sorted(file for file in glob.glob(path, recursive=True))
-        found = [file for file in found if os.path.isfile(file)]
+            found += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(suffixes)]
+    found = list(dict.fromkeys(found))
     if not found:
         raise UserError(f"data.paths: {path}: holds no file of {', '.join(suffixes)}")
     return found
+
+
+def _cannot_be_read(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def file_size(file: str) -> int:
+    """Bytes of a file; 0 for one that cannot be read, which its reader then says."""
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return 0
 
 
 def divide_files(group: int, files: list[str]) -> list[Part]:
@@ -112,7 +132,7 @@ def divide_files(group: int, files: list[str]) -> list[Part]:
     parts, held, size = [], [], 0
     for file in files:
         held.append(file)
-        size += os.path.getsize(file)
+        size += file_size(file)
         if size >= PART_BYTES or len(held) == 1024:
             parts.append(Part(group, tuple(held)))
             held, size = [], 0
@@ -121,8 +141,8 @@ def divide_files(group: int, files: list[str]) -> list[Part]:
 
 def divide_lines(group: int, file: str) -> list[Part]:
     """Parts of a file of lines: each has the lines that begin in it."""
-    size = os.path.getsize(file)
-    return [Part(group, (file,), start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
+    size = file_size(file)
+    return [Part(group, (file,), start, min(start + PART_BYTES, size)) for start in range(0, max(size, 1), PART_BYTES)]
 
 
 def read_lines(part: Part) -> Iterator[bytes]:
@@ -145,17 +165,16 @@ def read_lines(part: Part) -> Iterator[bytes]:
                 yield line
 
 
-def line_number(part: Part, index: int) -> int:
-    """Number in its file, from 1, of line `index` of a part."""
+def lines_before(part: Part) -> int:
+    """Lines of the file that begin before a part. Reads all of it up to there."""
     if not part.start:
-        return index + 1
-    before, left = 0, part.start - 1
+        return 0
+    count, left = 1, part.start - 1
     with open(part.files[0], "rb") as file:
         while left and (block := file.read(min(left, 2**24))):
-            before += block.count(b"\n")
+            count += block.count(b"\n")
             left -= len(block)
-        file.readline()
-    return before + index + 2
+    return count
 
 
 def parse_json(line: bytes) -> Any | BadDocument | None:
@@ -163,7 +182,7 @@ def parse_json(line: bytes) -> Any | BadDocument | None:
     if not line.strip():
         return None
     try:
-        text = line.decode("utf-8")
+        text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8")
         value = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # a half of a pair is no character

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tidar.config import UserError
 from tidar.data.corpus import BadDocument, Document
 from tidar.data.source import (
     Part,
@@ -12,7 +13,6 @@ from tidar.data.source import (
     divide_files,
     divide_lines,
     find_files,
-    line_number,
     parse_json,
     read_lines,
     read_parquet,
@@ -22,6 +22,10 @@ LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = tuple(f"{name}{end}" for name in LINES for end in (".gz", ".zst"))
 PARQUET = (".parquet",)
 PLAIN = (".txt",)
+
+
+def _is_parquet(part: Part) -> bool:
+    return part.files[0].lower().endswith(PARQUET)
 
 
 class RecordSource(Source):
@@ -34,29 +38,33 @@ class RecordSource(Source):
         for group, path in enumerate(paths):
             plain: list[str] = []
             for file in find_files(path, self.suffixes):
-                if file.endswith(PLAIN):
+                if file.lower().endswith(PLAIN) and PLAIN[0] in self.suffixes:
                     plain.append(file)
                     continue
                 found += divide_files(group, plain)
                 plain = []
-                whole = file.endswith((".gz", ".zst", ".parquet"))
+                whole = file.lower().endswith((".gz", ".zst", ".parquet"))
                 found += [Part(group, (file,))] if whole else divide_lines(group, file)
             found += divide_files(group, plain)
         return found
 
-    def place(self, part: Part, index: int) -> str:
-        file = part.files[0]
-        if file.endswith(PLAIN):
+    def place(self, part: Part, index: int, before: int) -> str:
+        if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst", ".parquet")):
             return part.files[index]
-        return f"{file}: row {index + 1}" if file.endswith(PARQUET) else f"{file}: line {line_number(part, index)}"
+        return f"{part.files[0]}: {'row' if _is_parquet(part) else 'line'} {before + index + 1}"
 
     def records(self, part: Part) -> Iterator[Any | BadDocument | None]:
         """The records of a part; None for a blank line."""
-        if part.files[0].endswith(PARQUET):
-            yield from read_parquet(part)
-        else:
-            for line in read_lines(part):
-                yield parse_json(line)
+        try:
+            if _is_parquet(part):
+                yield from read_parquet(part)
+            else:
+                for line in read_lines(part):
+                    yield parse_json(line)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file, read by one of several libraries
+            yield BadDocument(f"cannot be read from here on ({(str(error).splitlines() or [type(error).__name__])[0]})")
 
 
 class Text(RecordSource):
@@ -74,12 +82,14 @@ class Text(RecordSource):
         yield from batched(self._texts(part), encode, size=len)
 
     def _texts(self, part: Part) -> Iterator[str | BadDocument | None]:
-        if part.files[0].endswith(PLAIN):
+        if part.stop is None and part.files[0].lower().endswith(PLAIN):
             for file in part.files:
                 try:
-                    yield Path(file).read_bytes().decode("utf-8")
+                    yield Path(file).read_bytes().decode("utf-8-sig")
                 except UnicodeDecodeError as error:
                     yield BadDocument(f"is not UTF-8 (byte {error.start})")
+                except OSError as error:
+                    yield BadDocument(f"cannot be read ({error.strerror})")
             return
         field = self.options.text_field
         for record in self.records(part):

@@ -32,7 +32,7 @@ class FolderTokenizer:
     """The tokenizer in a local folder, as transformers loads it.
 
     size: one more than its last id. end_of_text: the id of <|endoftext|>, else of its eos_token, None without either.
-    digest: SHA-256 of its ids and tokens.
+    digest: SHA-256 of all that decides about tokens.
     """
 
     def __init__(self, folder: Path):
@@ -51,9 +51,13 @@ class FolderTokenizer:
         self.size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary.get("<|endoftext|>", self.backend.eos_token_id)
         self.chat_template = self.backend.chat_template
-        self.digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-        # a text is cut into windows by who trains on it, and not by the tokenizer
+        # a text is cut into rows by who trains on it, not by the tokenizer, whatever was saved with it
         self.backend.model_max_length = 10**30
+        self.backend.backend_tokenizer.no_truncation()
+        self.backend.backend_tokenizer.no_padding()
+        state = json.loads(self.backend.backend_tokenizer.to_str())
+        meaning = {name: state.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        self.digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Tokens of each text."""

@@ -2,7 +2,15 @@
 
 from tidar.distributed.parallelize import parallelize
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
-from tidar.distributed.world import World, check_device_count, join_world, leave_world, logging_ranks, shorten_timeout
+from tidar.distributed.world import (
+    World,
+    check_device_count,
+    join_world,
+    leave_world,
+    logging_ranks,
+    rank_zero_first,
+    shorten_timeout,
+)
 
 __all__ = [
     "World",
@@ -13,5 +21,6 @@ __all__ = [
     "logging_ranks",
     "make_deterministic",
     "parallelize",
+    "rank_zero_first",
     "shorten_timeout",
 ]

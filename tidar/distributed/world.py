@@ -1,14 +1,18 @@
 """The processes of a run and the devices they hold."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tidar.config import Config, UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,6 +67,21 @@ def check_device_count(processes: int) -> None:
     """Raises UserError where this machine has GPUs, but fewer than it is to run processes."""
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"NGPU = {processes}: this machine has {torch.cuda.device_count()} GPUs, one for each process")
+
+
+def rank_zero_first(world: World, action: Callable[[bool], T]) -> T:
+    """What `action` returns here. It is told whether this is rank 0, which the others wait for, however long."""
+    if world.size == 1:
+        return action(True)
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    if world.rank == 0:
+        result = action(True)
+        dist.barrier(group)
+    else:
+        dist.barrier(group)
+        result = action(False)
+    dist.destroy_process_group(group)
+    return result
 
 
 def shorten_timeout(config: Config, world: World) -> None:

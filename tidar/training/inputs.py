@@ -16,14 +16,16 @@ class Inputs:
     warning: str | None
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, prepares: bool = True) -> Inputs:
     """The data and the model of a run, which fit each other. Prepares what data is not prepared yet.
 
+    prepares: false on ranks that come after one that has.
     Raises UserError for options, files or documents that cannot be used.
     """
     files = read_model(config)
     model_tokenizer = load_tokenizer(files.tokenizer) if files.tokenizer else None
-    data = load_data(config, data_tokenizer(config.data, model_tokenizer))
+    tokenizer = data_tokenizer(config.data, model_tokenizer)
+    data = load_data(config, tokenizer, files.options.get("vocab_size"), prepares)
     spec = resolve_model(files, config.tidar.mask_token_id, data.n_ids, model_tokenizer and model_tokenizer.size)
     warning = check_token_ids(
         data, spec.vocab_size_before, spec.mask_token_id, mask_is_explicit=config.tidar.mask_token_id != -1

@@ -18,9 +18,13 @@ def summarize(
     world_size: int,
     micro_batches: int,
     steps: int,
+    n_left_out: int,
     engine: str,
 ) -> str:
-    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states. engine: how it computes."""
+    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states.
+
+    n_left_out: documents that could not be used. engine: how the run computes.
+    """
     seq_len = config.training.seq_len
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = config.training.local_batch_size * micro_batches * world_size
@@ -32,6 +36,10 @@ def summarize(
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
     if training_rows.n_dropped:
         long_documents = f"{training_rows.n_dropped:,} long documents dropped"
+    if training_rows.n_cut_tokens:
+        long_documents += f", {training_rows.n_cut_tokens:,} tokens cut"
+    if n_left_out:
+        long_documents += f", {n_left_out:,} bad or empty ones left out"
     name = config.model.hf_path or config.model.name
     lines = {
         "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",

@@ -56,7 +56,8 @@ def write_texts(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def test_text_in_every_format(tmp_path):
+def test_text_in_every_format(tmp_path, monkeypatch):
+    monkeypatch.setattr("tidar.data.preparation.BLOCK_TOKENS", 7)  # a part is written in many blocks
     for path, texts in write_texts(tmp_path / "in").items():
         options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "in" / path)]
         _, data = load(tmp_path, *options)
@@ -73,6 +74,9 @@ def test_parquet_and_zstd(tmp_path):
     options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "in")]
     _, data = load(tmp_path, *options)
     assert documents(data.training[0]) == as_bytes(TEXTS * 2)
+    parquet.write_table(pyarrow.table({"text": [*TEXTS[:4], None]}), tmp_path / "in" / "a.parquet", row_group_size=2)
+    with pytest.raises(UserError, match=r"a.parquet: row 5: has no text in the field"):
+        load(tmp_path, *options)
 
 
 def test_lines_are_divided_without_loss(tmp_path, monkeypatch):

@@ -40,6 +40,8 @@ def make_loader(dataset: PackedRows, order, pattern: Pattern, num_workers: int, 
         batch_sampler=order,
         collate_fn=partial(_collate, pattern),
         num_workers=num_workers,
+        # with their parent's memory: a corpus is mapped, and must not be copied
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         # the loader draws a seed for its workers; it must not touch the run's random state
         generator=torch.Generator(),

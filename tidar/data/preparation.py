@@ -8,12 +8,14 @@ again.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,11 +30,12 @@ import numpy as np
 from tidar.config import UserError
 from tidar.config.options import Data
 from tidar.data.chat import Chat
-from tidar.data.corpus import BadDocument
+from tidar.data.corpus import BadDocument, Corpus, Document
 from tidar.data.source import Part, Source, lines_before
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+BLOCK_TOKENS = 2**22  # held at one time
 PARTS, LOCK = ".tidar-parts", ".tidar-lock"
 
 
@@ -184,7 +187,6 @@ _source: Source
 def _start_worker(make_source: Callable, options: Data, tokenizer: str | None, vocab_size: int | None) -> None:
     global _source
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _source = make_source(options, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
 
 
@@ -200,29 +202,49 @@ def _work(job: tuple[Part, Path]) -> tuple[int, int]:
 
 
 def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
-    """Writes a part and returns its numbers of documents and tokens."""
-    documents, dropped, index = [], [], -1
-    for index, document in enumerate(source.documents(part)):
-        if isinstance(document, BadDocument):
-            if source.options.on_error == "fail":
-                place = source.place(part, index, lines_before(part))
-                raise UserError(f"{place}: {document}; data.on_error = skip would leave it out")
-            dropped.append([index, str(document), True])
-        elif document is not None and not len(document.tokens):
-            dropped.append([index, "holds no tokens", False])  # nothing that could be mended
-        elif document is not None:
-            documents.append(document)
-    tokens = np.concatenate([np.zeros(0, np.uint32), *(document.tokens.astype(np.uint32) for document in documents)])
-    targets = [np.ones(len(d.tokens), bool) if d.targets is None else d.targets for d in documents]
-    arrays = {
-        "tokens": tokens,
-        "lengths": np.array([len(document.tokens) for document in documents], np.int64),
-        "targets": np.packbits(np.concatenate([np.zeros(0, bool), *targets])),
-        "dropped": np.frombuffer(json.dumps(dropped).encode(), np.uint8),
-        "places": np.array(index + 1),
-    }
-    _write(file, lambda stream: np.savez(stream, **arrays))
-    return len(documents), len(tokens)
+    """Writes a part and returns its numbers of documents and tokens. A large file's tokens are held block by block."""
+    n_documents = n_tokens = n_blocks = held_tokens = 0
+    held: list[Document] = []
+    dropped: list[tuple[int, str, bool]] = []
+    index = -1
+
+    def write(stream: BinaryIO) -> None:
+        nonlocal n_documents, n_tokens, n_blocks, held_tokens, index
+        with zipfile.ZipFile(stream, "w") as archive:
+
+            def put(name: str, array: np.ndarray) -> None:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array)
+
+            def flush() -> None:
+                nonlocal n_documents, n_tokens, n_blocks, held_tokens
+                block = Corpus.of(held)
+                put(f"tokens_{n_blocks}", block.tokens)
+                put(f"lengths_{n_blocks}", np.diff(block.offsets))
+                put(f"targets_{n_blocks}", block.target_bits)
+                n_documents, n_tokens, n_blocks = n_documents + len(block), n_tokens + len(block.tokens), n_blocks + 1
+                held.clear()
+                held_tokens = 0
+
+            for index, document in enumerate(source.documents(part)):
+                if isinstance(document, BadDocument):
+                    if source.options.on_error == "fail":
+                        place = source.place(part, index, lines_before(part))
+                        raise UserError(f"{place}: {document}; data.on_error = skip would leave it out")
+                    dropped.append((index, str(document), True))
+                elif document is not None and not len(document.tokens):
+                    dropped.append((index, "holds no tokens", False))  # nothing that could be mended
+                elif document is not None:
+                    held.append(document)
+                    held_tokens += len(document.tokens)
+                    if held_tokens >= BLOCK_TOKENS:
+                        flush()
+            flush()
+            put("dropped", np.frombuffer(json.dumps(dropped).encode(), np.uint8))
+            put("places", np.array(index + 1))
+
+    _write(file, write)
+    return n_documents, n_tokens
 
 
 def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[str, Any]) -> None:
@@ -240,26 +262,28 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
     files["offsets"].write(np.zeros(1, np.int64).tobytes())
     for number, part in enumerate(parts):
         with np.load(_part_file(folder / PARTS, number)) as arrays:
-            tokens, lengths, bits = arrays["tokens"], arrays["lengths"], arrays["targets"]
             before = before if part.start else 0
             for index, reason, is_bad in json.loads(arrays["dropped"].tobytes()):
                 dropped.append((source.place(part, index, before), reason))
                 n_bad += is_bad
             before += int(arrays["places"])
-        files["tokens"].write(tokens.astype(dtype).tobytes())
-        files["offsets"].write((n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes())
-        bits = np.unpackbits(bits)[: len(tokens)]
-        n_targets += int(bits.sum())
-        bits = np.concatenate([left_bits, bits])
-        whole = len(bits) // 8 * 8
-        files["targets"].write(np.packbits(bits[:whole]).tobytes())
-        left_bits = bits[whole:]
-        found = np.bincount(tokens) if len(tokens) else np.zeros(1, np.int64)
-        counts, found = (np.pad(c, (0, max(len(counts), len(found)) - len(c))) for c in (counts, found))
-        counts = counts + found
-        n_tokens += len(tokens)
-        n_documents += len(lengths)
-        groups[part.group] += len(lengths)
+            for block in itertools.count():
+                if f"tokens_{block}" not in arrays:
+                    break
+                tokens, lengths = arrays[f"tokens_{block}"], arrays[f"lengths_{block}"]
+                files["tokens"].write(tokens.astype(dtype).tobytes())
+                files["offsets"].write((n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes())
+                bits = np.unpackbits(arrays[f"targets_{block}"])[: len(tokens)]
+                n_targets += int(bits.sum())
+                bits = np.concatenate([left_bits, bits])
+                whole = len(bits) // 8 * 8
+                files["targets"].write(np.packbits(bits[:whole]).tobytes())
+                left_bits = bits[whole:]
+                found = np.bincount(tokens, minlength=len(counts))
+                counts = np.pad(counts, (0, len(found) - len(counts))) + found
+                n_tokens += len(tokens)
+                n_documents += len(lengths)
+                groups[part.group] += len(lengths)
     files["targets"].write(np.packbits(left_bits).tobytes())
     for name, file in files.items():
         _close(file)

@@ -169,6 +169,8 @@ def lines_before(part: Part) -> int:
     """Lines of the file that begin before a part. Reads all of it up to there."""
     if not part.start:
         return 0
+    if part.files[0].lower().endswith(".parquet"):
+        return rows_before(part)
     count, left = 1, part.start - 1
     with open(part.files[0], "rb") as file:
         while left and (block := file.read(min(left, 2**24))):
@@ -195,12 +197,30 @@ def parse_json(line: bytes) -> Any | BadDocument | None:
         return BadDocument(f"is not JSON: {error}")
 
 
-def read_parquet(part: Part) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file."""
-    parquet = _pyarrow(".parquet", part.files[0])
-    with parquet.ParquetFile(part.files[0]) as file:
-        for batch in file.iter_batches(batch_size=1024):
+def divide_rows(group: int, file: str) -> list[Part]:
+    """Parts of a Parquet file: its row groups. One that cannot be read is one part, whose reader then says so."""
+    parquet = _pyarrow(".parquet", file)
+    try:
+        with parquet.ParquetFile(file) as opened:
+            return [Part(group, (file,), number, number + 1) for number in range(opened.num_row_groups)]
+    except Exception:  # of a damaged file
+        return [Part(group, (file,), 0, 1)]
+
+
+def read_parquet(part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a part of a Parquet file: those of these columns that it has, all where it has none of them."""
+    with _pyarrow(".parquet", part.files[0]).ParquetFile(part.files[0]) as file:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=256, row_groups=range(part.start, part.stop), columns=there or None):
             yield from batch.to_pylist()
+
+
+def rows_before(part: Part) -> int:
+    """Rows of a Parquet file before a part."""
+    if not part.start:
+        return 0
+    with _pyarrow(".parquet", part.files[0]).ParquetFile(part.files[0]) as file:
+        return sum(file.metadata.row_group(number).num_rows for number in range(part.start))
 
 
 def batched(

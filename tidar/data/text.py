@@ -12,6 +12,7 @@ from tidar.data.source import (
     batched,
     divide_files,
     divide_lines,
+    divide_rows,
     find_files,
     parse_json,
     read_lines,
@@ -33,6 +34,11 @@ class RecordSource(Source):
 
     suffixes: tuple[str, ...] = LINES + COMPRESSED + PARQUET
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Fields of a record that are looked at; none: all."""
+        return ()
+
     def parts(self, paths: list[str]) -> list[Part]:
         found = []
         for group, path in enumerate(paths):
@@ -43,13 +49,17 @@ class RecordSource(Source):
                     continue
                 found += divide_files(group, plain)
                 plain = []
-                whole = file.lower().endswith((".gz", ".zst", ".parquet"))
-                found += [Part(group, (file,))] if whole else divide_lines(group, file)
+                if file.lower().endswith(PARQUET):
+                    found += divide_rows(group, file)
+                elif file.lower().endswith((".gz", ".zst")):
+                    found.append(Part(group, (file,)))
+                else:
+                    found += divide_lines(group, file)
             found += divide_files(group, plain)
         return found
 
     def place(self, part: Part, index: int, before: int) -> str:
-        if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst", ".parquet")):
+        if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst")):
             return part.files[index]
         return f"{part.files[0]}: {'row' if _is_parquet(part) else 'line'} {before + index + 1}"
 
@@ -57,7 +67,7 @@ class RecordSource(Source):
         """The records of a part; None for a blank line."""
         try:
             if _is_parquet(part):
-                yield from read_parquet(part)
+                yield from read_parquet(part, self.columns)
             else:
                 for line in read_lines(part):
                     yield parse_json(line)
@@ -72,6 +82,10 @@ class Text(RecordSource):
 
     suffixes = RecordSource.suffixes + PLAIN
     meaning = ("text_field", "end_of_document", "end_is_target")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.options.text_field,)
 
     def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
         end = self.end_of_document(self.tokenizer.end_of_text)

@@ -37,6 +37,8 @@ class FolderTokenizer:
 
     def __init__(self, folder: Path):
         """Raises UserError where there is no tokenizer that can be loaded."""
+        # processes share the work, not threads, which a fork for background workers would not survive
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer  # takes seconds, and bytes need none
 
         try:

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -17,14 +16,13 @@ from torch.utils.data import DataLoader
 from tidar.config import (
     Config,
     UserError,
-    derive_seed,
     load_config,
     make_dump_folder,
     resolve_global_batch_size,
     to_toml,
     user_errors_exit,
 )
-from tidar.data import Batch, Dataset, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
+from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import (
     arithmetic_dtype,
     join_world,
@@ -37,17 +35,14 @@ from tidar.distributed import (
 from tidar.models import (
     Decoder,
     MaskBuilder,
-    fill_new_rows,
-    initialize,
-    load_weights,
-    open_weights,
     recorded_model,
     resolve_backend,
-    write_huggingface_folder,
 )
 from tidar.objective import Objective, TokenScores
 from tidar.patterns import ModelBatch, get_pattern
 from tidar.training.checkpoint import Checkpointer
+from tidar.training.epoch_export import export_parameters
+from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
 from tidar.training.optimizer import learning_rate, make_optimizer
@@ -98,7 +93,7 @@ class Trainer:
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
             "rows": torch.tensor(len(self.training_rows)),
-            "data": torch.tensor(self.data_identity(inputs.data)),
+            "data": torch.tensor(inputs.data.identity(config)),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
         }
         self.checkpointer = Checkpointer(
@@ -116,41 +111,11 @@ class Trainer:
             self.go_on()
             self.start = f"goes on from {self.checkpoint}"
         else:
-            self.start = self.set_first_weights()
+            self.start = set_first_weights(self.model, self.spec, config)
         self.steps = config.training.steps
         if config.training.epochs:
             samples_left = config.training.epochs * len(self.training_rows) - int(self.progress["samples"])
             self.steps = self.step + max(0, math.ceil(samples_left / self.global_batch_size))
-
-    def data_identity(self, data: Dataset) -> int:
-        """A number that differs where other samples would be seen, or in another order."""
-        config = self.config
-        digests = [corpus.digest for corpus in data.training]
-        packing = config.training.seq_len, config.data.packing, config.data.long_documents, config.data.weights
-        share = 0 if data.validation or not config.validation.enable else config.validation.share
-        return derive_seed(config.training.seed, digests, packing, share)
-
-    def set_first_weights(self) -> str:
-        """Loads or draws the weights that the run starts from, and tells which these are."""
-        config, spec = self.config, self.spec
-        path = config.checkpoint.initial_load_path or config.model.hf_path
-        weights = open_weights(path) if path else None
-        if weights is None and config.checkpoint.initial_load_path:
-            raise UserError(f"checkpoint.initial_load_path = {path}: holds no weights")
-        if weights is None:
-            initialize(self.model, config.training.seed)
-            warning = f"warning: {path} holds no weights\n" if path else ""
-            return f"{warning}starts from random weights; the mask token is {spec.mask_token_id}"
-        started = time.perf_counter()
-        loaded_rows = load_weights(self.model, weights, spec.vocab_size_before)
-        keeps = {"auto": spec.mask_row_is_trained, "keep": True, "mean": False}[config.tidar.mask_token_init]
-        fill_new_rows(self.model, spec, loaded_rows, mask_row=not keeps)
-        text = f"starts from the weights of {path}, loaded in {time.perf_counter() - started:.1f} s"
-        if loaded_rows < spec.decoder.vocab_size:
-            text += f"\nthe vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows"
-        keeps = keeps and spec.mask_token_id < loaded_rows
-        row = "as it is there" if keeps else f"the mean of the {spec.used_rows:,} used rows"
-        return f"{text}\nthe mask token is {spec.mask_token_id}; its embedding is {row}"
 
     def train(self) -> None:
         config = self.config
@@ -272,26 +237,8 @@ class Trainer:
         if number <= epochs_before:
             return
         folder = self.folder / "export" / f"epoch_{number}"
-        parameters = self.checkpointer.parameters
-
-        def gather(name: str) -> torch.Tensor:
-            return parameters[name].detach().to(torch.bfloat16).full_tensor().cpu()
-
         with self.throughput.paused():
-            if self.world.rank == 0:
-                # of this epoch, from before the run was started again
-                for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
-                    shutil.rmtree(old, ignore_errors=True)
-                shapes = {name: parameter.shape for name, parameter in parameters.items()}
-                try:
-                    write_huggingface_folder(
-                        folder, shapes, torch.bfloat16, lambda name: [gather(name)], self.write_assets
-                    )
-                except OSError as error:
-                    raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-            else:
-                for name in parameters:
-                    gather(name)
+            export_parameters(folder, self.checkpointer.parameters, self.write_assets, writes=self.world.rank == 0)
         self.log(f"exported {folder}")
 
     def save_first_weights(self) -> None:

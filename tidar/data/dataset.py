@@ -36,6 +36,13 @@ class Dataset:
     n_ids: int
     padding_token_id: int
 
+    def identity(self, config: Config) -> int:
+        """A number, of 64 bits, that differs where a run would see other samples, or in another order."""
+        digests = [corpus.digest for corpus in self.training]
+        packing = config.training.seq_len, config.data.packing, config.data.long_documents, config.data.weights
+        share = 0 if self.validation or not config.validation.enable else config.validation.share
+        return derive_seed(config.training.seed, digests, packing, share)
+
 
 def data_tokenizer(options: Data, model_tokenizer: Tokenizer | None) -> Tokenizer | None:
     """The model's, unless data.tokenizer says bytes; bytes for python_source where the model has none."""

@@ -1,0 +1,35 @@
+"""Exports of the model while it is trained."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tidar.config import UserError
+from tidar.models import write_huggingface_folder
+
+
+def export_parameters(
+    folder: Path, parameters: dict[str, nn.Parameter], write_assets: Callable[[Path], None], writes: bool
+) -> None:
+    """Writes sharded parameters to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
+
+    What an earlier try has left of the folder is replaced. Raises UserError where it cannot be written.
+    """
+
+    def gather(name: str) -> torch.Tensor:
+        return parameters[name].detach().to(torch.bfloat16).full_tensor().cpu()
+
+    if not writes:
+        for name in parameters:
+            gather(name)
+        return
+    for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    try:
+        write_huggingface_folder(folder, shapes, torch.bfloat16, lambda name: [gather(name)], write_assets)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None

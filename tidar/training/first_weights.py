@@ -1,0 +1,31 @@
+"""The weights that a new run starts from."""
+
+import time
+
+from tidar.config import Config, UserError
+from tidar.models import Decoder, ModelSpec, fill_new_rows, initialize, load_weights, open_weights
+
+
+def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> str:
+    """Loads them, from checkpoint.initial_load_path or else model.hf_path, or draws them; tells which these are.
+
+    Raises UserError for weights that are not the model's, and where initial_load_path holds none.
+    """
+    path = config.checkpoint.initial_load_path or config.model.hf_path
+    weights = open_weights(path) if path else None
+    if weights is None and config.checkpoint.initial_load_path:
+        raise UserError(f"checkpoint.initial_load_path = {path}: holds no weights")
+    if weights is None:
+        initialize(model, config.training.seed)
+        warning = f"warning: {path} holds no weights\n" if path else ""
+        return f"{warning}starts from random weights; the mask token is {spec.mask_token_id}"
+    started = time.perf_counter()
+    loaded_rows = load_weights(model, weights, spec.vocab_size_before)
+    keeps = {"auto": spec.mask_row_is_trained, "keep": True, "mean": False}[config.tidar.mask_token_init]
+    fill_new_rows(model, spec, loaded_rows, mask_row=not keeps)
+    text = f"starts from the weights of {path}, loaded in {time.perf_counter() - started:.1f} s"
+    if loaded_rows < spec.decoder.vocab_size:
+        text += f"\nthe vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows"
+    keeps = keeps and spec.mask_token_id < loaded_rows
+    row = "as it is there" if keeps else f"the mean of the {spec.used_rows:,} used rows"
+    return f"{text}\nthe mask token is {spec.mask_token_id}; its embedding is {row}"

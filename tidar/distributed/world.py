@@ -78,7 +78,10 @@ def rank_zero_first(world: World, action: Callable[[bool], T]) -> T:
         result = action(True)
         dist.barrier(group)
     else:
-        dist.barrier(group)
+        try:
+            dist.barrier(group)
+        except RuntimeError:
+            raise UserError("rank 0 has ended before the others could begin; it says why") from None
         result = action(False)
     dist.destroy_process_group(group)
     return result

@@ -77,6 +77,13 @@ def test_an_export_holds_few_rows(tmp_path):
         assert tensor.equal(saved[name].detach().bfloat16())
 
 
+class Getter:
+    """Asks for getattr, which metadata written by some versions of Python does too, for the member of an enum."""
+
+    def __reduce__(self):
+        return getattr, (str, "upper")
+
+
 class Malicious:
     def __init__(self, path: Path):
         self.path = path
@@ -242,7 +249,13 @@ def test_metadata_of_a_checkpoint_runs_no_code(tmp_path):
     run, trap = tmp_path / "run", tmp_path / "trap"
     run_of_no_steps(run)
     step = run / "checkpoint" / "step-0"
-    for content in (pickle.dumps(Malicious(trap)), b"", b"nothing", (step / ".metadata").read_bytes()[:-30]):
+    for content in (
+        pickle.dumps(Malicious(trap)),
+        pickle.dumps(Getter()),
+        b"",
+        b"nothing",
+        (step / ".metadata").read_bytes()[:-30],
+    ):
         (step / ".metadata").write_bytes(content)
         for act in (
             lambda: run_of_no_steps(run),

@@ -126,6 +126,8 @@ def prepare(
         if not _is_prepared(folder, wanted, source.options.on_error):
             _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
             _join_parts(folder, source, parts, wanted)
+            # parts that a call with data.on_error = skip has left may lack documents
+            _is_prepared(folder, wanted, source.options.on_error)
         shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 

@@ -172,7 +172,7 @@ def _prepare_parts(
         return
     # a fresh interpreter each: a tokenizer's threads do not survive a fork
     tokenizer = source.tokenizer.name if source.tokenizer else None
-    initial = (make_source, source.options, tokenizer, source.vocab_size)
+    initial = (os.getpid(), make_source, source.options, tokenizer, source.vocab_size)
     pool = ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn"), _start_worker, initial)
     try:
         for result in pool.map(_work, jobs):
@@ -186,9 +186,11 @@ def _prepare_parts(
 _source: Source
 
 
-def _start_worker(make_source: Callable, options: Data, tokenizer: str | None, vocab_size: int | None) -> None:
+def _start_worker(
+    parent: int, make_source: Callable, options: Data, tokenizer: str | None, vocab_size: int | None
+) -> None:
     global _source
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _source = make_source(options, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
 
 

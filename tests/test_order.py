@@ -14,7 +14,7 @@ def test_other_ranks_go_on_with_the_same_samples(tmp_path):
     """
     rng = random.Random(0)
     make_model("qwen3").save_pretrained(tmp_path / "model")
-    steps, batch = 14, 24
+    steps, batch = 8, 36
     common = f"--data.source uneven --data.num_workers 0 --training.seq_len 64 --training.global_batch_size {batch}"
     common += f" --model.hf_path {tmp_path / 'model'} --metrics.log_freq 1 --validation.enable false"
 

@@ -4,6 +4,7 @@ A pool starts its processes once; each run then takes as long as it computes.
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -33,8 +34,14 @@ class RankPool:
             process.kill()
             process.communicate()
 
-    def run(self, ranks: int, *options: str) -> list[list[list[int]]]:
-        """Trains on so many ranks; returns the rows of each micro-batch of each rank."""
+    def run(self, ranks: int, *options: str, weights: Path | None = None, faults: list = ()) -> list[dict]:
+        """Trains on so many ranks, and saves what was trained to the file `weights`.
+
+        faults: (rank, step) of those whose loss is to be infinite.
+
+        Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
+        "error" if it has ended with one of the user's.
+        """
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -42,6 +49,8 @@ class RankPool:
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             case = {"variables": {name: str(value) for name, value in variables.items()}, "options": options}
+            case |= {"weights": weights and str(weights)}
+            case |= {"faults": [step for faulty, step in faults if faulty == rank]}
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
         answers = [process.stdout.readline() for process in self.processes[:ranks]]
@@ -52,9 +61,10 @@ class RankPool:
 
 
 def main() -> None:
+    import torch
     import uneven  # noqa: F401  (registers the source)
 
-    from tidar.config import load_config
+    from tidar.config import UserError, load_config
     from tidar.distributed import leave_world
     from tidar.train import Trainer
 
@@ -75,18 +85,42 @@ def main() -> None:
         def __getattr__(self, name: str):
             return getattr(self.rows, name)
 
+    class Recorded(Trainer):
+        def forward(self, rows, weights):
+            loss, scores = super().forward(rows, weights)
+            if torch.is_grad_enabled():
+                self.targets.append(len(rows.targets["ar"].labels))
+                if self.step + 1 in self.faults:
+                    loss = loss * math.inf
+            return loss, scores
+
+        def log(self, text):
+            self.printed.append(text)
+
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr  # what a run prints is no answer
     for line in sys.stdin:
         case = json.loads(line)
         os.environ.update(case["variables"])
         config = load_config(case["options"])
-        trainer = Trainer(config)
+        Recorded.printed = []
+        trainer = Recorded(config)
+        trainer.targets, trainer.faults = [], case["faults"]
         trainer.training_rows = rows = Recording(trainer.training_rows)
-        trainer.train()
+        error = None
+        try:
+            trainer.train()
+        except UserError as raised:
+            error = str(raised)
+        if case["weights"]:
+            whole = {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
+            if trainer.world.rank == 0:
+                torch.save(whole, case["weights"])
         leave_world()
         size = config.training.local_batch_size
-        print(json.dumps([rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]), file=answers, flush=True)
+        rows = [rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]
+        answer = {"rows": rows, "targets": trainer.targets, "printed": "\n".join(trainer.printed), "error": error}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

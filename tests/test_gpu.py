@@ -138,6 +138,69 @@ def test_deterministic_runs_repeat_bit_for_bit(tmp_path):
     assert len(curves[0]) == 9 and curves[0] == curves[1] == curves[2]
 
 
+def losses_of(folder, options: str, kind=Trainer) -> list[float]:
+    """Trains with these options; returns train/batch_loss of all steps."""
+    trainer = kind(load_config([*options.split(), "--metrics.log_freq", "1", "--job.dump_folder", str(folder)]))
+    try:
+        trainer.compiled = []
+        trainer.train()
+    finally:
+        leave_world()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses_of.trainer = trainer
+    return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
+
+
+ENGINES = {
+    "none": "",
+    "full": "--activation_checkpoint.mode full",
+    "selective": "--activation_checkpoint.mode selective",
+    "selective, eager": "--activation_checkpoint.mode selective --compile.enable false",
+    "offload": "--training.enable_cpu_offload",
+    "full, offload, never": "--activation_checkpoint.mode full --training.enable_cpu_offload "
+    "--parallelism.fsdp_reshard_after_forward never",
+}
+
+
+def test_same_numbers_with_each_engine(tmp_path):
+    """Checkpointing of activations and offload change nothing but memory and time, and nothing compiles anew."""
+    common = "--training.seq_len 256 --training.local_batch_size 4 --training.global_batch_size 8 --training.steps 10"
+    common += " --training.mixed_precision_param float32 --validation.enable false --checkpoint.enable false"
+    curves, graphs = {}, {}
+    for name, options in ENGINES.items():
+        torch._dynamo.reset()
+        before = Watched.graphs["unique_graphs"]
+        curves[name] = losses_of(tmp_path / name.replace(", ", "-"), f"{common} {options}", Watched)
+        counts = [number - before for number in losses_of.trainer.compiled]
+        graphs[name] = counts[-1]
+        assert len(set(counts[1:])) == 1
+    print(graphs, {name: max(abs(a / b - 1) for a, b in zip(curve, curves["none"])) for name, curve in curves.items()})
+    for curve in curves.values():
+        assert curve == pytest.approx(curves["none"], rel=1e-5)
+    # a graph of the layer, one of the loss, and those of the block mask: not one for each of the four layers
+    assert len(set(graphs[name] for name in ("none", "full", "selective", "offload"))) == 1
+
+
+def test_float16_follows_bfloat16(tmp_path):
+    common = "--training.seq_len 256 --training.local_batch_size 8 --training.steps 200 --lr_scheduler.warmup_steps 20"
+    common += " --validation.enable false --checkpoint.enable false --training.mixed_precision_param"
+    half = losses_of(tmp_path / "half", f"{common} float16 --loss_scale.window 50")
+    wide = losses_of(tmp_path / "wide", f"{common} bfloat16")
+    errors = [abs(a / b - 1) for a, b in zip(half, wide) if a == a]
+    print(max(errors), abs(sum(half[-20:]) / sum(wide[-20:]) - 1))
+    assert len(half) == len(wide) == 200 and sum(half[-20:]) == pytest.approx(sum(wide[-20:]), rel=5e-3)
+
+
+def test_bfloat16_moments_compiled_as_eager(tmp_path):
+    curves = {}
+    for compiled in ("true", "false"):
+        options = "--training.seq_len 256 --training.local_batch_size 4 --training.steps 20 --validation.enable false"
+        options += " --training.mixed_precision_param float32 --checkpoint.enable false"
+        options += f" --optimizer.state_dtype bfloat16 --compile.enable {compiled}"
+        curves[compiled] = losses_of(tmp_path / compiled, options)
+    assert curves["true"] == pytest.approx(curves["false"], rel=1e-3)
+
+
 def test_flex_and_sdpa_train_alike(tmp_path):
     """The same run in float32, compiled with flex and eager with sdpa; gradient accumulation on one of them."""
     curves = []

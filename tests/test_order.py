@@ -4,38 +4,36 @@ import json
 import random
 import shutil
 
-from rank_pool import RankPool
 from small_models import make_model
 
 
-def test_other_ranks_go_on_with_the_same_samples(tmp_path):
+def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
     """Saved at a random step on 1, 2 and 3 ranks, continued on 1, 2, 3 and 4, with other micro-batches, over an epoch's
     end: all samples of all steps are those of the run that was not interrupted, in its order.
     """
     rng = random.Random(0)
     make_model("qwen3").save_pretrained(tmp_path / "model")
     steps, batch = 8, 36
-    common = f"--data.source uneven --data.num_workers 0 --training.seq_len 64 --training.global_batch_size {batch}"
+    common = f"{uneven_data} --training.seq_len 64 --training.global_batch_size {batch}"
     common += f" --model.hf_path {tmp_path / 'model'} --metrics.log_freq 1 --validation.enable false"
 
-    def seen(pool: RankPool, folder, ranks: int, until: int) -> list[int]:
-        local = rng.choice([n for n in (1, 2, 3, 4, 6, 12) if batch % (n * ranks) == 0])
+    def seen(folder, size: int, until: int) -> list[int]:
+        local = rng.choice([n for n in (1, 2, 3, 4, 6, 12) if batch % (n * size) == 0])
         options = f"--job.dump_folder {folder} --training.local_batch_size {local} --training.steps {until}"
-        batches = pool.run(ranks, *common.split(), *options.split())
+        batches = [rank["rows"] for rank in ranks.run(size, *common.split(), *options.split())]
         return [row for micro_batch in zip(*batches, strict=True) for rows in micro_batch for row in rows]
 
-    with RankPool(4) as pool:
-        expected = seen(pool, tmp_path / "whole", 1, steps)
-        assert len(expected) == steps * batch
-        n_rows = max(expected) + 1
-        assert n_rows < len(expected)  # an epoch ends in between
-        assert sorted(expected[:n_rows]) == list(range(n_rows))
-        for ranks in (1, 2, 3):
-            saved_at = rng.randint(1, steps - 1)
-            assert seen(pool, tmp_path / f"{ranks}", ranks, saved_at) == expected[: saved_at * batch]
-            for others in (1, 2, 3, 4):
-                folder = tmp_path / f"{ranks}-{others}"
-                shutil.copytree(tmp_path / f"{ranks}", folder)
-                assert seen(pool, folder, others, steps) == expected[saved_at * batch :]
-                lines = (folder / "metrics.jsonl").read_text().splitlines()
-                assert [json.loads(line)["step"] for line in lines if "batch_loss" in line] == list(range(1, steps + 1))
+    expected = seen(tmp_path / "whole", 1, steps)
+    assert len(expected) == steps * batch
+    n_rows = max(expected) + 1
+    assert n_rows < len(expected)  # an epoch ends in between
+    assert sorted(expected[:n_rows]) == list(range(n_rows))
+    for size in (1, 2, 3):
+        saved_at = rng.randint(1, steps - 1)
+        assert seen(tmp_path / f"{size}", size, saved_at) == expected[: saved_at * batch]
+        for others in (1, 2, 3, 4):
+            folder = tmp_path / f"{size}-{others}"
+            shutil.copytree(tmp_path / f"{size}", folder)
+            assert seen(folder, others, steps) == expected[saved_at * batch :]
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines if "batch_loss" in line] == list(range(1, steps + 1))

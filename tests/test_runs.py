@@ -53,30 +53,6 @@ def results(folder: Path) -> list[dict]:
     return [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
 
 
-def test_same_losses_however_a_step_is_cut(tmp_path):
-    """One process and two, one micro-batch and more: 20 steps with ranks of very different target counts."""
-    cuts = {"1x1": (1, 8), "1x4": (1, 2), "2x1": (2, 4), "2x4": (2, 1)}
-    options = "--data.source uneven --validation.share 0.17 --tidar.block_size 3".split()
-    options += "--training.seq_len 64 --training.global_batch_size 8 --training.steps 20".split()
-    options += "--metrics.log_freq 1 --validation.freq 10 --data.num_workers 0 --checkpoint.interval 15".split()
-    for name, (processes, local_batch_size) in cuts.items():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        arguments = ["--training.local_batch_size", str(local_batch_size), "--job.dump_folder", str(tmp_path / name)]
-        finish(start([sys.executable, *launcher, "tests/uneven.py", *options, *arguments]))
-    names = [f"train/batch_{name}" for name in ("loss", "ar_loss", "diffusion_loss", "accuracy")] + ["train/grad_norm"]
-    for kind, n in ((names, 20), (["val/loss", "val/diffusion_loss_at/0", "val/accepted_prefix"], 2)):
-        expected = metrics(tmp_path / "1x1", *kind)
-        assert len(expected) == n
-        for name in cuts:
-            for here, there in zip(expected, metrics(tmp_path / name, *kind), strict=True):
-                assert there == pytest.approx(here, rel=1e-5), name
-    # what two ranks saved, one goes on from
-    (tmp_path / "2x1" / "checkpoint" / "step-20").rename(tmp_path / "unused")
-    finish(start([sys.executable, "tests/uneven.py", *options, "--job.dump_folder", str(tmp_path / "2x1")]))
-    for here, there in zip(metrics(tmp_path / "1x1", *names), metrics(tmp_path / "2x1", *names), strict=True):
-        assert there == pytest.approx(here, rel=1e-5)
-
-
 def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
     options = "--training.steps 6 --training.global_batch_size 4 --checkpoint.interval 1 --validation.freq 3".split()
     train_here(tmp_path / "whole", *options, "--validation.steps", "2")

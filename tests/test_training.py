@@ -9,7 +9,8 @@ from tidar.models import Decoder, decoder_config, size_config
 from tidar.patterns import Targets
 from tidar.training.flops import useful_flops
 from tidar.training.metrics import MetricWriter
-from tidar.training.optimizer import learning_rate, make_optimizer
+from tidar.training.optimizer import make_optimizer
+from tidar.training.schedule import learning_rate
 from tidar.training.validation import accepted_prefixes
 
 

@@ -1,12 +1,13 @@
 """Checks a run before it is launched: python -m tidar.check --job.config_file FILE [--section.option value ...]
 
 Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh
-(NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK). Prepares data that is not prepared yet, on node 0, trains
-nothing, and prints the number of processes to start here.
+(NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK, MAX_RESTARTS, and srun's). Prepares data that is not
+prepared yet, on node 0, trains nothing, and prints the number of processes to start here and torchrun's options.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 
 import torch
@@ -19,7 +20,7 @@ from tidar.config import (
     resolve_global_batch_size,
     user_errors_exit,
 )
-from tidar.distributed import check_device_count, logging_ranks
+from tidar.distributed import check_device_count, check_offload, logging_ranks, resolve_degrees
 from tidar.models import Decoder, check_weights, open_weights, resolve_backend
 from tidar.patterns import get_pattern
 from tidar.training.inputs import load_inputs
@@ -29,22 +30,20 @@ def main() -> None:
     with user_errors_exit():
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
         processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
-        nodes = _number("NNODES", default=1, minimum=1)
-        for name, meaning in (("MASTER_ADDR", "the address of node 0"), ("NODE_RANK", "this node's number")):
-            if nodes > 1 and not os.environ.get(name):
-                raise UserError(f"{name}: must be {meaning} where NNODES = {nodes}")
-        _number("NODE_RANK", default=0, minimum=0, maximum=nodes - 1)
-        _number("MASTER_PORT", default=29500, minimum=1, maximum=65535)
+        launcher, nodes, node = _launcher()
         logging_ranks(processes * nodes)
         check_device_count(processes)
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
             print(f"warning: torch {torch.__version__} sees no GPU here, so the CPU trains", file=sys.stderr)
+        resolve_degrees(config, processes * nodes)
+        check_offload(config)
         resolve_global_batch_size(config, processes * nodes)
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         get_pattern(config.tidar.pattern)
         folder = make_dump_folder(config)
-        if os.environ.get("NODE_RANK", "0") != "0":
-            print(processes)  # node 0 looks after the data, which all nodes share
+        answer = f"{processes} --nproc_per_node {processes} {launcher}"
+        if node:
+            print(answer)  # node 0 looks after the data, which all nodes share
             return
         inputs = load_inputs(config)
         if inputs.warning:
@@ -55,11 +54,58 @@ def main() -> None:
         if weights:
             with torch.device("meta"):
                 check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)
-        print(processes)
+        print(answer)
 
 
-def _number(name: str, default: int, minimum: int, maximum: int | None = None) -> int:
-    text = os.environ.get(name) or str(default)
+def _launcher() -> tuple[str, int, int]:
+    """torchrun's options, the number of nodes, and which this is. Raises UserError for variables that do not fit."""
+    variables = {name: os.environ.get(name, "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if not variables["NNODES"] and _number("SLURM_STEP_NUM_NODES", default=1, minimum=1) > 1:
+        variables |= _slurm_variables()
+    nodes = _number("NNODES", default=1, minimum=1, text=variables["NNODES"])
+    for name, meaning in (("MASTER_ADDR", "the address of node 0"), ("NODE_RANK", "this node's number")):
+        if nodes > 1 and not variables[name]:
+            raise UserError(f"{name}: must be {meaning} where NNODES = {nodes}")
+    node = _number("NODE_RANK", default=0, minimum=0, maximum=nodes - 1, text=variables["NODE_RANK"])
+    port = _number("MASTER_PORT", default=29500, minimum=1, maximum=65535)
+    restarts = _number("MAX_RESTARTS", default=0, minimum=0)
+    rendezvous = "--standalone"
+    if nodes > 1 or variables["MASTER_PORT"]:
+        address = variables["MASTER_ADDR"] or "localhost"
+        rendezvous = f"--node_rank {node} --master_addr {address} --master_port {port}"
+    return f"--nnodes {nodes} --max_restarts {restarts} {rendezvous}", nodes, node
+
+
+def _slurm_variables() -> dict[str, str]:
+    """NNODES, NODE_RANK and MASTER_ADDR of a step that srun has started on several nodes."""
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_NODEID")
+    missing = [name for name in names if not os.environ.get(name)]
+    nodes, tasks, node_list, node = (os.environ.get(name, "") for name in names)
+    if missing:
+        raise UserError(
+            f"{missing[0]}: is not set, though SLURM_STEP_NUM_NODES = {nodes}; start with srun, or set NNODES"
+        )
+    if tasks != nodes:
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS = {tasks}: must be one task on each of {nodes} nodes (--ntasks-per-node=1)"
+        )
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        try:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
+            )
+            address = hosts.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise UserError(
+                f"MASTER_ADDR: must be the first of {node_list}, which scontrol does not tell here"
+            ) from None
+    return {"NNODES": nodes, "NODE_RANK": node, "MASTER_ADDR": address}
+
+
+def _number(name: str, default: int, minimum: int, maximum: int | None = None, text: str = "") -> int:
+    """The number that `text` or else the variable `name` holds."""
+    text = text or os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
         raise UserError(f"{name} = {text}: must be integer {in_range(minimum, maximum)}")
     return int(text)

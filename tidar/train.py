@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,11 +26,13 @@ from tidar.config import (
 )
 from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import (
+    Watchdog,
     arithmetic_dtype,
     join_world,
     leave_world,
     make_deterministic,
     parallelize,
+    prepare_backward,
     rank_zero_first,
     shorten_timeout,
 )
@@ -45,10 +49,11 @@ from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
-from tidar.training.optimizer import learning_rate, make_optimizer
 from tidar.training.scores import mean_scores, score_sums, target_weights
+from tidar.training.skipping import TooManySkipped
 from tidar.training.summary import summarize
 from tidar.training.throughput import Throughput
+from tidar.training.updates import Updates
 from tidar.training.validation import validate
 
 
@@ -78,15 +83,18 @@ class Trainer:
 
         dtype = arithmetic_dtype(config, self.device)
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
+        if dtype == torch.float16 and self.device.type == "cpu":
+            self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         with torch.device("meta"):
             self.model = Decoder(self.spec.decoder)
-        parallelize(self.model, self.world.mesh, dtype, compile)
-        self.model.to_empty(device=self.device)
+        parallelize(self.model, self.world.mesh, config, dtype, compile)
+        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
 
         self.loss_weights = {"ar": config.tidar.ar_loss_weight, "diffusion": config.tidar.diffusion_loss_weight}
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds))
+        self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
 
         # what a checkpoint restores in place; epoch_sums: weight, nll, right arg-maxes of both losses in this epoch
         self.progress = {
@@ -95,15 +103,16 @@ class Trainer:
             "rows": torch.tensor(len(self.training_rows)),
             "data": torch.tensor(inputs.data.identity(config)),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
+            **self.updates.state,
         }
         self.checkpointer = Checkpointer(
             self.folder,
             self.model,
-            self.optimizer,
+            self.updates.optimizer,
             self.progress,
             self.world,
+            self.group,
             write_assets=self.write_assets,
-            timeout=timedelta(seconds=config.comm.init_timeout_seconds),
         )
         self.throughput = Throughput(self.model.config, self.device)
         self.checkpoint = self.checkpointer.newest() if config.checkpoint.enable else None
@@ -143,59 +152,60 @@ class Trainer:
             gc.freeze()
             gc.disable()
         self.throughput.restart()
-        while self.step < self.steps:
-            self.progress["step"] += 1
-            epoch = self.epoch
-            self.train_step(batches)
-            if self.step == first_step:
-                shorten_timeout(config, self.world)
-            if config.training.gc_freq and self.step % config.training.gc_freq == 0:
-                gc.collect()
-            # validated and exported first: what a checkpoint says is done has been reported and written
-            if config.validation.enable and self.is_due(config.validation.freq):
-                with self.throughput.paused():
+        self.patience = config.comm.init_timeout_seconds
+        self.watchdog = Watchdog(self.world, self.patience)
+        try:
+            while self.step < self.steps:
+                epoch = self.epoch
+                self.train_step(batches)
+                if self.step == first_step:
+                    self.end_first_step()
+                if config.training.gc_freq and self.step % config.training.gc_freq == 0:
+                    gc.collect()
+                # validated and exported first: what a checkpoint says is done has been reported and written
+                if config.validation.enable and self.is_due(config.validation.freq):
                     self.validate()
-            if config.checkpoint.export_epochs:
-                self.export_epoch(epochs_before=epoch)
-            if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
-                with self.throughput.paused():
-                    self.checkpointer.save(self.step)
+                if config.checkpoint.export_epochs:
+                    self.export_epoch(epochs_before=epoch)
+                if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
+                    self.save()
+        except TooManySkipped as reason:
+            self.stop_for(reason)
+        self.watchdog.stop()
         gc.enable()
         gc.unfreeze()
         self.metrics.close()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over `self.micro_batches` micro-batches of each rank."""
-        config = self.config
+        config, number = self.config, self.step + 1
+        self.passes(f"step {number}: data")
         wait_started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(self.micro_batches)]
         self.throughput.count_step(micro_batches, data_wait=time.perf_counter() - wait_started)
         micro_batches = [batch.to(self.device) for batch in micro_batches]
 
         # the denominators of the losses: the targets of the whole step, over all ranks and micro-batches
+        self.passes(f"step {number}: forward and backward pass")
         weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
         dist.all_reduce(weights)
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
+        for place, batch in enumerate(micro_batches, start=1):
+            prepare_backward(self.model, config, is_last=place == self.micro_batches)
             loss, scores = self.forward(batch.rows, weights)
-            loss.backward()
+            self.updates.backward(loss)
+            self.updates.skipped.note_losses(batch.rows, scores)
             sums += score_sums(batch.rows.targets, scores)
         dist.all_reduce(sums)
 
-        parameters = list(self.model.parameters())
-        gradients = [parameter.grad for parameter in parameters]
-        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True).full_tensor()
-        if config.training.max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.training.max_norm, grad_norm, foreach=True)
-        lr = learning_rate(self.step, self.steps, config.optimizer.lr, config.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.passes(f"step {number}: optimizer")
+        rows = partial(self.rows_seen, int(self.progress["samples"]))
+        grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
 
         epoch = self.epoch
+        self.progress["step"] += 1
         self.progress["samples"] += self.global_batch_size
-        self.progress["epoch_sums"] += torch.cat([weights[None], sums])
+        self.progress["epoch_sums"] += torch.where(sums.isfinite().all(), torch.cat([weights[None], sums]), 0)
         if self.is_due(config.metrics.log_freq):
             self.report_step(weights, sums, grad_norm, lr)
         if self.epoch > epoch:
@@ -217,16 +227,22 @@ class Trainer:
             len(self.held_out_rows), config.validation.steps, config.training.local_batch_size, world.rank, world.size
         )
         ones = torch.ones(2, device=self.device)
-        scalars = validate(
-            self.loader(self.held_out_rows, order),
-            score=lambda rows: self.forward(rows, ones)[1],
-            block_size=config.tidar.block_size,
-            loss_weights=self.loss_weights,
-            device=self.device,
-        )
-        # a forward pass without a backward pass leaves parameters gathered
-        for module in (*self.model.layers, self.model):
-            module.reshard()
+
+        def score(rows: ModelBatch) -> dict[str, TokenScores]:
+            self.passes("validation")
+            return self.forward(rows, ones)[1]
+
+        with self.throughput.paused():
+            scalars = validate(
+                self.loader(self.held_out_rows, order),
+                score,
+                block_size=config.tidar.block_size,
+                loss_weights=self.loss_weights,
+                device=self.device,
+            )
+            # a forward pass without a backward pass leaves parameters gathered
+            for module in (*self.model.layers, self.model):
+                module.reshard()
         self.metrics.write(self.step, scalars)
         self.log(validation_lines(scalars))
 
@@ -237,9 +253,24 @@ class Trainer:
         if number <= epochs_before:
             return
         folder = self.folder / "export" / f"epoch_{number}"
+        self.passes("the export", self.config.comm.init_timeout_seconds)
         with self.throughput.paused():
             export_parameters(folder, self.checkpointer.parameters, self.write_assets, writes=self.world.rank == 0)
         self.log(f"exported {folder}")
+
+    def save(self) -> None:
+        self.updates.settle()
+        self.passes("the checkpoint", self.config.comm.init_timeout_seconds)
+        with self.throughput.paused():
+            self.checkpointer.save(self.step)
+
+    def stop_for(self, reason: TooManySkipped) -> None:
+        """Ends the run with what it had before the steps that were skipped."""
+        saved = ""
+        if self.config.checkpoint.enable:
+            self.save()
+            saved = f"\nthe state before them is saved in {self.checkpointer.folder / f'step-{self.step}'}"
+        raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped}){saved}")
 
     def save_first_weights(self) -> None:
         """All that a run of no steps does: it makes a checkpoint of what it would start from."""
@@ -260,19 +291,31 @@ class Trainer:
 
     def training_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands, without an end."""
+        return iter(self.loader(self.training_rows, self.training_order(int(self.progress["samples"]))))
+
+    def training_order(self, first_sample: int) -> TrainingOrder:
         training, world = self.config.training, self.world
-        order = TrainingOrder(
-            len(self.training_rows),
-            training.seed,
-            int(self.progress["samples"]),
-            training.local_batch_size,
-            world.rank,
-            world.size,
-        )
-        return iter(self.loader(self.training_rows, order))
+        n_rows = len(self.training_rows)
+        return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
+
+    def rows_seen(self, first_sample: int) -> list[int]:
+        """Rows of this rank's micro-batches in a step that begins with sample number `first_sample`."""
+        return [row for rows in islice(self.training_order(first_sample), self.micro_batches) for row in rows]
 
     def loader(self, rows: PackedRows, order) -> DataLoader:
         return make_loader(rows, order, self.pattern, self.config.data.num_workers, self.device.type == "cuda")
+
+    def end_first_step(self) -> None:
+        """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
+        if compilation := torch._dynamo.utils.calculate_time_spent().get("total_wall_time"):
+            seconds = time.perf_counter() - self.throughput.started
+            self.log(f"the first step took {seconds:.1f} s, {compilation:.1f} s of it compilation")
+        shorten_timeout(self.config, self.world)
+        self.patience = self.config.comm.train_timeout_seconds
+
+    def passes(self, place: str, patience: int | None = None) -> None:
+        """Tells the watchdog where this rank is, and how many seconds it may stay there."""
+        self.watchdog.passes(place, patience or self.patience)
 
     @property
     def step(self) -> int:
@@ -329,9 +372,12 @@ class Trainer:
 
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
+        self.updates.settle()
         scalars = {f"train/batch_{name}": value for name, value in means.items()}
         scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
-        scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
+        scalars |= (
+            self.updates.scalars() | self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
+        )
         self.metrics.write(self.step, scalars)
         seconds_left = (self.steps - self.step) * self.throughput.seconds_per_step
         self.log(step_line(self.step, self.steps, scalars, seconds_left))

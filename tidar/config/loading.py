@@ -258,3 +258,20 @@ def _check_together(config: Config) -> None:
         raise UserError(f"tidar.block_size = {block_size}: must be at most training.seq_len = {seq_len}")
     if config.tidar.ar_loss_weight + config.tidar.diffusion_loss_weight == 0:
         raise UserError("tidar.ar_loss_weight = tidar.diffusion_loss_weight = 0: one of them must be above 0")
+    parallelism = config.parallelism
+    if parallelism.gradient_reduction == "step" and parallelism.fsdp_reshard_after_forward == "always":
+        raise UserError(
+            "parallelism.gradient_reduction = step: keeps whole gradients on every device, while "
+            "fsdp_reshard_after_forward = always is to save memory; use micro_batch, or default or never"
+        )
+    scheduler = config.lr_scheduler
+    if scheduler.schedule == "warmup" and -1 < scheduler.total_steps < scheduler.warmup_steps:
+        raise UserError(
+            f"lr_scheduler.total_steps = {scheduler.total_steps}: must be at least "
+            f"lr_scheduler.warmup_steps = {scheduler.warmup_steps}, or -1"
+        )
+    if config.loss_scale.start < config.loss_scale.minimum:
+        raise UserError(
+            f"loss_scale.start = {config.loss_scale.start}: must be at least "
+            f"loss_scale.minimum = {config.loss_scale.minimum}"
+        )

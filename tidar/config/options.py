@@ -100,13 +100,68 @@ class Training:
     steps: int = option(1000, "optimizer steps of the run (0: only saves the first weights)", minimum=0)
     epochs: float = option(0.0, "passes over the data, in place of steps (0: as training.steps says)", minimum=0)
     max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
-    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = option(
-        "auto", "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA)"
+    mixed_precision_param: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto",
+        "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA; float16: see "
+        "[loss_scale])",
+    )
+    enable_cpu_offload: bool = option(
+        False, "parameters, gradients and optimizer state stay in the host's memory, where AdamW runs (CUDA)"
+    )
+    max_steps_skipped: int = option(
+        20, "steps skipped in a row, for a loss or gradient norm that is not finite, before the run stops", minimum=1
     )
     loss_chunk_size: int = option(4096, "scored positions whose logits exist at one time", minimum=1)
     seed: int = option(0, "seed of the first parameters and of the order of the data", minimum=0, maximum=2**63 - 1)
     deterministic: bool = option(False, "only deterministic kernels: slower, repeats bit for bit")
     gc_freq: int = option(50, "steps between collections of Python's garbage (0: Python decides)", minimum=0)
+
+
+@dataclass
+class Parallelism:
+    """How parameters, gradients and optimizer state lie on the devices: replicate x shard degree are all of them."""
+
+    data_parallel_replicate_degree: int = option(
+        1, "groups of devices that each hold all of the state (-1: as many as there are)", minimum=1, beside=-1
+    )
+    data_parallel_shard_degree: int = option(
+        -1,
+        "devices that the state is sharded over (-1: all that are left; 1: each holds it whole)",
+        minimum=1,
+        beside=-1,
+    )
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
+        "default",
+        "free a layer's gathered parameters after its forward pass, as ZeRO-3 does (always), or keep them for the "
+        "backward pass, as ZeRO-2 does (never); default: always where they are sharded",
+    )
+    gradient_reduction: Literal["micro_batch", "step"] = option(
+        "micro_batch",
+        "when the gradients of a group's devices are added up: after each micro-batch (least memory), or once a step "
+        "(least communication, keeps whole gradients)",
+    )
+
+
+@dataclass
+class ActivationCheckpoint:
+    """What of a layer is kept for the backward pass."""
+
+    mode: Literal["none", "selective", "full"] = option(
+        "none",
+        "none: all activations; selective: results of matrix products and attention, the rest is recomputed; full: "
+        "only the layer's input",
+    )
+
+
+@dataclass
+class LossScale:
+    """Scaling of the loss where training.mixed_precision_param = float16, as DeepSpeed does it."""
+
+    dynamic: bool = option(True, "halve the scale on overflow, double it after a window without (false: constant)")
+    start: float = option(2.0**16, "first scale", above=0)
+    window: int = option(1000, "steps in a row without overflow after which the scale doubles", minimum=1)
+    hysteresis: int = option(2, "overflows before the scale halves; counted anew when it doubles", minimum=1)
+    minimum: float = option(1.0, "smallest scale", above=0)
 
 
 @dataclass
@@ -121,15 +176,33 @@ class Optimizer:
     decay_params: Literal["matrices", "all"] = option(
         "matrices", "what is decayed: parameters of two dimensions, or all"
     )
+    state_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "type of both moments; bfloat16 is rounded stochastically and saves 4 bytes a parameter"
+    )
 
 
 @dataclass
 class LRScheduler:
-    """The learning rate over the run: linear warm-up, then a decay that ends with the last step."""
+    """The learning rate over the run, by its steps that were not skipped."""
 
-    warmup_steps: int = option(20, "steps of the linear warm-up", minimum=0)
-    decay_type: Literal["cosine", "linear", "constant"] = option("cosine", "form of the decay after the warm-up")
-    min_lr_factor: float = option(0.0, "rate of the last step, as a share of optimizer.lr", minimum=0, maximum=1)
+    schedule: Literal["warmup", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = option(
+        "warmup", "warmup: linear from 0, then as decay_type says; or DeepSpeed's of that name, the same at every step"
+    )
+    warmup_steps: int = option(20, "steps of the warm-up", minimum=0)
+    decay_type: Literal["cosine", "linear", "constant"] = option("cosine", "warmup: form of the decay")
+    min_lr_factor: float = option(
+        0.0,
+        "rate after the last step's decay, as a share of optimizer.lr (WarmupCosineLR: its cos_min_ratio)",
+        minimum=0,
+        maximum=1,
+    )
+    total_steps: int = option(-1, "step with which the decay ends (-1: the last of the run)", minimum=1, beside=-1)
+    warmup_type: Literal["log", "linear"] = option("log", "DeepSpeed's schedules: form of the warm-up")
+    warmup_min_lr_factor: float = option(
+        0.0,
+        "DeepSpeed's schedules: rate before the warm-up, as a share of optimizer.lr; WarmupDecayLR ends there too",
+        minimum=0,
+    )
 
 
 @dataclass
@@ -188,6 +261,9 @@ class Config:
     tidar: Tidar = field(default_factory=Tidar)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    loss_scale: LossScale = field(default_factory=LossScale)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     compile: Compile = field(default_factory=Compile)

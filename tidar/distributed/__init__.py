@@ -1,26 +1,33 @@
 """The world of processes, and what is done to a model to train it there."""
 
-from tidar.distributed.parallelize import parallelize
+from tidar.distributed.parallelize import parallelize, prepare_backward
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
+from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
     World,
     check_device_count,
+    check_offload,
     join_world,
     leave_world,
     logging_ranks,
     rank_zero_first,
+    resolve_degrees,
     shorten_timeout,
 )
 
 __all__ = [
+    "Watchdog",
     "World",
     "arithmetic_dtype",
     "check_device_count",
+    "check_offload",
     "join_world",
     "leave_world",
     "logging_ranks",
     "make_deterministic",
     "parallelize",
+    "prepare_backward",
     "rank_zero_first",
+    "resolve_degrees",
     "shorten_timeout",
 ]

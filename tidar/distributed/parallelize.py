@@ -1,16 +1,66 @@
-"""The techniques applied to a model, each in its place: compile, then FSDP2."""
+"""The techniques applied to a model, each in its place: activation checkpointing, compile, then FSDP2."""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tidar.config import Config
+
+aten = torch.ops.aten
+# what selective checkpointing keeps: results of matrix products and of attention, which are dear to compute again
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, compile: bool) -> None:
-    """Compiles and shards a decoder on the meta device, in place."""
+def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype, compile: bool) -> None:
+    """Makes a decoder on the meta device ready to be trained over `mesh`, in place; arithmetic in `param_dtype`."""
+    apply_activation_checkpointing(model, config.activation_checkpoint.mode)
     if compile:
         apply_compile(model)
-    apply_fsdp(model, mesh, param_dtype)
+    apply_fsdp(model, mesh, config, param_dtype)
+
+
+def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
+    """Inside each layer, so that FSDP's hooks do not run a second time and compile sees what is recomputed."""
+    if mode == "none":
+        return
+    forward = _full if mode == "full" else _selective
+    for layer in model.layers:
+        layer.forward = MethodType(forward, layer)
+
+
+# Plain functions of the layer, so that the layers share one compiled graph
+def _full(layer: nn.Module, *inputs):
+    # nothing in a layer is random
+    return checkpoint(partial(type(layer).forward, layer), *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _selective(layer: nn.Module, *inputs):
+    return checkpoint(
+        partial(type(layer).forward, layer),
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _policy),
+    )
+
+
+def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_compile(model: nn.Module) -> None:
@@ -19,15 +69,32 @@ def apply_compile(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
-    """One group per layer, and one of the rest. Arithmetic in `param_dtype`; parameters and reductions in float32."""
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype) -> None:
+    """One group per layer, and one of the rest. Parameters and reductions in float32.
+
+    A mesh of one dimension shards over it; one of two replicates over the first and shards over the second.
+    """
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
+    }
+    reshards = {"always": True, "never": False, "default": mesh.size(-1) > 1}
     for layer in model.layers:
-        # alone there is nothing to free: gathering is only the cast to param_dtype
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=mesh.size() > 1)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, reshard_after_forward=reshards[config.parallelism.fsdp_reshard_after_forward], **options)
+    fully_shard(model, **options)
     for module in (*model.layers, model):
         # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
         # gloo knows sums only
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_backward(model: nn.Module, config: Config, is_last: bool) -> None:
+    """Before each micro-batch of a step: says what of it is to be added up and freed. is_last: of the step."""
+    parallelism = config.parallelism
+    model.set_requires_gradient_sync(is_last or parallelism.gradient_reduction == "micro_batch")
+    # replicas are added up once a step in any case: what they keep until then is no more than their shards
+    model.set_requires_all_reduce(is_last)
+    # what stays gathered for the backward pass may as well stay for the next micro-batch
+    model.set_reshard_after_backward(is_last or parallelism.fsdp_reshard_after_forward != "never")

@@ -14,27 +14,44 @@ from tidar.config import Config, UserError
 
 T = TypeVar("T")
 
+# seconds that collectives wait longer than the watchdog, which can say for whom
+BACKSTOP = 30
+
 
 @dataclass
 class World:
-    """This process's place: `rank` of `size`, its device, the mesh of all devices; whether it prints."""
+    """This process's place: `rank` of `size`, its device, whether it prints.
+
+    mesh: of all devices, by "dp_shard" and, where they hold replicas, by "dp_replicate" before it.
+    shard_group: the ranks that share one replica of the state.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    shard_group: dist.ProcessGroup
     logs: bool
 
 
 def join_world(config: Config) -> World:
     """Joins the processes that torchrun started, or forms a world of one where it did not.
 
-    Raises UserError where this machine has fewer GPUs than processes, or a launcher set half of what torchrun sets.
+    Raises UserError where this machine has fewer GPUs than processes, a launcher set half of what torchrun sets, or
+    the options do not fit the number of processes.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     size = int(os.environ.get("WORLD_SIZE", 1))
     if missing and size > 1:
         raise UserError(f"WORLD_SIZE = {size}, but {', '.join(missing)} are not set: start with torchrun")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if missing and tasks != "1":
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS = {tasks}: srun has started every one of these as a run of its own\n"
+            "let it start ./run_train.sh once on each node, which starts a process for each GPU (docs/launching.md)"
+        )
+    replicas, shards = resolve_degrees(config, size)
+    check_offload(config)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -45,13 +62,36 @@ def join_world(config: Config) -> World:
     dist.init_process_group(
         # checkpoints exchange their plans over gloo
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.comm.init_timeout_seconds),
+        timeout=timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP),
         device_id=device if device.type == "cuda" else None,
         **alone,
     )
-    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
+    shape, names = ((shards,), ("dp_shard",)) if replicas == 1 else ((replicas, shards), ("dp_replicate", "dp_shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     rank = dist.get_rank()
-    return World(rank, size, device, mesh, logs=rank in logging_ranks(size))
+    return World(rank, size, device, mesh, mesh.get_group("dp_shard"), logs=rank in logging_ranks(size))
+
+
+def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
+    """Replicas of the state, and devices that share each. Raises UserError where they do not make up the world."""
+    options = config.parallelism
+    replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
+    if replicas == shards == -1:
+        raise UserError(
+            "parallelism.data_parallel_replicate_degree = parallelism.data_parallel_shard_degree = -1: "
+            "only one of them can be what the other leaves"
+        )
+    if replicas == -1:
+        replicas = world_size // shards
+    if shards == -1:
+        shards = world_size // replicas
+    if replicas * shards != world_size:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {options.data_parallel_replicate_degree}, "
+            f"data_parallel_shard_degree = {options.data_parallel_shard_degree}: "
+            f"their product must be the number of devices, {world_size}"
+        )
+    return replicas, shards
 
 
 def logging_ranks(size: int) -> list[int]:
@@ -61,6 +101,12 @@ def logging_ranks(size: int) -> list[int]:
     if not all(rank.isdecimal() and int(rank) < size for rank in ranks):
         raise UserError(f"LOG_RANK = {text}: must be ranks from 0 to {size - 1}, separated by commas")
     return [int(rank) for rank in ranks]
+
+
+def check_offload(config: Config) -> None:
+    """Raises UserError where training.enable_cpu_offload has nothing to offload from."""
+    if config.training.enable_cpu_offload and not torch.cuda.is_available():
+        raise UserError("training.enable_cpu_offload = true: needs CUDA; without it all is in the host's memory anyway")
 
 
 def check_device_count(processes: int) -> None:
@@ -88,11 +134,11 @@ def rank_zero_first(world: World, action: Callable[[bool], T]) -> T:
 
 
 def shorten_timeout(config: Config, world: World) -> None:
-    """Once nothing slow is left to wait for, a rank that hangs is noticed after comm.train_timeout_seconds."""
+    """Once nothing slow is left to wait for, collectives wait for comm.train_timeout_seconds, and BACKSTOP more."""
     # every rank must have left the slow part before the first one loses patience
     dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    for group in {dist.group.WORLD, world.mesh.get_group()}:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.comm.train_timeout_seconds), group)
+    for group in {dist.group.WORLD, *world.mesh.get_all_groups()}:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.comm.train_timeout_seconds + BACKSTOP), group)
 
 
 def leave_world() -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,22 +19,22 @@ from tidar.training.optimizer import state_tensors
 class Checkpointer:
     """Saves and restores everything that a run goes on from.
 
-    That is the model, the optimizer, the tensors of `progress` (step, data position, sums of the epoch) and the random
-    state of every rank. The learning rate is a function of the step and needs no state.
+    That is the model, the optimizer, the tensors of `progress` (step, data position, sums of the epoch, skipped steps,
+    loss scale) and the random state of every rank. The learning rate is a function of these and needs no state.
     """
 
     def __init__(
         self,
         dump_folder: Path,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         progress: dict[str, Tensor],
         world: World,
+        group: dist.ProcessGroup,
         write_assets: Callable[[Path], None],
-        timeout: timedelta,
     ):
-        """write_assets: makes the folder in a step's folder that holds all of an exported model but its weights.
-        timeout: longest wait of a rank for the slowest writer or reader.
+        """group: of all ranks, on the CPU; its timeout is the longest wait for the slowest writer or reader.
+        write_assets: makes the folder in a step's folder that holds all of an exported model but its weights.
         """
         self.folder = dump_folder / "checkpoint"
         # the sharded ones: a model whose parameters are gathered at the moment would name others
@@ -43,8 +42,8 @@ class Checkpointer:
         self.optimizer = optimizer
         self.progress = progress
         self.world = world
+        self.group = group
         self.write_assets = write_assets
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, step: int) -> None:
         """Writes step-<step>: beside its final name first, so that what bears the name is whole."""

@@ -1,52 +1,154 @@
-"""AdamW and its learning rate."""
-
-import math
+"""AdamW, with moments in float32 or bfloat16."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tidar.config.options import LRScheduler, Optimizer
+from tidar.config import derive_seed
+from tidar.config.options import Optimizer
+
+# elements of a parameter that are updated at one time where nothing fuses the update: bounds what it holds meanwhile
+EAGER_ELEMENTS = 2**24
 
 
-def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay on those that optimizer.decay_params names."""
+def make_optimizer(model: nn.Module, options: Optimizer, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
+    """AdamW over all parameters; weight decay on those that optimizer.decay_params names.
+
+    Its `step` divides gradients by the attribute `grad_scale` and changes nothing where the attribute `found_inf` is 1,
+    both scalar float32 tensors. seed, compile: of `BFloat16AdamW`.
+    """
     decayed, plain = [], []
     for parameter in model.parameters():
         decays = options.decay_params == "all" or parameter.ndim >= 2
         (decayed if decays else plain).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        fused=True,
-    )
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    common = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
+    if options.state_dtype == "float32":
+        return torch.optim.AdamW(groups, **common, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return BFloat16AdamW(groups, names, seed, compile, **common)
 
 
-def learning_rate(step: int, steps: int, lr: float, options: LRScheduler) -> float:
-    """Rate of step 1, 2, … `steps`: linear up to `lr` at warmup_steps, then down to min_lr_factor * lr at the last."""
-    if step <= options.warmup_steps:
-        return lr * step / options.warmup_steps
-    progress = (step - options.warmup_steps) / (steps - options.warmup_steps)
-    shape = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "constant": 1.0,
-    }[options.decay_type]
-    return lr * (options.min_lr_factor + (1 - options.min_lr_factor) * shape)
+class BFloat16AdamW(torch.optim.Optimizer):
+    """AdamW whose moments are bfloat16. They are updated in float32, and so rounded stochastically.
+
+    Rounded to nearest, a second moment never decays where 1 - beta2 is below bfloat16's precision. How an element is
+    rounded is a function of (seed, name of its parameter, its place in it, step), and so depends neither on the
+    sharding nor on a restart.
+    """
+
+    def __init__(self, groups: list[dict], names: dict[nn.Parameter, str], seed: int, compile: bool, **defaults):
+        super().__init__(groups, defaults)
+        self.keys = {parameter: derive_seed(seed, f"rounding/{name}") % 2**31 for parameter, name in names.items()}
+        self.first_elements = {parameter: _first_element(parameter) for parameter in names}
+        self.update = torch.compile(_update, dynamic=True, fullgraph=True) if compile else _update_in_pieces
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= _new_state(parameter, torch.bfloat16)
+                values = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+                local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+                if not local[0].numel():
+                    continue
+                device = local[0].device
+                self.update(
+                    *(value.view(-1) for value in local),
+                    state["step"],
+                    torch.full((), group["lr"], device=device),
+                    group["betas"],
+                    group["eps"],
+                    group["weight_decay"],
+                    self.grad_scale,
+                    self.found_inf,
+                    torch.full((), self.keys[parameter], dtype=torch.int64, device=device),
+                    torch.full((), self.first_elements[parameter], dtype=torch.int64, device=device),
+                )
+                state["step"] += 1 - self.found_inf
 
 
-def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def _update_in_pieces(parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest) -> None:
+    *scalars, first = rest
+    pieces = (tensor.split(EAGER_ELEMENTS) for tensor in (parameter, gradient, exp_avg, exp_avg_sq))
+    for number, piece in enumerate(zip(*pieces)):
+        _update(*piece, *scalars, first + number * EAGER_ELEMENTS)
+
+
+def _update(
+    parameter: Tensor,  # [n]
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,  # before this one
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    key: Tensor,
+    first: Tensor,  # place of the first element in the whole parameter
+) -> None:
+    beta1, beta2 = betas
+    gradient = gradient / grad_scale
+    first_moment = exp_avg.float() * beta1 + gradient * (1 - beta1)
+    second_moment = exp_avg_sq.float() * beta2 + gradient * gradient * (1 - beta2)
+    step = steps.double() + 1
+    rate = (lr / (1 - beta1**step)).float()
+    deviation = (second_moment / (1 - beta2**step).float()).sqrt() + eps
+    updated = parameter * (1 - lr * weight_decay) - rate * first_moment / deviation
+
+    place = first + torch.arange(len(parameter), device=parameter.device)
+    bits = _mixed(place ^ _mixed(key + 0x9E3779B9 * step.long()))
+    skip = found_inf > 0
+    parameter.copy_(torch.where(skip, parameter, updated))
+    exp_avg.copy_(torch.where(skip, exp_avg, _rounded(first_moment, bits & 0xFFFF)))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, _rounded(second_moment, bits >> 16)))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 bits that look random, of the lower 32 bits of int64: two rounds of xor-shift and multiplication."""
+    x = x & 0xFFFFFFFF
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = (x ^ (x >> 16)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _rounded(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16: up or down, as likely as it is near. bits: 16 random ones."""
+    return ((x.view(torch.int32) + bits.int()) & -0x10000).view(torch.float32).bfloat16()
+
+
+def _first_element(parameter: nn.Parameter) -> int:
+    """Place of this rank's first element in the whole parameter, whose rows may be sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets[0] * (parameter.numel() // parameter.shape[0])
+
+
+def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+    }
+
+
+def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, to be saved or to be loaded into; made where there is none yet."""
+    dtype = torch.bfloat16 if isinstance(optimizer, BFloat16AdamW) else torch.float32
     tensors = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state |= _new_state(parameter, dtype)
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
     return tensors

@@ -4,6 +4,7 @@ import torch
 
 from tidar.config import Config
 from tidar.data import PackedRows
+from tidar.distributed import resolve_degrees
 from tidar.models import Decoder
 from tidar.patterns import Pattern
 from tidar.training.flops import batch_flops
@@ -51,11 +52,24 @@ def summarize(
         "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
         f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",
-        # float32 parameters, gradients and two moments
-        "memory": f"{16 * parameters / world_size / 2**30:.3f} GiB of states on each device",
+        "memory": _memory(config, parameters, world_size, micro_batches),
         "engine": engine,
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _memory(config: Config, parameters: int, world_size: int, micro_batches: int) -> str:
+    replicas, shards = resolve_degrees(config, world_size)
+    moment_bytes = {"float32": 4, "bfloat16": 2}[config.optimizer.state_dtype]
+    gib = parameters / 2**30
+    # float32 parameters and gradients, and two moments
+    where = "in the host's memory for" if config.training.enable_cpu_offload else "on"
+    text = f"{(8 + 2 * moment_bytes) * gib / shards:.3f} GiB of states {where} each device"
+    if world_size > 1:
+        text += f", {_count(replicas, 'replica')} over {_count(shards, 'shard')}"
+    if config.parallelism.gradient_reduction == "step" and micro_batches > 1:
+        text += f"; {4 * gib:.3f} GiB more of whole gradients, kept from the first micro-batch to the last"
+    return text
 
 
 def _count(number: int, thing: str) -> str:

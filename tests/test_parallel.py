@@ -1,0 +1,111 @@
+"""Same numbers however the work is cut: ranks, sharding, activation checkpointing, gradient accumulation."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+STEPS, ROWS = 30, 16
+COMMON = f"""
+    --validation.enable false --checkpoint.enable false --training.seq_len 16 --tidar.block_size 3 --metrics.log_freq 1
+    --training.steps {STEPS} --training.global_batch_size {ROWS}
+""".split()
+SHARDING = {
+    "ZeRO-2": "--parallelism.fsdp_reshard_after_forward never",
+    "ZeRO-3": "--parallelism.fsdp_reshard_after_forward always",
+    "replicate": "--parallelism.data_parallel_replicate_degree -1 --parallelism.data_parallel_shard_degree 1",
+    "HSDP 2x2": "--parallelism.data_parallel_replicate_degree 2",
+}
+MODES = ("none", "full", "selective")
+# ranks, sharding, activation checkpointing, micro-batches, gradients reduced after each
+CUTS = [
+    (1, "ZeRO-2", "selective", 4, "step"),
+    (2, "ZeRO-2", "none", 1, "micro_batch"),
+    (2, "ZeRO-3", "full", 4, "micro_batch"),
+    (2, "replicate", "selective", 4, "step"),
+    (4, "ZeRO-2", "selective", 1, "micro_batch"),
+    (4, "ZeRO-3", "full", 1, "micro_batch"),
+    (4, "replicate", "none", 4, "micro_batch"),
+    (4, "HSDP 2x2", "full", 1, "micro_batch"),
+    (4, "HSDP 2x2", "none", 4, "step"),
+]
+
+
+def all_cuts():
+    for ranks, sharding, mode, micro_batches in itertools.product((2, 4), SHARDING, MODES, (1, 4)):
+        for reduced in ("micro_batch", "step"):
+            # refused, and the same with one micro-batch
+            senseless = reduced == "step" and (sharding == "ZeRO-3" or micro_batches == 1)
+            if not senseless and not (sharding == "HSDP 2x2" and ranks == 2):
+                yield ranks, sharding, mode, micro_batches, reduced
+
+
+@pytest.mark.parametrize("cuts", [CUTS, pytest.param(list(all_cuts()), marks=pytest.mark.long)], ids=["some", "all"])
+def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
+    """30 steps in float32 against one process with one micro-batch, printed as a table."""
+    one = (1, "ZeRO-3", "none", 1, "micro_batch")
+    print(f"\nranks {'sharding':9} checkpoints micro-batches {'reduced':11}     loss     norm  weights")
+    targets = []
+    for number, cut in enumerate((one, *cuts)):
+        size, sharding, mode, micro_batches, reduced = cut
+        folder, weights = tmp_path / str(number), tmp_path / "weights.pt"
+        options = f"{uneven_data} {SHARDING[sharding]} --activation_checkpoint.mode {mode} --job.dump_folder {folder}"
+        options += f" --training.local_batch_size {ROWS // size // micro_batches}"
+        options += f" --parallelism.gradient_reduction {reduced}"
+        answers = ranks.run(size, *COMMON, *options.split(), weights=weights)
+        found = run_results(folder, weights)
+        if cut == one:
+            expected = found
+        errors = differences(found, expected)
+        row = f"{size:5} {sharding:9} {mode:11} {micro_batches:13} {reduced:11}"
+        print(row, " ".join(f"{error:8.1e}" for error in errors))
+        loss, norm, weight = errors
+        assert loss < 1e-5 and norm < 1e-5 and weight < 1e-4, row
+        targets.append([rank["targets"] for rank in answers])
+    # ranks had very different numbers of targets, and once one of them had none
+    assert len({sum(map(sum, counts)) for counts in targets}) == 1
+    micro_batches = [counts for answer in targets if len(answer) == 4 for counts in zip(*answer)]
+    assert any(min(counts) == 0 < max(counts) for counts in micro_batches)
+    assert any(max(counts) > 5 * min(counts) > 0 for counts in micro_batches)
+
+
+def run_results(folder: Path, weights: Path) -> tuple[list[float], list[float], torch.Tensor]:
+    lines = [line for line in read_metrics(folder) if "train/batch_loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    whole = torch.load(weights, weights_only=True)
+    losses = [line[f"train/batch_{name}"] for line in lines for name in ("loss", "ar_loss", "diffusion_loss")]
+    return losses, [line["train/grad_norm"] for line in lines], torch.cat([t.flatten() for t in whole.values()])
+
+
+def differences(found, expected) -> tuple[float, float, float]:
+    """Largest relative one of the losses and of the norms, and of the weights as a whole."""
+    losses, norms = (max(abs(a / b - 1) for a, b in zip(*pair)) for pair in zip(found[:2], expected[:2]))
+    return losses, norms, ((found[2] - expected[2]).norm() / expected[2].norm()).item()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, uneven_data):
+    """Two ranks validate as one does, and one goes on from what they have saved, with the same losses."""
+    options = f"{uneven_data} --validation.share 0.17 --validation.freq 5 --checkpoint.interval 6 --training.steps 10"
+    options += f" --training.seq_len 64 --tidar.block_size 3 --metrics.log_freq 1 --training.global_batch_size {ROWS}"
+    for size, micro_batches in ((1, 1), (2, 4)):
+        local = ROWS // size // micro_batches
+        folder = f"--training.local_batch_size {local} --job.dump_folder {tmp_path / str(size)}"
+        ranks.run(size, *options.split(), *folder.split())
+    shutil.rmtree(tmp_path / "2" / "checkpoint" / "step-10")
+    shutil.copytree(tmp_path / "2", tmp_path / "2-1")
+    ranks.run(1, *options.split(), "--training.local_batch_size", "8", "--job.dump_folder", str(tmp_path / "2-1"))
+    names = [f"train/batch_{name}" for name in ("loss", "ar_loss", "diffusion_loss", "accuracy")] + ["train/grad_norm"]
+    names += ["val/loss", "val/diffusion_loss_at/0", "val/accepted_prefix"]
+    curves = []
+    for run in ("1", "2", "2-1"):
+        lines = read_metrics(tmp_path / run)
+        curves.append([line[name] for line in lines for name in names if name in line])
+    assert len(curves[0]) == 10 * 5 + 2 * 3
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)

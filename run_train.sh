@@ -28,5 +28,9 @@ NGPU=${plan%% *}
 if [ "$NGPU" -gt 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NGPU - 1) / NGPU))} # the cores, shared out
 fi
+case $plan in
+    # a store for each attempt: the one of several nodes' torchruns would remember the addresses of dead processes
+    *rdzv_endpoint*) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ;;
+esac
 # shellcheck disable=SC2086  # torchrun's options, as words
 exec "$PYTHON" -m torch.distributed.run ${plan#* } -m tidar.train "${options[@]}"

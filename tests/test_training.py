@@ -1,45 +1,13 @@
 import json
 import math
 
-import pytest
 import torch
 
-from tidar.config.options import LRScheduler, Optimizer
-from tidar.models import Decoder, decoder_config, size_config
+from tidar.models import decoder_config, size_config
 from tidar.patterns import Targets
 from tidar.training.flops import useful_flops
 from tidar.training.metrics import MetricWriter
-from tidar.training.optimizer import make_optimizer
-from tidar.training.schedule import learning_rate
 from tidar.training.validation import accepted_prefixes
-
-
-@pytest.mark.parametrize("decay_type", ["cosine", "linear", "constant"])
-def test_learning_rate(decay_type):
-    options = LRScheduler(warmup_steps=4, decay_type=decay_type, min_lr_factor=0.3)
-    rates = [learning_rate(step, 20, 2.0, options) for step in range(1, 21)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    for step in range(5, 21):
-        share = (step - 4) / 16
-        expected = {
-            "cosine": 0.6 + 1.4 * (1 + math.cos(math.pi * share)) / 2,
-            "linear": 0.6 + 1.4 * (1 - share),
-            "constant": 2.0,
-        }[decay_type]
-        assert rates[step - 1] == pytest.approx(expected, rel=1e-12)
-    assert learning_rate(1, 1, 2.0, LRScheduler(warmup_steps=0)) == 0  # the last step ends the decay
-    assert learning_rate(3, 3, 2.0, LRScheduler(warmup_steps=10)) == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize("decay_params, decayed", [("matrices", 2), ("all", 1)])
-def test_weight_decay(decay_params, decayed):
-    with torch.device("meta"):
-        model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
-    optimizer = make_optimizer(model, Optimizer(decay_params=decay_params, weight_decay=0.5))
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            assert group["weight_decay"] == (0.5 if parameter.ndim >= decayed else 0)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
 def test_accepted_prefixes_equal_the_loops():

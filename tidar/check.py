@@ -30,7 +30,7 @@ def main() -> None:
     with user_errors_exit():
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
         processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
-        launcher, nodes, node = _launcher()
+        launcher, nodes, node = launcher_options()
         logging_ranks(processes * nodes)
         check_device_count(processes)
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
@@ -57,7 +57,7 @@ def main() -> None:
         print(answer)
 
 
-def _launcher() -> tuple[str, int, int]:
+def launcher_options() -> tuple[str, int, int]:
     """torchrun's options, the number of nodes, and which this is. Raises UserError for variables that do not fit."""
     variables = {name: os.environ.get(name, "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
     if not variables["NNODES"] and _number("SLURM_STEP_NUM_NODES", default=1, minimum=1) > 1:
@@ -70,8 +70,11 @@ def _launcher() -> tuple[str, int, int]:
     port = _number("MASTER_PORT", default=29500, minimum=1, maximum=65535)
     restarts = _number("MAX_RESTARTS", default=0, minimum=0)
     rendezvous = "--standalone"
-    if nodes > 1 or variables["MASTER_PORT"]:
-        address = variables["MASTER_ADDR"] or "localhost"
+    address = variables["MASTER_ADDR"] or "localhost"
+    if nodes > 1 and restarts:
+        # the only one that restarts the processes of other nodes too
+        rendezvous = f"--rdzv_backend c10d --rdzv_endpoint {address}:{port} --rdzv_id tidar"
+    elif nodes > 1 or variables["MASTER_PORT"]:
         rendezvous = f"--node_rank {node} --master_addr {address} --master_port {port}"
     return f"--nnodes {nodes} --max_restarts {restarts} {rendezvous}", nodes, node
 

@@ -372,7 +372,12 @@ class Trainer:
 
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
-        self.updates.settle()
+        try:
+            self.updates.settle()
+        finally:  # the last step of a run that stops is reported as well
+            self.write_step(means, grad_norm, lr)
+
+    def write_step(self, means: dict[str, float], grad_norm: torch.Tensor, lr: float) -> None:
         scalars = {f"train/batch_{name}": value for name, value in means.items()}
         scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
         scalars |= (

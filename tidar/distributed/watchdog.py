@@ -6,31 +6,36 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
+from types import FrameType
 
 import torch.distributed as dist
 
 from tidar.distributed.world import World
 
-# seconds between looks, and those that a rank has to say why before others pull the launcher down on it
-POLL, GRACE = 0.5, 2.0
+# seconds between looks; looks with which a run without progress is judged; seconds that the ranks at fault have to say
+# where they hang before the others end and the launcher ends all; and that the store has to answer
+POLL, LOOKS, GRACE, STORE_TIMEOUT = 0.5, 4, 2.0, 10
 
 
 class Watchdog:
     """A thread on each rank that shares through the store how far its rank has come.
 
-    All ranks pass the same places in the same order, so where none goes on, the ones that have passed the fewest are
-    those that the others wait for. Collectives alone would end the run too, but cannot say whose fault it is.
+    All ranks pass the same places in the same order. Where none goes on, those are at fault whose thread is silent, or
+    else that have passed the fewest places, without those that wait in a collective. Collectives alone would end the
+    run too, but cannot say whose fault it is.
     """
 
     def __init__(self, world: World, patience: float):
-        """patience: seconds without progress after which the process ends."""
+        """patience: seconds without progress with which all processes end."""
         self.rank, self.size = world.rank, world.size
-        self.passed = 0
-        self.progress = (0, "starting", patience, time.monotonic())
+        self.progress = (0, "the start", patience, time.monotonic())
         if world.size == 1:
             return
         # a connection of its own: the other is held by whoever waits at it
         self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        self.store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
+        self.looks = 0
         self._share()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -38,8 +43,7 @@ class Watchdog:
 
     def passes(self, place: str, patience: float) -> None:
         """Says where this rank is, and how many seconds it may stay."""
-        self.passed += 1
-        self.progress = (self.passed, place, patience, time.monotonic())
+        self.progress = (self.progress[0] + 1, place, patience, time.monotonic())
 
     def stop(self) -> None:
         if self.size > 1:
@@ -47,41 +51,63 @@ class Watchdog:
             self.thread.join()
 
     def _share(self) -> None:
+        self.looks += 1
         passed, place, *_ = self.progress
-        self.store.set(str(self.rank), json.dumps([passed, place]))
+        waits = f"torch{os.sep}distributed" in _main_frame().f_code.co_filename
+        self.store.set(str(self.rank), json.dumps([self.looks, passed, waits, place]))
+
+    def _all_shared(self) -> list[tuple[int, int, bool, str]]:
+        return [json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.size)])]
 
     def _watch(self) -> None:
-        shared = None
-        while not self.stopped.wait(POLL):
-            passed, _, patience, since = self.progress
-            try:
-                if passed != shared:
-                    self._share()
-                    shared = passed
+        try:
+            while not self.stopped.wait(POLL):
+                self._share()
+                _, _, patience, since = self.progress
                 # early enough to have ended when the patience has
-                if time.monotonic() - since > patience - 2 * POLL:
-                    self._end(patience)
-            except dist.DistError:
-                # the store is gone: with the launcher, or with rank 0, whose end the others learn from collectives
-                return
+                if time.monotonic() - since > patience - (LOOKS + 1) * POLL:
+                    self._judge(patience)
+        except dist.DistError:
+            # the store is gone: with the launcher, or with rank 0, whose end the others learn from collectives
+            return
 
-    def _end(self, patience: float) -> None:
-        everyone = [json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.size)])]
-        fewest = min(passed for passed, _ in everyone)
-        behind = [rank for rank, (passed, _) in enumerate(everyone) if passed == fewest]
+    def _judge(self, patience: float) -> None:
+        """Ends the process, unless there is progress after all."""
+        passed = self.progress[0]
+        try:
+            before = self._all_shared()
+            for _ in range(LOOKS):
+                time.sleep(POLL)
+                self._share()
+            after = self._all_shared()
+        except dist.DistError:
+            print(f"error: no progress for {patience:.0f} s, and no answer from rank 0's store", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        if self.progress[0] != passed or self.stopped.is_set():
+            return
+        silent = [rank for rank in range(self.size) if before[rank][0] == after[rank][0]]
+        fewest = min(passed for _, passed, _, _ in after)
+        behind = [rank for rank in range(self.size) if after[rank][1] == fewest]
+        at_fault = silent or [rank for rank in behind if not after[rank][2]] or behind
         if self.store.add("told", 1) == 1:
-            place = everyone[behind[0]][1]
-            who = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind[:8]))}"
-            if len(behind) > 8:
-                who += f" and {len(behind) - 8} more"
-            what = f"{who} did not get past {place}, and the others wait"
-            if len(behind) == self.size:
-                what = f"all ranks wait at {place}: a device or the network hangs"
+            who = f"rank{'s' if len(at_fault) > 1 else ''} {', '.join(map(str, at_fault[:8]))}"
+            who += f" and {len(at_fault) - 8} more" if len(at_fault) > 8 else ""
+            what = f"{who} did not get past {after[at_fault[0]][3]}, and the others wait"
+            if len(at_fault) == self.size:
+                what = f"all ranks wait at {after[0][3]}: a device or the network hangs"
+            elif silent:
+                what = f"{who} gave no sign of life since {after[at_fault[0]][3]}"
             print(f"error: no progress for {patience:.0f} s: {what}", file=sys.stderr, flush=True)
-        if self.rank in behind:
+        if self.rank in at_fault:
             print(f"rank {self.rank} hangs here:", file=sys.stderr)
-            traceback.print_stack(sys._current_frames()[threading.main_thread().ident])
+            traceback.print_stack(_main_frame())
             sys.stderr.flush()
         else:
             time.sleep(GRACE)
         os._exit(1)
+
+
+def _main_frame() -> FrameType:
+    """What the process's main thread is doing."""
+    return sys._current_frames()[threading.main_thread().ident]

@@ -58,18 +58,30 @@ def join_world(config: Config) -> World:
         check_device_count(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
+    timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
+    store, rank, size = (dist.HashStore(), 0, 1) if missing else _rendezvous(timeout)
     dist.init_process_group(
         # checkpoints exchange their plans over gloo
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
-        **alone,
+        store=store,
+        rank=rank,
+        world_size=size,
     )
     shape, names = ((shards,), ("dp_shard",)) if replicas == 1 else ((replicas, shards), ("dp_replicate", "dp_shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    rank = dist.get_rank()
     return World(rank, size, device, mesh, mesh.get_group("dp_shard"), logs=rank in logging_ranks(size))
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store of all processes, this one's rank, and how many there are."""
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps the store when it restarts the processes, with the addresses of those that have died
+        # (pytorch/pytorch#135712). The agents of several nodes do not count restarts alike
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store, rank, size
 
 
 def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ class LossScaler:
     """DeepSpeed's dynamic scale (deepspeed/runtime/fp16/loss_scaler.py).
 
     An overflow uses up hysteresis, and once there is one left it halves the scale. After a window of steps without
-    overflow the scale doubles, and only then is the hysteresis restored.
+    overflow the scale doubles, and only then is the hysteresis restored. (Its latest versions double a step later.)
     """
 
     def __init__(self, options: LossScale):

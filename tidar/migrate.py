@@ -1,0 +1,564 @@
+"""Converts the files of the DeepSpeed script: python -m tidar.migrate train_config.json ds_config.json > new.toml
+
+Writes the options of tidar.train that train the same recipe. Every key of both files is answered, by an option or by
+a comment that says why it has no effect here; what cannot be trained the same way is an error.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import textwrap
+from typing import Any, NoReturn
+
+from tidar.config import ArgumentParser, Config, UserError, in_range, load_config, to_toml, user_errors_exit
+from tidar.config.loading import _set
+
+# at the top of every file
+INTRODUCTION = [
+    "Start it: CONFIG_FILE=new.toml NGPU=8 ./run_train.sh",
+    "What this trainer does differently, on purpose:",
+    "- The script's mask of autoregressive targets was off by one; here it is the target token's own bit of loss_mask.",
+    "- The script never scored token id 0; here every target token counts.",
+    "- The script averaged the losses of each micro-batch and device, and then these means. Here each mean runs over "
+    "all target tokens of the step; in float16 the loss scale multiplies that.",
+    "- The order of samples and all that is random follow training.seed; they are not the script's.",
+    "- max_len counted both halves of a row, clean and masked; training.seq_len counts one.",
+]
+
+# keys of which one value can be trained (None: the key may not be given), and why or what to do
+REQUIRED = {
+    "amp.enabled": (False, "use fp16 or bf16"),
+    "torch_autocast.enabled": (False, "use fp16 or bf16"),
+    "elasticity.enabled": (False, "give the batch sizes"),
+    "quantize_training.enabled": (False, "weights are not quantized here"),
+    "gradient_allreduce_op": ("mean", "gradients here are those of a mean"),
+    "optimizer.params.amsgrad": (False, "AMSGrad does not exist here"),
+    "optimizer.params.bias_correction": (True, "moments are corrected here"),
+    "optimizer.params.maximize": (False, "the loss is minimized here"),
+    "optimizer.params.max_grad_norm": (None, "use gradient_clipping, as DeepSpeed demands too"),
+    "scheduler.params.last_batch_iteration": (-1, "a new run starts at the first step"),
+    "zero_optimization.zenflow": (None, "no update is late here"),
+}
+
+LOGS = "job.dump_folder has metrics.jsonl and tb/, with losses, rates, speed, MFU and memory of every run"
+PRECISION = "parameters, gradients and moments are float32; training.mixed_precision_param is that of the arithmetic"
+FSDP2 = "FSDP2 gathers and reduces one decoder layer at a time, always while others are computed"
+OFFLOAD = "FSDP2 keeps what is offloaded in the host's memory, pinned, and moves one decoder layer at a time"
+SHARDING = "here parallelism.data_parallel_shard_degree is the number of devices that hold the state once"
+BF16_KEYS = "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+# by section: why keys have no effect here, and which; what is said of a section holds for all in it
+SCRIPT_REASONS = {"": {"the name of a run is its folder, job.dump_folder": "model_name", LOGS: "logger_file"}}
+DEEPSPEED_REASONS = {
+    "": {
+        LOGS: "wall_clock_breakdown memory_breakdown dump_state flops_profiler timers comms_logger log_level "
+        "tensorboard wandb csv_monitor comet",
+        PRECISION: "communication_data_type seq_parallel_comm_data_type data_types",
+        "the trainer counts micro-batches itself": "managed_gradient_accumulation",
+        "the loss is divided first, and gradients are summed": "prescale_gradients gradient_predivide_factor",
+        "gradients are dense, and FSDP2 reduces and gathers them": "sparse_gradients disable_allgather",
+        "not enabled": "amp torch_autocast",
+        "not enabled; a run goes on with any number of devices that the batch size allows": "elasticity",
+        "has an effect in DeepSpeed only if the model calls its checkpoint function; here activation_checkpoint.mode "
+        "says what is computed twice": "activation_checkpointing",
+        "has an effect only in a model or script that asks for it, and the script did not": "curriculum_learning "
+        "data_efficiency progressive_layer_drop eigenvalue quantize_training compression_training sparse_attention "
+        "weight_quantization hybrid_engine",
+        "FSDP2 over all devices is the only parallelism here": "tensor_parallel expert_parallel pipeline "
+        "sequence_parallel_size data_parallel_size use_data_before_expert_parallelism",
+        "checkpoints load on any number of devices; [checkpoint] says when they are written": "checkpoint",
+        "nothing is kept on NVMe or in a service": "aio nebula datastates_ckpt",
+        "training.local_batch_size is set by hand": "autotuning",
+        "here compile.enable says what is compiled": "compile graph_harvesting",
+        "a step takes the last rows of an epoch with the first of the next": "dataloader_drop_last",
+        "here training.gc_freq says when garbage is collected": "disable_python_gc",
+        "the model's config.json has it": "vocabulary_size",
+        "there is one AdamW here, for all settings": "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    },
+    "optimizer": {"AdamW is fused here": "legacy_fusion"},
+    "optimizer.params": {
+        "AdamW is fused here": "torch_adam set_grad_none foreach fused capturable differentiable fp32_optimizer_states",
+        "weight decay is decoupled, or 0": "adam_w_mode",
+    },
+    "fp16": {
+        PRECISION: "auto_cast fused_mode fp16_master_weights_and_grads",
+        "restored only when the scale doubles": "consecutive_hysteresis",
+        "the scale is constant, or there is none": "loss_scale initial_scale_power loss_scale_window hysteresis "
+        "min_loss_scale",
+    },
+    "bf16": {PRECISION: BF16_KEYS},
+    "bfloat16": {PRECISION: BF16_KEYS},
+    "zero_optimization": {
+        FSDP2: "allgather_partitions allgather_bucket_size allgather_size overlap_comm reduce_scatter "
+        "reduce_bucket_size contiguous_gradients use_multi_rank_bucket_allreduce round_robin_gradients "
+        "parameter_alignment legacy_stage1 ignore_unused_parameters sub_group_size prefetch_bucket_size "
+        "param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance "
+        "module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential compute_grad_norm "
+        "partition_stream_chunk_size leaf_module memory_efficient_linear override_module_apply "
+        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+        OFFLOAD: "offload_optimizer offload_param cpu_offload cpu_offload_param cpu_offload_use_pin_memory",
+        SHARDING: "mics_shard_size mics_hierarchical_params_gather zero_hpz_partition_size",
+        "nothing is quantized here": "zero_quantized_weights zero_quantized_nontrainable_weights "
+        "zero_quantized_gradients zeropp_loco_param",
+        "checkpoints are float32 and load on any number of devices; exports hold whole weights": "elastic_checkpoint "
+        "load_from_fp32_weights pipeline_loading_checkpoint gather_16bit_weights_on_model_save "
+        "gather_fp16_weights_on_model_save",
+    },
+}
+
+
+def by_path(reasons: dict[str, dict[str, str]]) -> dict[tuple[str, ...], str]:
+    """The reason for each key."""
+    return {
+        (*filter(None, section.split(".")), key): reason
+        for section, groups in reasons.items()
+        for reason, keys in groups.items()
+        for key in keys.split()
+    }
+
+
+def safe(text: str) -> str:
+    """The text on one line, what cannot be printed as escapes: nothing in it ends a comment."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any, longest: int = 100) -> str:
+    """As the value stands in JSON, on one line."""
+    text = safe(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that UTF-8, and so TOML, can hold: half of a surrogate pair is none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+class Keys:
+    """The keys of a JSON file or of a section of it, and which of the file's were answered."""
+
+    def __init__(self, file: str, values: dict, path: tuple[str, ...] = (), answered: set | None = None):
+        self.file, self.values, self.path = safe(file), values, path
+        self.answered = set() if answered is None else answered
+
+    def name(self, key: str) -> str:
+        return safe(".".join((*self.path, key)))
+
+    def is_auto(self, key: str) -> bool:
+        """Whether Hugging Face's Trainer was to fill the value in."""
+        return self.values.get(key) == "auto"
+
+    def take(self, key: str, kind: type, default: Any = None, minimum=None, maximum=None) -> Any:
+        """The value; the default where it is not given, null or "auto". Raises UserError for any other value."""
+        value = self.values.get(key)
+        if value is None or (self.is_auto(key) and kind not in (str, dict)):
+            return default
+        if kind is int and type(value) is float and value.is_integer():
+            value = int(value)  # 1e4
+        elif kind is float and type(value) is int and value.bit_length() < 1024:
+            value = float(value)
+        fits = is_text(value) if kind is str else type(value) is kind
+        # finite, and of TOML's 64 bits
+        fits = fits and not (kind is float and math.isinf(value)) and not (kind is int and abs(value) >= 2**63)
+        if not fits or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+            words = {int: "integer", float: "number", bool: "true|false", str: "text", dict: "a section: {...}"}[kind]
+            self.refuse(key, words + (f" {in_range(minimum, maximum)}" if minimum is not None else ""))
+        return value
+
+    def section(self, key: str) -> "Keys":
+        """A section, whose keys are to be answered one by one."""
+        self.answered.add((*self.path, key))
+        return Keys(self.file, self.take(key, dict, {}), (*self.path, key), self.answered)
+
+    def refuse(self, key: str, allowed: str) -> NoReturn:
+        value = f" = {shown(self.values[key])}" if key in self.values else " is missing"
+        raise UserError(f"{self.file}: {self.name(key)}{value}: must be {allowed}")
+
+    def said(self, key: str, otherwise: Any = None) -> str:
+        """What the file says of a key: its answer, in a comment. otherwise: what holds where that is no value."""
+        self.answered.add((*self.path, key))
+        if key not in self.values:
+            text = f"{self.name(key)} is not given"
+        else:
+            text = f"{self.name(key)} = {shown(self.values[key], longest=10**6)}"
+            text += ", which only Hugging Face's Trainer fills in" if self.is_auto(key) else ""
+        if otherwise is None or not (self.values.get(key) is None or self.is_auto(key)):
+            return text
+        return f"{text}, so {otherwise if isinstance(otherwise, str) else shown(otherwise)}"
+
+
+class Recipe:
+    """The TOML file to be: options, their comments, keys that become no option, and warnings."""
+
+    def __init__(self):
+        self.config = Config()
+        self.comments: dict[str, str] = {}
+        self.unused: dict[str, list[str]] = {}
+        self.warnings: list[str] = []
+
+    def set(self, name: str, value: Any, *comments: str, origin: str = "") -> None:
+        """Raises UserError for a value out of the option's range, with `origin` before it."""
+        _set(self.config, name, value, origin)
+        self.comments[name] = "; ".join(comments)
+
+    def convert(self, keys: Keys, key: str, name: str, value: Any, *comments: str, otherwise: Any = None) -> None:
+        """Sets the option that a key stands for. otherwise: what is taken where it has no value, for the comment."""
+        said = keys.said(key, value if otherwise is None else otherwise)
+        origin = f"{keys.file}: {keys.name(key)} = {shown(keys.values.get(key))}: becomes "
+        self.set(name, value, said, *comments, origin=origin)
+
+    def carry(self, keys: Keys, key: str, kind: type, name: str, default: Any, *comments: str) -> None:
+        """Converts a key whose value is that of the option."""
+        self.convert(keys, key, name, keys.take(key, kind, default), *comments)
+
+    def leave(self, text: str, reason: str) -> None:
+        """Answers a key that becomes no option."""
+        self.unused.setdefault(reason, []).append(text)
+
+    def answer_rest(self, keys: Keys, reasons: dict[tuple[str, ...], str]) -> None:
+        """Answers the keys that no option did."""
+        for key, value in keys.values.items():
+            path = (*keys.path, key)
+            reason = reasons.get((*keys.path, key.removeprefix("stage3_")), reasons.get(keys.path))
+            if path in keys.answered:
+                if isinstance(value, dict):
+                    self.answer_rest(Keys(keys.file, value, path, keys.answered), reasons)
+            elif reason:
+                self.leave(keys.said(key), reason)
+            else:
+                self.leave(keys.said(key), "not known, and so left out")
+                self.warnings.append(f"{keys.file}: {keys.name(key)} = {shown(value)}: not known, and so left out")
+
+    def toml(self, header: list[str]) -> str:
+        lines, section = [comment(text) for text in header], ""
+        for line in to_toml(self.config).split("\n"):
+            section = line if line.startswith("[") else section
+            name = f"{section[1:-1]}.{line.partition(' = ')[0]}"
+            if name in self.comments:
+                lines += [] if section in lines else ["", section]
+                lines += [comment(self.comments[name])] if self.comments[name] else []
+                lines.append(line)
+        lines += ["", "# Keys that become no option, and why:"]
+        lines += [comment(f"{', '.join(texts)}: {reason}") for reason, texts in self.unused.items()]
+        return "\n".join(lines) + "\n"
+
+
+def comment(text: str) -> str:
+    """The text as comment lines of TOML, whatever it holds."""
+    lines = textwrap.wrap(safe(text), width=117, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def read_json(path: str) -> dict:
+    """A JSON file. Raises UserError where it cannot be read, is no object, holds a key twice, or NaN."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is given twice in " + ", ".join(shown(key) for key, _ in pairs))
+        return dict(pairs)
+
+    def refuse(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = json.loads(file.read(), object_pairs_hook=once, parse_constant=refuse)
+        shown(values)  # fails for what is nested too deeply
+    except OSError as error:
+        raise UserError(f"{safe(path)}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{safe(path)}: is not JSON: {safe(str(error))}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{safe(path)}: holds {shown(values)}: must hold an object: {{...}}")
+    return values
+
+
+def convert_script(script: Keys, recipe: Recipe) -> None:
+    """What train_config.json says."""
+    folders = script.values.get("data_dir")
+    folders = [folders] if isinstance(folders, str) else folders
+    if not isinstance(folders, list) or not folders or not all(is_text(folder) and folder for folder in folders):
+        script.refuse("data_dir", "a folder or a list of folders")
+    recipe.convert(script, "data_dir", "data.paths", folders)
+    recipe.set("data.source", "gumiho", "the script's .ckpt files, with input_ids and loss_mask")
+    recipe.set("data.packing", False, "as in the script: one document a row, truncated and padded; true is faster")
+    recipe.set("validation.enable", False, "as in the script; true holds out validation.share of the documents")
+
+    model = script.take("qwen_model_path", str) or script.refuse("qwen_model_path", "a folder")
+    local = "must be a local folder, since nothing is downloaded: hf download Qwen/Qwen2.5-1.5B --local-dir DIR"
+    missing = [] if os.path.isdir(model) else ["there was no such folder when this file was written"]
+    recipe.convert(script, "qwen_model_path", "model.hf_path", model, local, *missing)
+    recipe.warnings += [f"{script.file}: qwen_model_path = {shown(model)}: {local}"] if missing else []
+    start = script.take("existing_model_path", str)
+    if start:
+        kinds = "a Hugging Face folder, or a file of torch.save; zero_to_fp32.py makes one of a DeepSpeed checkpoint"
+        recipe.convert(script, "existing_model_path", "checkpoint.initial_load_path", start, kinds)
+        recipe.set("tidar.mask_token_id", 151643, "the script's models were trained with <|endoftext|> as the mask")
+    else:
+        free = "the mask token is the first free id, while the script took <|endoftext|>"
+        recipe.leave(script.said("existing_model_path"), free)
+
+    epochs = script.take("num_epochs", int, minimum=1) or script.refuse("num_epochs", "integer >= 1")
+    first = script.take("start_epoch", int, 0, minimum=0)
+    if first >= epochs:
+        script.refuse("start_epoch", f"less than num_epochs = {epochs}")
+    counted = [script.said("start_epoch", 0)]
+    if first:
+        counted.append("the script loaded only weights and counted on from start_epoch: these epochs were left")
+        counted += [] if start else ["without existing_model_path they start from the base model"]
+    recipe.convert(script, "num_epochs", "training.epochs", epochs - first, *counted)
+    length = script.take("max_len", int, minimum=4) or script.refuse("max_len", "integer >= 4")
+    halves = "counted both halves" + ("; the odd position is left out" if length % 2 else "")
+    recipe.convert(script, "max_len", "training.seq_len", length // 2, halves)
+
+    ratio = script.take("tidar_clean_ratio", float, 0.5, minimum=0, maximum=1)
+    doubled = "has no effect yet: a row is doubled, so that there are as many masked as clean positions"
+    recipe.leave(script.said("tidar_clean_ratio", 0.5), doubled)
+    recipe.warnings += [f"{script.file}: tidar_clean_ratio = {ratio}: {doubled}"] if ratio != 0.5 else []
+    if script.values.get("run_mode") not in (None, "train"):
+        script.refuse("run_mode", '"train"')
+    recipe.leave(script.said("run_mode", "train"), "tidar.train trains")
+    exports = "Hugging Face folders; checkpoints to go on from come every checkpoint.interval steps"
+    for key, kind, name, *comments in (
+        ("ckpt_dir", str, "job.dump_folder"),
+        ("save_interval", int, "checkpoint.export_epochs", exports),
+        ("num_workers", int, "data.num_workers"),
+        ("tidar_block_size", int, "tidar.block_size"),
+        ("ar_loss_weight", float, "tidar.ar_loss_weight"),
+        ("diffusion_loss_weight", float, "tidar.diffusion_loss_weight"),
+    ):
+        if key in script.values:
+            section, _, option = name.partition(".")
+            recipe.carry(script, key, kind, name, getattr(getattr(recipe.config, section), option), *comments)
+
+
+def convert_batch(deepspeed: Keys, recipe: Recipe) -> None:
+    """Global and local batch size, of the two or three sizes that are given."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, rows, micro_batches = (deepspeed.take(name, int, minimum=1) for name in names)
+    if total is None and rows is None and not any(map(deepspeed.is_auto, names[:2])):
+        deepspeed.refuse(names[0], f"integer >= 1, or {names[1]} must be")
+    said = [deepspeed.said(names[2], "it follows" if total and rows else 1)]
+    if total is None:
+        is_guess = rows is None or (micro_batches or 1) > 1
+        rows = rows or recipe.config.training.local_batch_size
+        advice = f"one micro-batch on each device; DeepSpeed's step is {rows} x {micro_batches or 1} x devices rows"
+        if is_guess:
+            recipe.warnings.append(f"{deepspeed.file}: set training.global_batch_size by hand: {advice}")
+        recipe.convert(deepspeed, names[0], "training.global_batch_size", -1, advice)
+    else:
+        if total % ((rows or 1) * (micro_batches or 1)):
+            sizes = [f"{name} = {size}" for name, size in zip(names[1:], (rows, micro_batches)) if size]
+            deepspeed.refuse(names[0], f"a multiple of {' x '.join(sizes)}")
+        ran = ""
+        if rows is None:
+            rows = 1
+            said.append(f"DeepSpeed's is {total // (micro_batches or 1)} / devices, so raise it for speed")
+            recipe.warnings.append(f"{deepspeed.file}: {names[1]} has no value: local_batch_size = 1; {said[-1]}")
+        elif micro_batches:
+            ran = f"ran on {total // rows // micro_batches} devices x {rows} rows x {micro_batches} micro-batch"
+            ran += "es; here " if micro_batches > 1 else "; here "
+        needs = f"{ran}the number of devices must divide {total // rows} = global_batch_size / local_batch_size, and "
+        needs += "micro-batches make up the rest; for another number lower local_batch_size"
+        recipe.convert(deepspeed, names[0], "training.global_batch_size", total, needs)
+    recipe.convert(deepspeed, names[1], "training.local_batch_size", rows, *said)
+
+
+def convert_optimizer(deepspeed: Keys, recipe: Recipe) -> None:
+    """AdamW and its rates; without a value those of DeepSpeed's FusedAdam."""
+    optimizer = deepspeed.section("optimizer")
+    kind = (optimizer.take("type", str) or "").lower()
+    if kind not in ("adam", "adamw"):
+        optimizer.refuse("type", "Adam or AdamW")
+    params = optimizer.section("params")
+    decoupled = params.take("adam_w_mode", bool, True) or kind == "adamw"
+    # torch's own AdamW decays where nothing is said
+    weight_decay = params.take("weight_decay", float, 0.01 if decoupled and params.take("torch_adam", bool) else 0.0)
+    if weight_decay and not decoupled:
+        params.refuse("adam_w_mode", f"true where weight_decay = {weight_decay}: weight decay is decoupled here")
+    convert_schedule(deepspeed, params, recipe)
+    betas = params.values.get("betas")
+    betas = [0.9, 0.999] if betas is None or params.is_auto("betas") else betas
+    if not isinstance(betas, list) or [type(beta) in (int, float) and 0 <= beta < 1 for beta in betas] != [True] * 2:
+        params.refuse("betas", "two numbers from 0 to below 1")
+    for name, beta in zip(("optimizer.beta1", "optimizer.beta2"), betas):
+        recipe.convert(params, "betas", name, beta)
+    recipe.carry(params, "eps", float, "optimizer.eps", 1e-8)
+    recipe.convert(params, "weight_decay", "optimizer.weight_decay", weight_decay, optimizer.said("type"))
+    recipe.set("optimizer.decay_params", "all", "the script decayed all parameters")
+
+
+def convert_schedule(deepspeed: Keys, optimizer: Keys, recipe: Recipe) -> None:
+    """The highest rate and the schedule. optimizer: its params."""
+    scheduler = deepspeed.section("scheduler")
+    kind = scheduler.take("type", str)
+    lr = optimizer.take("lr", float)
+    highest = 1e-3 if lr is None else lr
+    if kind is None:
+        recipe.convert(optimizer, "lr", "optimizer.lr", highest)
+        recipe.set("lr_scheduler.schedule", "warmup", deepspeed.said("scheduler", "a constant rate"))
+        recipe.set("lr_scheduler.warmup_steps", 0)
+        recipe.set("lr_scheduler.decay_type", "constant")
+        return
+    if kind not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+        scheduler.refuse("type", "WarmupLR, WarmupDecayLR or WarmupCosineLR")
+    params = scheduler.section("params")
+    recipe.convert(scheduler, "type", "lr_scheduler.schedule", kind, "the rate of every step is DeepSpeed's")
+    lowest = "lr_scheduler.warmup_min_lr_factor"
+    if kind == "WarmupCosineLR":
+        recipe.convert(optimizer, "lr", "optimizer.lr", highest)
+        recipe.carry(params, "warmup_min_ratio", float, lowest, 0.0)
+    else:
+        # the script has one group of parameters: a list of rates has one item
+        for key in ("warmup_min_lr", "warmup_max_lr"):
+            if isinstance(params.values.get(key), list) and len(params.values[key]) == 1:
+                params.values[key] = params.values[key][0]
+        if kind == "WarmupDecayLR" and not params.is_auto("warmup_max_lr"):
+            highest = 1e-3
+        highest = params.take("warmup_max_lr", float, highest)
+        loser = [f"wins over {optimizer.said('lr')}"] if "lr" in optimizer.values else []
+        recipe.convert(params, "warmup_max_lr", "optimizer.lr", highest, *loser)
+        share = params.take("warmup_min_lr", float, 0.0) / highest
+        recipe.convert(params, "warmup_min_lr", lowest, share, f"as a share of {highest}", otherwise=0)
+    recipe.carry(params, "warmup_num_steps", int, "lr_scheduler.warmup_steps", 1000)
+    form = params.take("warmup_type", str, "log")
+    slow = "DeepSpeed's warm-up is logarithmic, unless it is linear: the square root of its steps does half of the rise"
+    slow += "" if form in ("log", "linear") else "; DeepSpeed takes log for a type that it does not know"
+    recipe.convert(params, "warmup_type", "lr_scheduler.warmup_type", "linear" if form == "linear" else "log", slow)
+    if kind == "WarmupLR":
+        return
+    total = params.take("total_num_steps", int, -1, minimum=1)
+    if total == -1 and not params.is_auto("total_num_steps"):
+        params.refuse("total_num_steps", "integer >= 1")
+    last = "the last step of the run"
+    recipe.convert(params, "total_num_steps", "lr_scheduler.total_steps", total, otherwise=last)
+    if kind == "WarmupCosineLR":
+        recipe.carry(params, "cos_min_ratio", float, "lr_scheduler.min_lr_factor", 1e-4)
+
+
+def convert_precision(deepspeed: Keys, recipe: Recipe) -> None:
+    """Type of the arithmetic, and the loss scale of fp16."""
+    if "bfloat16" in deepspeed.values and "bf16" in deepspeed.values:
+        deepspeed.refuse("bfloat16", "left out where bf16, its other name, is given")
+    fp16, bf16 = deepspeed.section("fp16"), deepspeed.section("bfloat16" if "bfloat16" in deepspeed.values else "bf16")
+    half, brain = (section.take("enabled", bool, False) for section in (fp16, bf16))
+    if half and brain:
+        bf16.refuse("enabled", "false where fp16.enabled = true")
+    unknown = fp16.is_auto("enabled") or bf16.is_auto("enabled")
+    kind = "float16" if half else "bfloat16" if brain else "auto" if unknown else "float32"
+    otherwise = "bfloat16 on CUDA" if kind == "auto" else False
+    said = [section.said("enabled", otherwise) for section in (fp16, bf16)]
+    recipe.set("training.mixed_precision_param", kind, *said)
+    if bf16.take("bf16_optimizer_states", bool, False):
+        rounded = "rounded stochastically here"
+        recipe.convert(bf16, "bf16_optimizer_states", "optimizer.state_dtype", "bfloat16", rounded)
+    constant = fp16.take("loss_scale", float, 0.0, minimum=0) if half else None
+    if constant:
+        recipe.convert(fp16, "loss_scale", "loss_scale.dynamic", False)
+        recipe.convert(fp16, "loss_scale", "loss_scale.start", constant)
+        recipe.set("loss_scale.minimum", min(constant, recipe.config.loss_scale.minimum))
+    elif half:
+        recipe.convert(fp16, "loss_scale", "loss_scale.dynamic", True)
+        start = 2.0 ** fp16.take("initial_scale_power", int, 16, minimum=0, maximum=127)
+        recipe.convert(fp16, "initial_scale_power", "loss_scale.start", start, "2 to the power of it", otherwise=16)
+        recipe.carry(fp16, "loss_scale_window", int, "loss_scale.window", 1000)
+        spent = "overflows before the scale halves, as in DeepSpeed: restored only when the scale doubles"
+        recipe.carry(fp16, "hysteresis", int, "loss_scale.hysteresis", 2, spent)
+        recipe.carry(fp16, "min_loss_scale", float, "loss_scale.minimum", 1.0)
+
+
+def convert_zero(deepspeed: Keys, recipe: Recipe) -> None:
+    """What ZeRO shards and offloads."""
+    if isinstance(deepspeed.values.get("zero_optimization"), bool):  # an old form
+        deepspeed.values["zero_optimization"] = {"stage": int(deepspeed.values["zero_optimization"])}
+    zero = deepspeed.section("zero_optimization")
+    stage = zero.take("stage", int, 0, minimum=0, maximum=3)
+    held = ["nothing is", "optimizer state is", "optimizer state and gradients are", "all state is"][stage]
+    said = f"{held} sharded"
+    recipe.convert(zero, "stage", "parallelism.data_parallel_shard_degree", -1 if stage else 1, said, otherwise=0)
+    if stage == 0:
+        recipe.set("parallelism.data_parallel_replicate_degree", -1)
+    else:
+        reshard, gathered = ("always", "freed after the forward pass") if stage == 3 else ("never", "kept gathered")
+        recipe.set("parallelism.fsdp_reshard_after_forward", reshard, f"parameters are {gathered}")
+        when = "step" if stage == 1 else "micro_batch"
+        recipe.set("parallelism.gradient_reduction", when, f"gradients are reduced once a {when.replace('_', '-')}")
+
+    offloads = []
+    for new, old, lowest in (("offload_optimizer", "cpu_offload", 1), ("offload_param", "cpu_offload_param", 3)):
+        section = zero.section(new)
+        device = section.take("device", str, "none")
+        if device not in ("none", "cpu", "nvme"):
+            section.refuse("device", "none, cpu or nvme")
+        if zero.take(old, bool, False) or device != "none":
+            if stage < lowest:
+                zero.refuse(new if device != "none" else old, f"left out where stage is less than {lowest}")
+            offloads.append(zero.said(old) if device == "none" else section.said("device"))
+        if new in zero.values and device == "none":
+            recipe.leave(zero.said(new), "nothing to offload")
+        if device == "nvme":
+            recipe.warnings.append(f"{deepspeed.file}: {section.name('device')} = nvme: the host's memory is used")
+    if offloads:
+        whole = "FSDP2 offloads parameters, gradients and optimizer state together, to the host's memory; needs CUDA"
+        recipe.set("training.enable_cpu_offload", True, *offloads, whole)
+
+
+def check_required(deepspeed: Keys) -> None:
+    """Raises UserError for what cannot be trained the same way, whatever else is given."""
+    for name, (only, advice) in REQUIRED.items():
+        *path, key = name.split(".")
+        values = deepspeed.values
+        for section in path:
+            values = values.get(section)
+            values = values if isinstance(values, dict) else {}
+        # as JSON, where true is not 1
+        if values.get(key) not in (None, "auto") and json.dumps(values[key]) != json.dumps(only):
+            allowed = "left out" if only is None else shown(only)
+            Keys(deepspeed.file, values, tuple(path)).refuse(key, f"{allowed}: {advice}")
+
+
+def migrate(train_config: str, ds_config: str) -> tuple[str, list[str]]:
+    """The TOML file for both JSON files, and warnings. Raises UserError for what cannot be trained the same way."""
+    script, deepspeed = Keys(train_config, read_json(train_config)), Keys(ds_config, read_json(ds_config))
+    recipe = Recipe()
+    check_required(deepspeed)
+    convert_script(script, recipe)
+    convert_batch(deepspeed, recipe)
+    convert_precision(deepspeed, recipe)
+    convert_zero(deepspeed, recipe)
+    convert_optimizer(deepspeed, recipe)
+    # DeepSpeed does not clip where nothing is said, Hugging Face's Trainer does
+    max_norm = 1.0 if deepspeed.is_auto("gradient_clipping") else 0.0
+    recipe.carry(deepspeed, "gradient_clipping", float, "training.max_norm", max_norm)
+    if "steps_per_print" in deepspeed.values:
+        recipe.carry(deepspeed, "steps_per_print", int, "metrics.log_freq", recipe.config.metrics.log_freq)
+    recipe.answer_rest(script, by_path(SCRIPT_REASONS))
+    required = {tuple(name.split(".")): advice for name, (_, advice) in REQUIRED.items()}
+    recipe.answer_rest(deepspeed, required | by_path(DEEPSPEED_REASONS))
+    text = recipe.toml([f"Converted by tidar.migrate from {train_config} and {ds_config}.", *INTRODUCTION])
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "new.toml")
+        with open(file, "w", encoding="utf-8") as output:
+            output.write(text)
+        try:
+            load_config(["--job.config_file", file])
+        except UserError as error:
+            raise UserError(f"{script.file}, {deepspeed.file}: as converted: {error}") from None
+    return text, recipe.warnings
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tidar.migrate", description=__doc__.split("\n\n")[1])
+    parser.add_argument("train_config", metavar="train_config.json", help="the script's own options")
+    parser.add_argument("ds_config", metavar="ds_config.json", help="DeepSpeed's")
+    with user_errors_exit():
+        arguments = parser.parse_args()
+        text, warnings = migrate(arguments.train_config, arguments.ds_config)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        sys.stdout.reconfigure(encoding="utf-8")
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

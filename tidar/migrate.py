@@ -9,11 +9,19 @@ import math
 import os
 import sys
 import tempfile
-import textwrap
-from typing import Any, NoReturn
 
-from tidar.config import ArgumentParser, Config, UserError, in_range, load_config, to_toml, user_errors_exit
-from tidar.config.loading import _set
+from tidar.config import ArgumentParser, UserError, load_config, user_errors_exit
+from tidar.migration import (
+    DEEPSPEED_REASONS,
+    REQUIRED,
+    SCRIPT_REASONS,
+    Keys,
+    Recipe,
+    by_path,
+    is_text,
+    read_json,
+    shown,
+)
 
 # at the top of every file
 INTRODUCTION = [
@@ -26,251 +34,6 @@ INTRODUCTION = [
     "- The order of samples and all that is random follow training.seed; they are not the script's.",
     "- max_len counted both halves of a row, clean and masked; training.seq_len counts one.",
 ]
-
-# keys of which one value can be trained (None: the key may not be given), and why or what to do
-REQUIRED = {
-    "amp.enabled": (False, "use fp16 or bf16"),
-    "torch_autocast.enabled": (False, "use fp16 or bf16"),
-    "elasticity.enabled": (False, "give the batch sizes"),
-    "quantize_training.enabled": (False, "weights are not quantized here"),
-    "gradient_allreduce_op": ("mean", "gradients here are those of a mean"),
-    "optimizer.params.amsgrad": (False, "AMSGrad does not exist here"),
-    "optimizer.params.bias_correction": (True, "moments are corrected here"),
-    "optimizer.params.maximize": (False, "the loss is minimized here"),
-    "optimizer.params.max_grad_norm": (None, "use gradient_clipping, as DeepSpeed demands too"),
-    "scheduler.params.last_batch_iteration": (-1, "a new run starts at the first step"),
-    "zero_optimization.zenflow": (None, "no update is late here"),
-}
-
-LOGS = "job.dump_folder has metrics.jsonl and tb/, with losses, rates, speed, MFU and memory of every run"
-PRECISION = "parameters, gradients and moments are float32; training.mixed_precision_param is that of the arithmetic"
-FSDP2 = "FSDP2 gathers and reduces one decoder layer at a time, always while others are computed"
-OFFLOAD = "FSDP2 keeps what is offloaded in the host's memory, pinned, and moves one decoder layer at a time"
-SHARDING = "here parallelism.data_parallel_shard_degree is the number of devices that hold the state once"
-BF16_KEYS = "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-# by section: why keys have no effect here, and which; what is said of a section holds for all in it
-SCRIPT_REASONS = {"": {"the name of a run is its folder, job.dump_folder": "model_name", LOGS: "logger_file"}}
-DEEPSPEED_REASONS = {
-    "": {
-        LOGS: "wall_clock_breakdown memory_breakdown dump_state flops_profiler timers comms_logger log_level "
-        "tensorboard wandb csv_monitor comet",
-        PRECISION: "communication_data_type seq_parallel_comm_data_type data_types",
-        "the trainer counts micro-batches itself": "managed_gradient_accumulation",
-        "the loss is divided first, and gradients are summed": "prescale_gradients gradient_predivide_factor",
-        "gradients are dense, and FSDP2 reduces and gathers them": "sparse_gradients disable_allgather",
-        "not enabled": "amp torch_autocast",
-        "not enabled; a run goes on with any number of devices that the batch size allows": "elasticity",
-        "has an effect in DeepSpeed only if the model calls its checkpoint function; here activation_checkpoint.mode "
-        "says what is computed twice": "activation_checkpointing",
-        "has an effect only in a model or script that asks for it, and the script did not": "curriculum_learning "
-        "data_efficiency progressive_layer_drop eigenvalue quantize_training compression_training sparse_attention "
-        "weight_quantization hybrid_engine",
-        "FSDP2 over all devices is the only parallelism here": "tensor_parallel expert_parallel pipeline "
-        "sequence_parallel_size data_parallel_size use_data_before_expert_parallelism",
-        "checkpoints load on any number of devices; [checkpoint] says when they are written": "checkpoint",
-        "nothing is kept on NVMe or in a service": "aio nebula datastates_ckpt",
-        "training.local_batch_size is set by hand": "autotuning",
-        "here compile.enable says what is compiled": "compile graph_harvesting",
-        "a step takes the last rows of an epoch with the first of the next": "dataloader_drop_last",
-        "here training.gc_freq says when garbage is collected": "disable_python_gc",
-        "the model's config.json has it": "vocabulary_size",
-        "there is one AdamW here, for all settings": "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
-    },
-    "optimizer": {"AdamW is fused here": "legacy_fusion"},
-    "optimizer.params": {
-        "AdamW is fused here": "torch_adam set_grad_none foreach fused capturable differentiable fp32_optimizer_states",
-        "weight decay is decoupled, or 0": "adam_w_mode",
-    },
-    "fp16": {
-        PRECISION: "auto_cast fused_mode fp16_master_weights_and_grads",
-        "restored only when the scale doubles": "consecutive_hysteresis",
-        "the scale is constant, or there is none": "loss_scale initial_scale_power loss_scale_window hysteresis "
-        "min_loss_scale",
-    },
-    "bf16": {PRECISION: BF16_KEYS},
-    "bfloat16": {PRECISION: BF16_KEYS},
-    "zero_optimization": {
-        FSDP2: "allgather_partitions allgather_bucket_size allgather_size overlap_comm reduce_scatter "
-        "reduce_bucket_size contiguous_gradients use_multi_rank_bucket_allreduce round_robin_gradients "
-        "parameter_alignment legacy_stage1 ignore_unused_parameters sub_group_size prefetch_bucket_size "
-        "param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance "
-        "module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential compute_grad_norm "
-        "partition_stream_chunk_size leaf_module memory_efficient_linear override_module_apply "
-        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
-        OFFLOAD: "offload_optimizer offload_param cpu_offload cpu_offload_param cpu_offload_use_pin_memory",
-        SHARDING: "mics_shard_size mics_hierarchical_params_gather zero_hpz_partition_size",
-        "nothing is quantized here": "zero_quantized_weights zero_quantized_nontrainable_weights "
-        "zero_quantized_gradients zeropp_loco_param",
-        "checkpoints are float32 and load on any number of devices; exports hold whole weights": "elastic_checkpoint "
-        "load_from_fp32_weights pipeline_loading_checkpoint gather_16bit_weights_on_model_save "
-        "gather_fp16_weights_on_model_save",
-    },
-}
-
-
-def by_path(reasons: dict[str, dict[str, str]]) -> dict[tuple[str, ...], str]:
-    """The reason for each key."""
-    return {
-        (*filter(None, section.split(".")), key): reason
-        for section, groups in reasons.items()
-        for reason, keys in groups.items()
-        for key in keys.split()
-    }
-
-
-def safe(text: str) -> str:
-    """The text on one line, what cannot be printed as escapes: nothing in it ends a comment."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def shown(value: Any, longest: int = 100) -> str:
-    """As the value stands in JSON, on one line."""
-    text = safe(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is text that UTF-8, and so TOML, can hold: half of a surrogate pair is none."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-class Keys:
-    """The keys of a JSON file or of a section of it, and which of the file's were answered."""
-
-    def __init__(self, file: str, values: dict, path: tuple[str, ...] = (), answered: set | None = None):
-        self.file, self.values, self.path = safe(file), values, path
-        self.answered = set() if answered is None else answered
-
-    def name(self, key: str) -> str:
-        return safe(".".join((*self.path, key)))
-
-    def is_auto(self, key: str) -> bool:
-        """Whether Hugging Face's Trainer was to fill the value in."""
-        return self.values.get(key) == "auto"
-
-    def take(self, key: str, kind: type, default: Any = None, minimum=None, maximum=None) -> Any:
-        """The value; the default where it is not given, null or "auto". Raises UserError for any other value."""
-        value = self.values.get(key)
-        if value is None or (self.is_auto(key) and kind not in (str, dict)):
-            return default
-        if kind is int and type(value) is float and value.is_integer():
-            value = int(value)  # 1e4
-        elif kind is float and type(value) is int and value.bit_length() < 1024:
-            value = float(value)
-        fits = is_text(value) if kind is str else type(value) is kind
-        # finite, and of TOML's 64 bits
-        fits = fits and not (kind is float and math.isinf(value)) and not (kind is int and abs(value) >= 2**63)
-        if not fits or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            words = {int: "integer", float: "number", bool: "true|false", str: "text", dict: "a section: {...}"}[kind]
-            self.refuse(key, words + (f" {in_range(minimum, maximum)}" if minimum is not None else ""))
-        return value
-
-    def section(self, key: str) -> "Keys":
-        """A section, whose keys are to be answered one by one."""
-        self.answered.add((*self.path, key))
-        return Keys(self.file, self.take(key, dict, {}), (*self.path, key), self.answered)
-
-    def refuse(self, key: str, allowed: str) -> NoReturn:
-        value = f" = {shown(self.values[key])}" if key in self.values else " is missing"
-        raise UserError(f"{self.file}: {self.name(key)}{value}: must be {allowed}")
-
-    def said(self, key: str, otherwise: Any = None) -> str:
-        """What the file says of a key: its answer, in a comment. otherwise: what holds where that is no value."""
-        self.answered.add((*self.path, key))
-        if key not in self.values:
-            text = f"{self.name(key)} is not given"
-        else:
-            text = f"{self.name(key)} = {shown(self.values[key], longest=10**6)}"
-            text += ", which only Hugging Face's Trainer fills in" if self.is_auto(key) else ""
-        if otherwise is None or not (self.values.get(key) is None or self.is_auto(key)):
-            return text
-        return f"{text}, so {otherwise if isinstance(otherwise, str) else shown(otherwise)}"
-
-
-class Recipe:
-    """The TOML file to be: options, their comments, keys that become no option, and warnings."""
-
-    def __init__(self):
-        self.config = Config()
-        self.comments: dict[str, str] = {}
-        self.unused: dict[str, list[str]] = {}
-        self.warnings: list[str] = []
-
-    def set(self, name: str, value: Any, *comments: str, origin: str = "") -> None:
-        """Raises UserError for a value out of the option's range, with `origin` before it."""
-        _set(self.config, name, value, origin)
-        self.comments[name] = "; ".join(comments)
-
-    def convert(self, keys: Keys, key: str, name: str, value: Any, *comments: str, otherwise: Any = None) -> None:
-        """Sets the option that a key stands for. otherwise: what is taken where it has no value, for the comment."""
-        said = keys.said(key, value if otherwise is None else otherwise)
-        origin = f"{keys.file}: {keys.name(key)} = {shown(keys.values.get(key))}: becomes "
-        self.set(name, value, said, *comments, origin=origin)
-
-    def carry(self, keys: Keys, key: str, kind: type, name: str, default: Any, *comments: str) -> None:
-        """Converts a key whose value is that of the option."""
-        self.convert(keys, key, name, keys.take(key, kind, default), *comments)
-
-    def leave(self, text: str, reason: str) -> None:
-        """Answers a key that becomes no option."""
-        self.unused.setdefault(reason, []).append(text)
-
-    def answer_rest(self, keys: Keys, reasons: dict[tuple[str, ...], str]) -> None:
-        """Answers the keys that no option did."""
-        for key, value in keys.values.items():
-            path = (*keys.path, key)
-            reason = reasons.get((*keys.path, key.removeprefix("stage3_")), reasons.get(keys.path))
-            if path in keys.answered:
-                if isinstance(value, dict):
-                    self.answer_rest(Keys(keys.file, value, path, keys.answered), reasons)
-            elif reason:
-                self.leave(keys.said(key), reason)
-            else:
-                self.leave(keys.said(key), "not known, and so left out")
-                self.warnings.append(f"{keys.file}: {keys.name(key)} = {shown(value)}: not known, and so left out")
-
-    def toml(self, header: list[str]) -> str:
-        lines, section = [comment(text) for text in header], ""
-        for line in to_toml(self.config).split("\n"):
-            section = line if line.startswith("[") else section
-            name = f"{section[1:-1]}.{line.partition(' = ')[0]}"
-            if name in self.comments:
-                lines += [] if section in lines else ["", section]
-                lines += [comment(self.comments[name])] if self.comments[name] else []
-                lines.append(line)
-        lines += ["", "# Keys that become no option, and why:"]
-        lines += [comment(f"{', '.join(texts)}: {reason}") for reason, texts in self.unused.items()]
-        return "\n".join(lines) + "\n"
-
-
-def comment(text: str) -> str:
-    """The text as comment lines of TOML, whatever it holds."""
-    lines = textwrap.wrap(safe(text), width=117, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(f"# {line}" for line in lines)
-
-
-def read_json(path: str) -> dict:
-    """A JSON file. Raises UserError where it cannot be read, is no object, holds a key twice, or NaN."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key is given twice in " + ", ".join(shown(key) for key, _ in pairs))
-        return dict(pairs)
-
-    def refuse(text: str) -> NoReturn:
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.loads(file.read(), object_pairs_hook=once, parse_constant=refuse)
-        shown(values)  # fails for what is nested too deeply
-    except OSError as error:
-        raise UserError(f"{safe(path)}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{safe(path)}: is not JSON: {safe(str(error))}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{safe(path)}: holds {shown(values)}: must hold an object: {{...}}")
-    return values
 
 
 def convert_script(script: Keys, recipe: Recipe) -> None:
@@ -465,6 +228,10 @@ def convert_precision(deepspeed: Keys, recipe: Recipe) -> None:
         spent = "overflows before the scale halves, as in DeepSpeed: restored only when the scale doubles"
         recipe.carry(fp16, "hysteresis", int, "loss_scale.hysteresis", 2, spent)
         recipe.carry(fp16, "min_loss_scale", float, "loss_scale.minimum", 1.0)
+        # as many as the scale may take to fall from its start to its minimum
+        falls = math.ceil(math.log2(start / recipe.config.loss_scale.minimum)) + recipe.config.loss_scale.hysteresis
+        if falls >= recipe.config.training.max_steps_skipped:
+            recipe.set("training.max_steps_skipped", falls, "DeepSpeed stops when the scale can fall no more")
 
 
 def convert_zero(deepspeed: Keys, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from tidar.config.loading import (
     load_config,
     make_dump_folder,
     resolve_global_batch_size,
+    set_option,
     to_toml,
 )
 from tidar.config.options import Config
@@ -21,6 +22,7 @@ __all__ = [
     "load_config",
     "make_dump_folder",
     "resolve_global_batch_size",
+    "set_option",
     "to_toml",
     "user_errors_exit",
 ]

@@ -36,7 +36,7 @@ def load_config(args: list[str], prog: str = "python -m tidar.train") -> Config:
     if config.job.config_file:
         _apply_file(config, config.job.config_file)
     for name, text in overrides.items():
-        _set(config, name, text, origin="", from_text=True)
+        set_option(config, name, text, origin="", from_text=True)
     if not config.job.dump_folder:
         config.job.dump_folder = os.path.join("runs", Path(config.job.config_file or "default").stem)
     _check_together(config)
@@ -138,10 +138,14 @@ def _apply_file(config: Config, path: str) -> None:
         if not isinstance(options, dict):
             raise UserError(f"{path}: {section} = {_quote(options)}: must be a section, [{section}]")
         for name, value in options.items():
-            _set(config, f"{section}.{name}", value, origin=f"{path}: ")
+            set_option(config, f"{section}.{name}", value, origin=f"{path}: ")
 
 
-def _set(config: Config, full_name: str, value: Any, origin: str, from_text: bool = False) -> None:
+def set_option(config: Config, full_name: str, value: Any, origin: str, from_text: bool = False) -> None:
+    """Sets an option by its name, section.option. Raises UserError, with `origin` before it, for what is not allowed.
+
+    from_text: the value is one of the command line's.
+    """
     section, _, name = full_name.partition(".")
     options = getattr(config, section)
     fields = {field.name: field for field in dataclasses.fields(options)}

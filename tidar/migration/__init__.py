@@ -1,0 +1,18 @@
+"""Reading the files of the DeepSpeed script, and answering each of their keys."""
+
+from tidar.migration.keys import Keys, is_text, read_json, safe, shown
+from tidar.migration.recipe import Recipe
+from tidar.migration.unused import DEEPSPEED_REASONS, REQUIRED, SCRIPT_REASONS, by_path
+
+__all__ = [
+    "DEEPSPEED_REASONS",
+    "Keys",
+    "REQUIRED",
+    "Recipe",
+    "SCRIPT_REASONS",
+    "by_path",
+    "is_text",
+    "read_json",
+    "safe",
+    "shown",
+]

@@ -155,7 +155,7 @@ def test_epochs_count_samples_and_not_steps(tmp_path):
     n_rows = len(first.training_rows)
     assert first.step == -(-n_rows // 40)
     second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5")
-    samples = int(second.progress["samples"])
+    samples = second.progress.samples
     assert samples == 20 * first.step + 60 * (second.step - first.step)
     assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
 

@@ -49,6 +49,7 @@ from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
+from tidar.training.progress import Progress
 from tidar.training.scores import mean_scores, score_sums, target_weights
 from tidar.training.skipping import TooManySkipped
 from tidar.training.summary import summarize
@@ -96,20 +97,12 @@ class Trainer:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds))
         self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
 
-        # what a checkpoint restores in place; epoch_sums: weight, nll, right arg-maxes of both losses in this epoch
-        self.progress = {
-            "step": torch.zeros((), dtype=torch.long),
-            "samples": torch.zeros((), dtype=torch.long),
-            "rows": torch.tensor(len(self.training_rows)),
-            "data": torch.tensor(inputs.data.identity(config)),
-            "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=self.device),
-            **self.updates.state,
-        }
+        self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
         self.checkpointer = Checkpointer(
             self.folder,
             self.model,
             self.updates.optimizer,
-            self.progress,
+            self.progress.state | self.updates.state,
             self.world,
             self.group,
             write_assets=self.write_assets,
@@ -123,7 +116,7 @@ class Trainer:
             self.start = set_first_weights(self.model, self.spec, config)
         self.steps = config.training.steps
         if config.training.epochs:
-            samples_left = config.training.epochs * len(self.training_rows) - int(self.progress["samples"])
+            samples_left = config.training.epochs * len(self.training_rows) - self.progress.samples
             self.steps = self.step + max(0, math.ceil(samples_left / self.global_batch_size))
 
     def train(self) -> None:
@@ -156,7 +149,7 @@ class Trainer:
         self.watchdog = Watchdog(self.world, self.patience)
         try:
             while self.step < self.steps:
-                epoch = self.epoch
+                epoch = self.progress.epoch
                 self.train_step(batches)
                 if self.step == first_step:
                     self.end_first_step()
@@ -199,17 +192,15 @@ class Trainer:
         dist.all_reduce(sums)
 
         self.passes(f"step {number}: optimizer")
-        rows = partial(self.rows_seen, int(self.progress["samples"]))
+        rows = partial(self.rows_seen, self.progress.samples)
         grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
 
-        epoch = self.epoch
-        self.progress["step"] += 1
-        self.progress["samples"] += self.global_batch_size
-        self.progress["epoch_sums"] += torch.where(sums.isfinite().all(), torch.cat([weights[None], sums]), 0)
+        epoch = self.progress.epoch
+        self.progress.add_step(self.global_batch_size, weights, sums)
+        if self.progress.epoch > epoch:
+            self.report_epoch()
         if self.is_due(config.metrics.log_freq):
             self.report_step(weights, sums, grad_norm, lr)
-        if self.epoch > epoch:
-            self.report_epoch()
 
     def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
         """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
@@ -249,7 +240,7 @@ class Trainer:
     def export_epoch(self, epochs_before: int) -> None:
         """Exports to export/epoch_<n> where the step has ended an epoch of which checkpoint.export_epochs wants one."""
         every = self.config.checkpoint.export_epochs
-        number = self.epoch // every * every
+        number = self.progress.epoch // every * every
         if number <= epochs_before:
             return
         folder = self.folder / "export" / f"epoch_{number}"
@@ -291,7 +282,7 @@ class Trainer:
 
     def training_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands, without an end."""
-        return iter(self.loader(self.training_rows, self.training_order(int(self.progress["samples"]))))
+        return iter(self.loader(self.training_rows, self.training_order(self.progress.samples)))
 
     def training_order(self, first_sample: int) -> TrainingOrder:
         training, world = self.config.training, self.world
@@ -319,13 +310,8 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps done, the current one included."""
-        return int(self.progress["step"])
-
-    @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return int(self.progress["samples"]) // len(self.training_rows)
+        """Steps done."""
+        return self.progress.step
 
     def is_due(self, every: int) -> bool:
         """What happens every so many steps, if any, and after the last."""
@@ -339,19 +325,8 @@ class Trainer:
                 f"{self.folder} was trained with a vocabulary of {before[0]} and mask token {before[1]}, and now they "
                 f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
             )
-        identity = int(self.progress["data"])
         self.checkpointer.load(self.checkpoint)
-        before, now = int(self.progress["rows"]), len(self.training_rows)
-        if before != now:
-            raise UserError(
-                f"{self.folder} was trained on {before} rows, and the data has {now}: "
-                "go on with the same data and training.seq_len, or choose another job.dump_folder"
-            )
-        if identity != int(self.progress["data"]):
-            raise UserError(
-                f"{self.folder} was trained with other data, another training.seed, or other options of packing, "
-                "weights or validation: go on with the same, or choose another job.dump_folder"
-            )
+        self.progress.check(self.folder)
 
     def announce(self) -> None:
         """Tells what the run is about to do."""
@@ -390,12 +365,12 @@ class Trainer:
 
     def report_epoch(self) -> None:
         """Means over the steps since the last report: an epoch ends with the step that takes its last row."""
-        weights, *sums = self.progress["epoch_sums"].tolist()
+        weights, *sums = self.progress.take_epoch_sums()
         means = mean_scores(weights, sums, self.loss_weights)
         scalars = {f"train/epoch_{name}": means[name] for name in ("loss", "ar_loss", "diffusion_loss")}
         self.metrics.write(self.step, scalars)
-        self.log(f"epoch {self.epoch} ends  " + "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
-        self.progress["epoch_sums"].zero_()
+        texts = [f"{name} {value:.4f}" for name, value in scalars.items()]
+        self.log(f"epoch {self.progress.epoch} ends  {'  '.join(texts)}")
 
     def log(self, text: str) -> None:
         if self.world.logs:

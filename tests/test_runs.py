@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import uneven  # noqa: F401  (registers the source)
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
@@ -129,9 +128,9 @@ class Recorded(Trainer):
         super().report_step(weights, sums, *rest)
 
 
-def test_epochs_are_reported(tmp_path):
+def test_epochs_are_reported(tmp_path, uneven_data):
     """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
-    options = "--data.source uneven --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
+    options = f"{uneven_data} --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
     options += "--training.global_batch_size 40 --training.local_batch_size 20".split()
     trainer = train_here(tmp_path, *options, kind=Recorded)
     names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
@@ -148,9 +147,9 @@ def test_epochs_are_reported(tmp_path):
     assert metrics(tmp_path, *names) == epochs
 
 
-def test_epochs_count_samples_and_not_steps(tmp_path):
+def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
     """One and a half passes over the data, the first half of them with smaller steps."""
-    options = ["--data.source", "uneven", "--validation.enable", "false", "--training.global_batch_size"]
+    options = [*uneven_data.split(), "--validation.enable", "false", "--training.global_batch_size"]
     first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
     n_rows = len(first.training_rows)
     assert first.step == -(-n_rows // 40)

@@ -1,4 +1,7 @@
-"""python tests/faulty.py hang|stop|kill ARGS: tidar.train whose rank 1 does so in its third step, once."""
+"""python tests/faulty.py hang|stop|kill|slow ARGS: tidar.train with a fault of rank 1 in its third step, once.
+
+slow is none: each of that step's micro-batches takes a second more, and rank 0's export too long for the others.
+"""
 
 import os
 import signal
@@ -11,14 +14,26 @@ from tidar import train
 
 
 class Faulty(train.Trainer):
+    passed_at = None
+
     def forward(self, rows, weights):
         first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if self.world.rank == 1 and self.step == 2 and first_attempt:
-            print(f"fault at {time.time()}", flush=True)
+            if self.passed_at is None:
+                self.passed_at = time.time()
+                print(f"fault at {self.passed_at}", flush=True)
+            if FAULT == "slow":
+                time.sleep(1)
+                return super().forward(rows, weights)
             if FAULT == "hang":
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSTOP if FAULT == "stop" else signal.SIGKILL)
         return super().forward(rows, weights)
+
+    def write_assets(self, folder):
+        super().write_assets(folder)
+        if FAULT == "slow" and "export" in str(folder):
+            time.sleep(12)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class RankPool:
     def run(self, ranks: int, *options: str, weights: Path | None = None, faults: list = ()) -> list[dict]:
         """Trains on so many ranks, and saves what was trained to the file `weights`.
 
-        faults: (rank, step) of those whose loss is to be infinite.
+        faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row".
 
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
         "error" if it has ended with one of the user's.
@@ -50,7 +50,7 @@ class RankPool:
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             case = {"variables": {name: str(value) for name, value in variables.items()}, "options": options}
             case |= {"weights": weights and str(weights)}
-            case |= {"faults": [step for faulty, step in faults if faulty == rank]}
+            case |= {"faults": {step: what for faulty, step, what in faults if faulty == rank}}
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
         answers = [process.stdout.readline() for process in self.processes[:ranks]]
@@ -90,8 +90,14 @@ def main() -> None:
             loss, scores = super().forward(rows, weights)
             if torch.is_grad_enabled():
                 self.targets.append(len(rows.targets["ar"].labels))
-                if self.step + 1 in self.faults:
+                what = self.faults.get(str(self.step + 1))
+                if what == "loss":
                     loss = loss * math.inf
+                if what == "row":
+                    scores["ar"].nll[-1] = math.nan
+                    self.printed.append(
+                        f"row {rows.targets['ar'].index[-1] // rows.input_ids.shape[1]} of its micro-batch"
+                    )
             return loss, scores
 
         def log(self, text):
@@ -104,7 +110,12 @@ def main() -> None:
         os.environ.update(case["variables"])
         config = load_config(case["options"])
         Recorded.printed = []
-        trainer = Recorded(config)
+        try:
+            trainer = Recorded(config)
+        except UserError as raised:
+            leave_world()
+            print(json.dumps({"error": str(raised)}), file=answers, flush=True)
+            continue
         trainer.targets, trainer.faults = [], case["faults"]
         trainer.training_rows = rows = Recording(trainer.training_rows)
         error = None

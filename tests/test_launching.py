@@ -29,10 +29,12 @@ def run(command: list, **variables) -> tuple[int, str]:
 
 
 def train_with(fault: str, folder: Path, restarts: int) -> tuple[int, str, float]:
-    """Trains on two ranks, one of them faulty. Exit code, output, and the seconds from the fault to the end."""
+    """Trains on two ranks, one of them at fault. Exit code, output, and the seconds from the fault to the end."""
     options = "--data.source uneven --data.num_workers 0 --validation.enable false --training.seq_len 16".split()
     options += "--training.local_batch_size 2 --training.steps 5 --checkpoint.interval 1 --metrics.log_freq 1".split()
     options += ["--comm.train_timeout_seconds", str(TIMEOUT), "--job.dump_folder", str(folder)]
+    if fault == "slow":
+        options += ["--training.global_batch_size", "48", "--training.epochs", "1", "--checkpoint.export_epochs", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     code, output = run([*launcher, "--max_restarts", str(restarts), "tests/faulty.py", fault, *options])
     (fault_at,) = re.findall(r"fault at ([\d.]+)", output)
@@ -41,10 +43,23 @@ def train_with(fault: str, folder: Path, restarts: int) -> tuple[int, str, float
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
     code, output, seconds = train_with("hang", tmp_path, restarts=0)
-    assert code != 0
-    assert f"error: no progress for {TIMEOUT} s: rank 1 did not get past step 3: forward and backward pass" in output
+    assert code != 0 and seconds < TIMEOUT + 5  # torchrun's own
+    assert f"error: no progress for {TIMEOUT} s: rank 1 did not get past step 3: micro-batch 1, and the" in output
     assert "rank 1 hangs here:" in output and "time.sleep(1000)" in output
-    assert seconds < TIMEOUT + 5  # and torchrun's own
+
+
+def test_a_rank_that_is_stopped_ends_the_run_and_is_named(tmp_path):
+    code, output, seconds = train_with("stop", tmp_path, restarts=0)
+    assert code != 0 and seconds < TIMEOUT + 5
+    assert f"error: no progress for {TIMEOUT} s: rank 1 gives no sign of life, last seen at" in output
+
+
+@pytest.mark.long
+def test_a_long_step_is_no_hang(tmp_path):
+    """Twelve micro-batches of a second, which is more than the timeout of 8; and a long export of rank 0."""
+    code, output, seconds = train_with("slow", tmp_path, restarts=0)
+    assert code == 0, output
+    assert seconds > 20
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
@@ -93,6 +108,21 @@ def test_srun_tells_the_nodes(tmp_path, monkeypatch):
 def test_tasks_that_would_each_be_a_run_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS = 8: srun has started every one of these as a run"):
+        join_world(load_config([]))
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"RANK": "1"}, "RANK = 1, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set: start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK = 0, WORLD_SIZE = 2, but MASTER_ADDR, MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE = x: must be integer >= 0"),
+    ],
+)
+def test_half_of_what_torchrun_sets(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
         join_world(load_config([]))
 
 

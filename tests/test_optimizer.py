@@ -121,6 +121,9 @@ def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks,
         weights.append(torch.cat([tensor.flatten() for tensor in whole.values()]))
     one, three, again = weights
     assert torch.equal(three, again)
+    options = f"{common} --training.local_batch_size 2 --job.dump_folder {folder} --optimizer.state_dtype float32"
+    for answer in ranks.run(3, *options.split(), "--training.steps", "9"):
+        assert "optimizer.state_dtype = float32:" in answer["error"] and "has bfloat16; go on with" in answer["error"]
     assert (three - one).norm() / one.norm() < 1e-5
 
 

@@ -26,8 +26,10 @@ from tidar.config import (
 )
 from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import (
+    Pace,
     Watchdog,
     arithmetic_dtype,
+    compile_seconds,
     join_world,
     leave_world,
     make_deterministic,
@@ -82,7 +84,7 @@ class Trainer:
         )
         self.mask_builder = MaskBuilder(self.pattern, resolve_backend(config.model.attention_backend, self.device))
 
-        dtype = arithmetic_dtype(config, self.device)
+        self.dtype = dtype = arithmetic_dtype(config, self.device)
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
@@ -94,7 +96,7 @@ class Trainer:
 
         self.loss_weights = {"ar": config.tidar.ar_loss_weight, "diffusion": config.tidar.diffusion_loss_weight}
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.save_timeout_seconds))
         self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
 
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
@@ -107,6 +109,7 @@ class Trainer:
             self.group,
             write_assets=self.write_assets,
         )
+        self.pace = Pace(self.device)
         self.throughput = Throughput(self.model.config, self.device)
         self.checkpoint = self.checkpointer.newest() if config.checkpoint.enable else None
         if self.checkpoint:
@@ -162,12 +165,15 @@ class Trainer:
                     self.export_epoch(epochs_before=epoch)
                 if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
                     self.save()
+                self.updates.skipped.check()
+            self.wait_for_all("the end")
         except TooManySkipped as reason:
             self.stop_for(reason)
-        self.watchdog.stop()
-        gc.enable()
-        gc.unfreeze()
-        self.metrics.close()
+        finally:
+            self.watchdog.stop()
+            gc.enable()
+            gc.unfreeze()
+            self.metrics.close()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over `self.micro_batches` micro-batches of each rank."""
@@ -179,16 +185,17 @@ class Trainer:
         micro_batches = [batch.to(self.device) for batch in micro_batches]
 
         # the denominators of the losses: the targets of the whole step, over all ranks and micro-batches
-        self.passes(f"step {number}: forward and backward pass")
         weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
         dist.all_reduce(weights)
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
         for place, batch in enumerate(micro_batches, start=1):
-            prepare_backward(self.model, config, is_last=place == self.micro_batches)
+            self.passes(f"step {number}: micro-batch {place}")
+            prepare_backward(self.model, config, self.world.shard_group.size(), is_last=place == self.micro_batches)
             loss, scores = self.forward(batch.rows, weights)
             self.updates.backward(loss)
-            self.updates.skipped.note_losses(batch.rows, scores)
+            self.updates.skipped.note(batch.rows, scores)
             sums += score_sums(batch.rows.targets, scores)
+            self.pace()
         dist.all_reduce(sums)
 
         self.passes(f"step {number}: optimizer")
@@ -220,9 +227,13 @@ class Trainer:
         ones = torch.ones(2, device=self.device)
 
         def score(rows: ModelBatch) -> dict[str, TokenScores]:
+            scores = self.forward(rows, ones)[1]
+            self.pace()
             self.passes("validation")
-            return self.forward(rows, ones)[1]
+            return scores
 
+        # its first batch may have to be compiled
+        self.passes("validation", config.comm.init_timeout_seconds)
         with self.throughput.paused():
             scalars = validate(
                 self.loader(self.held_out_rows, order),
@@ -244,16 +255,22 @@ class Trainer:
         if number <= epochs_before:
             return
         folder = self.folder / "export" / f"epoch_{number}"
-        self.passes("the export", self.config.comm.init_timeout_seconds)
         with self.throughput.paused():
+            self.wait_for_all("the export")
             export_parameters(folder, self.checkpointer.parameters, self.write_assets, writes=self.world.rank == 0)
+            self.wait_for_all("the export")
         self.log(f"exported {folder}")
 
     def save(self) -> None:
         self.updates.settle()
-        self.passes("the checkpoint", self.config.comm.init_timeout_seconds)
+        self.passes("the checkpoint", self.config.comm.save_timeout_seconds)
         with self.throughput.paused():
             self.checkpointer.save(self.step)
+
+    def wait_for_all(self, place: str) -> None:
+        """Before and after what only some ranks do, which may take long."""
+        self.passes(place, self.config.comm.save_timeout_seconds)
+        dist.barrier(self.group)
 
     def stop_for(self, reason: TooManySkipped) -> None:
         """Ends the run with what it had before the steps that were skipped."""
@@ -298,9 +315,8 @@ class Trainer:
 
     def end_first_step(self) -> None:
         """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
-        if compilation := torch._dynamo.utils.calculate_time_spent().get("total_wall_time"):
-            seconds = time.perf_counter() - self.throughput.started
-            self.log(f"the first step took {seconds:.1f} s, {compilation:.1f} s of it compilation")
+        if compilation := compile_seconds():
+            self.log(f"compilation took {compilation:.1f} s of the first step")
         shorten_timeout(self.config, self.world)
         self.patience = self.config.comm.train_timeout_seconds
 
@@ -326,6 +342,7 @@ class Trainer:
                 f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
             )
         self.checkpointer.load(self.checkpoint)
+        self.updates.skipped.forgive()
         self.progress.check(self.folder)
 
     def announce(self) -> None:
@@ -342,17 +359,13 @@ class Trainer:
                 self.steps,
                 self.n_left_out,
                 self.engine,
+                self.dtype,
             )
         )
 
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
-        try:
-            self.updates.settle()
-        finally:  # the last step of a run that stops is reported as well
-            self.write_step(means, grad_norm, lr)
-
-    def write_step(self, means: dict[str, float], grad_norm: torch.Tensor, lr: float) -> None:
+        self.updates.settle()
         scalars = {f"train/batch_{name}": value for name, value in means.items()}
         scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
         scalars |= (

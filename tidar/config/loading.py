@@ -274,7 +274,7 @@ def _check_together(config: Config) -> None:
             f"lr_scheduler.total_steps = {scheduler.total_steps}: must be at least "
             f"lr_scheduler.warmup_steps = {scheduler.warmup_steps}, or -1"
         )
-    if config.loss_scale.start < config.loss_scale.minimum:
+    if config.loss_scale.dynamic and config.loss_scale.start < config.loss_scale.minimum:
         raise UserError(
             f"loss_scale.start = {config.loss_scale.start}: must be at least "
             f"loss_scale.minimum = {config.loss_scale.minimum}"

@@ -133,7 +133,7 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
         "default",
         "free a layer's gathered parameters after its forward pass, as ZeRO-3 does (always), or keep them for the "
-        "backward pass, as ZeRO-2 does (never); default: always where they are sharded",
+        "backward pass, as ZeRO-2 does (never); default: always where they are sharded and reduced each micro-batch",
     )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",
@@ -249,9 +249,20 @@ class Comm:
     """The process group."""
 
     init_timeout_seconds: int = option(
-        300, "longest wait for another rank until the first step ends, and around checkpoints", minimum=1, maximum=10**6
+        300,
+        "longest time without progress until the first step has ended, and in a validation's first batch",
+        minimum=5,
+        maximum=10**6,
     )
-    train_timeout_seconds: int = option(100, "longest wait for another rank after that", minimum=1, maximum=10**6)
+    train_timeout_seconds: int = option(
+        100,
+        "longest time without progress after that: for a micro-batch, or in wait of another rank",
+        minimum=5,
+        maximum=10**6,
+    )
+    save_timeout_seconds: int = option(
+        1800, "longest time that a checkpoint or an export may take", minimum=5, maximum=10**6
+    )
 
 
 @dataclass

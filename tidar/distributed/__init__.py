@@ -1,6 +1,7 @@
 """The world of processes, and what is done to a model to train it there."""
 
-from tidar.distributed.parallelize import parallelize, prepare_backward
+from tidar.distributed.pace import Pace
+from tidar.distributed.parallelize import compile_seconds, parallelize, prepare_backward, reshards_after_forward
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
@@ -16,11 +17,13 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
+    "Pace",
     "Watchdog",
     "World",
     "arithmetic_dtype",
     "check_device_count",
     "check_offload",
+    "compile_seconds",
     "join_world",
     "leave_world",
     "logging_ranks",
@@ -28,6 +31,7 @@ __all__ = [
     "parallelize",
     "prepare_backward",
     "rank_zero_first",
+    "reshards_after_forward",
     "resolve_degrees",
     "shorten_timeout",
 ]

@@ -69,6 +69,11 @@ def apply_compile(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
+def compile_seconds() -> float:
+    """What this process has spent in torch.compile so far."""
+    return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
+
+
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype) -> None:
     """One group per layer, and one of the rest. Parameters and reductions in float32.
 
@@ -79,9 +84,8 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: 
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
     }
-    reshards = {"always": True, "never": False, "default": mesh.size(-1) > 1}
     for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=reshards[config.parallelism.fsdp_reshard_after_forward], **options)
+        fully_shard(layer, reshard_after_forward=reshards_after_forward(config, mesh.size(-1)), **options)
     fully_shard(model, **options)
     for module in (*model.layers, model):
         # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
@@ -90,11 +94,20 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: 
         module.set_force_sum_reduction_for_comms(True)
 
 
-def prepare_backward(model: nn.Module, config: Config, is_last: bool) -> None:
+def reshards_after_forward(config: Config, shards: int) -> bool:
+    """Whether the gathered parameters of a layer are freed after its forward pass."""
+    parallelism = config.parallelism
+    if parallelism.fsdp_reshard_after_forward == "default":
+        # with whole gradients on each device the parameters are kept as well, as ZeRO-1 does
+        return shards > 1 and parallelism.gradient_reduction == "micro_batch"
+    return parallelism.fsdp_reshard_after_forward == "always"
+
+
+def prepare_backward(model: nn.Module, config: Config, shards: int, is_last: bool) -> None:
     """Before each micro-batch of a step: says what of it is to be added up and freed. is_last: of the step."""
     parallelism = config.parallelism
     model.set_requires_gradient_sync(is_last or parallelism.gradient_reduction == "micro_batch")
     # replicas are added up once a step in any case: what they keep until then is no more than their shards
     model.set_requires_all_reduce(is_last)
     # what stays gathered for the backward pass may as well stay for the next micro-batch
-    model.set_reshard_after_backward(is_last or parallelism.fsdp_reshard_after_forward != "never")
+    model.set_reshard_after_backward(is_last or reshards_after_forward(config, shards))

@@ -41,9 +41,10 @@ def join_world(config: Config) -> World:
     the options do not fit the number of processes.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if missing and size > 1:
-        raise UserError(f"WORLD_SIZE = {size}, but {', '.join(missing)} are not set: start with torchrun")
+    size = _variable("WORLD_SIZE", default=1)
+    given = [f"{name} = {_variable(name, default=0)}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if missing and given and given != ["WORLD_SIZE = 1"]:
+        raise UserError(f"{', '.join(given)}, but {', '.join(missing)} are not set: start with torchrun")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if missing and tasks != "1":
         raise UserError(
@@ -52,10 +53,10 @@ def join_world(config: Config) -> World:
         )
     replicas, shards = resolve_degrees(config, size)
     check_offload(config)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = _variable("LOCAL_RANK", default=0)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        check_device_count(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_device_count(_variable("LOCAL_WORLD_SIZE", default=1))
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
@@ -72,6 +73,13 @@ def join_world(config: Config) -> World:
     shape, names = ((shards,), ("dp_shard",)) if replicas == 1 else ((replicas, shards), ("dp_replicate", "dp_shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return World(rank, size, device, mesh, mesh.get_group("dp_shard"), logs=rank in logging_ranks(size))
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} = {text}: must be integer >= 0; torchrun sets it")
+    return int(text)
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:

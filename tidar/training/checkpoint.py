@@ -77,12 +77,21 @@ class Checkpointer:
         return path
 
     def load(self, path: Path) -> None:
-        """Restores everything from a checkpoint's folder."""
+        """Restores everything from a checkpoint's folder. Raises UserError where the moments are of another dtype."""
         reader = CheckpointReader(path)
         saved = reader.read_metadata().state_dict_metadata
         # on other devices nothing of it is there: what a step computes does not depend on it, so it starts fresh
         random_state = {name: tensor for name, tensor in self._random_state().items() if name in saved}
-        dcp.load(self._state() | random_state, storage_reader=reader, process_group=self.group)
+        state = self._state()
+        for name, tensor in state.items():
+            if name in saved and saved[name].properties.dtype != tensor.dtype:
+                before, now = (
+                    str(dtype).removeprefix("torch.") for dtype in (saved[name].properties.dtype, tensor.dtype)
+                )
+                raise UserError(f"optimizer.state_dtype = {now}: {path} has {before}; go on with that")
+        # what older checkpoints do not count starts from zero
+        state = {name: tensor for name, tensor in state.items() if name in saved or not name.startswith("progress.")}
+        dcp.load(state | random_state, storage_reader=reader, process_group=self.group)
         self._set_random_state(random_state)
 
     def _state(self) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def gradient_norms(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, device: torch.device) -> list[Tensor]:
-    """Norm of the gradients of all parameters, and that of this rank's shard of them; scalars on `device`.
+def gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """Norm of the gradients of all parameters, a scalar on `device`.
 
     group: the ranks that a gradient is sharded over; others hold the same as they do.
     """
@@ -17,7 +17,6 @@ def gradient_norms(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup,
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     norms = torch._foreach_norm([gradient for gradient in local if gradient.numel()])
     square = torch.stack(norms).double().square().sum().to(device)
-    total = square.clone()
     if group.size() > 1:
-        dist.all_reduce(total, group=group)
-    return [total.sqrt().float(), square.sqrt().float()]
+        dist.all_reduce(square, group=group)
+    return square.sqrt().float()

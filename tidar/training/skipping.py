@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tidar.models import Decoder
 from tidar.objective import TokenScores
 from tidar.patterns import ModelBatch
 
 # rows and ranks that a message names
 NAMED = 8
+
+
+@dataclass
+class _Evidence:
+    """Of one micro-batch: whose loss, or gradient of the model's input, is not finite, `[rows]`; largest gradients."""
+
+    bad_losses: Tensor
+    bad_gradients: Tensor
+    weight_gradients: list[Tensor]
 
 
 class TooManySkipped(Exception):
@@ -26,9 +37,7 @@ class _Outcome:
     found_inf: Tensor
     ready: torch.cuda.Event | None
     rows: Callable[[], list[int]]
-    bad_losses: list[Tensor]
-    bad_gradients: list[Tensor]
-    bad_shard: Tensor
+    evidence: list["_Evidence"]
 
 
 class SkippedSteps:
@@ -38,45 +47,62 @@ class SkippedSteps:
     """
 
     def __init__(self, limit: int, group: dist.ProcessGroup, log: Callable[[str], None]):
-        """limit: steps in a row with which TooManySkipped is raised. group: of all ranks, on the CPU."""
+        """limit: of steps in a row. group: of all ranks, on the CPU."""
         self.limit = limit
         self.group = group
         self.log = log
         self.counts = torch.zeros(2, dtype=torch.long)
-        self.bad_losses: list[Tensor] = []
-        self.bad_gradients: list[Tensor] = []
+        self.evidence: list[_Evidence] = []
+        self.input_gradient = torch.zeros(0)
+        self.weight_gradients: list[Tensor] = []
         self.pending: _Outcome | None = None
 
     @property
     def total(self) -> int:
         return int(self.counts[0])
 
-    def watch(self, embedding: nn.Module) -> None:
-        """From now on notes which rows the gradient of the model's input is not finite for."""
+    def watch(self, model: Decoder, weights: bool) -> None:
+        """From now on notes which rows the gradient of the model's input is not finite for.
 
-        def note(gradient: Tensor) -> None:
-            self.bad_gradients.append(~gradient.detach().abs().amax(dim=(1, 2)).isfinite())
+        weights: notes the largest gradient of each parameter, too. In float16 one may overflow where tokens are added
+        up, which no row's own gradient shows.
+        """
 
-        def forward_hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        def note_input(gradient: Tensor) -> None:
+            self.input_gradient = gradient.detach().abs().amax(dim=(1, 2))
+
+        def after_embedding(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(note)
+                output.register_hook(note_input)
 
-        embedding.register_forward_hook(forward_hook)
+        def note_weight(gradient: Tensor) -> None:
+            self.weight_gradients.append(gradient.detach().abs().amax())
 
-    def note_losses(self, rows: ModelBatch, scores: dict[str, TokenScores]) -> None:
-        """Takes in the losses of a micro-batch."""
+        watched: set[nn.Parameter] = set()
+
+        def before_module(module: nn.Module, inputs: tuple) -> None:
+            # gathered at this moment: before they are reduced, gradients are this rank's own
+            for name, parameter in module.named_parameters():
+                if parameter not in watched and not (module is model and name.startswith("layers.")):
+                    watched.add(parameter)
+                    parameter.register_hook(note_weight)
+
+        model.embed_tokens.register_forward_hook(after_embedding)
+        for module in (model, *model.layers) if weights else ():
+            module.register_forward_pre_hook(before_module)
+
+    def note(self, rows: ModelBatch, scores: dict[str, TokenScores]) -> None:
+        """Takes in a micro-batch after its backward pass."""
         bad = torch.zeros(len(rows.input_ids), device=rows.input_ids.device)
         for loss, target in rows.targets.items():
             bad.index_add_(0, target.index // rows.input_ids.shape[1], (~scores[loss].nll.isfinite()).float())
-        self.bad_losses.append(bad > 0)
+        self.evidence.append(_Evidence(bad > 0, ~self.input_gradient.isfinite(), self.weight_gradients))
+        self.weight_gradients = []
 
-    def judge(
-        self, step: int, sums: Tensor, grad_norm: Tensor, local_norm: Tensor, rows: Callable[[], list[int]]
-    ) -> Tensor:
+    def judge(self, step: int, sums: Tensor, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
         """1 where a step is to be skipped and 0 otherwise, a scalar float32 that is the same on all ranks.
 
-        sums, grad_norm: of all ranks; local_norm: of this rank's shard; rows: those of this rank's
-        micro-batches, in order.
+        sums, grad_norm: of all ranks; rows: those of this rank's micro-batches, in order.
         `settle` comes between two steps.
         """
         found_inf = (~(sums.isfinite().all() & grad_norm.isfinite())).float()
@@ -85,17 +111,12 @@ class SkippedSteps:
             seen_by_host = torch.empty((), pin_memory=True).copy_(found_inf, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self.pending = _Outcome(
-            step, seen_by_host, ready, rows, self.bad_losses, self.bad_gradients, ~local_norm.isfinite()
-        )
-        self.bad_losses, self.bad_gradients = [], []
+        self.pending = _Outcome(step, seen_by_host, ready, rows, self.evidence)
+        self.evidence = []
         return found_inf
 
     def settle(self) -> bool | None:
-        """Whether the last step was skipped, None where that was told before. All ranks call it.
-
-        Raises TooManySkipped.
-        """
+        """Whether the last step was skipped, None where that was told before. All ranks call it."""
         outcome, self.pending = self.pending, None
         if outcome is None:
             return None
@@ -106,25 +127,41 @@ class SkippedSteps:
             return False
         self.counts += 1
         self.log(f"step {outcome.step} skipped: {self._cause(outcome)}")
-        if self.counts[1] >= self.limit:
-            raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {outcome.step}")
+        self.last = outcome.step
         return True
 
+    def check(self) -> None:
+        """Raises TooManySkipped where as many steps as are allowed were skipped in a row."""
+        if self.counts[1] >= self.limit:
+            raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last}")
+
+    def forgive(self) -> None:
+        """A run that goes on has all its tries again."""
+        self.counts[1] = 0
+
     def _cause(self, outcome: _Outcome) -> str:
-        """Names the ranks and rows whose loss is not finite, or else whose gradient, or else whose shard of it."""
-        bad = [torch.cat(flags).tolist() for flags in (outcome.bad_losses, outcome.bad_gradients)]
-        rows = outcome.rows()
-        mine = [[row for row, is_bad in zip(rows, flags) if is_bad] for flags in bad]
+        """Names ranks and rows by the first that is known: loss, gradient of their input, gradients of parameters."""
+        rows = iter(outcome.rows())
+        mine: list[list[int]] = [[], [], []]
+        for evidence in outcome.evidence:
+            its_rows = list(islice(rows, len(evidence.bad_losses)))
+            bad_weights = not all(gradient.isfinite() for gradient in evidence.weight_gradients)
+            for found, flags in zip(mine, (evidence.bad_losses, evidence.bad_gradients, [bad_weights] * len(its_rows))):
+                found += [row for row, is_bad in zip(its_rows, flags) if is_bad]
         all_ranks: list = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(all_ranks, (*mine, bool(outcome.bad_shard)), group=self.group)
-        for number, what in enumerate(("loss", "gradient")):
+        dist.all_gather_object(all_ranks, mine, group=self.group)
+        whats = (
+            "the loss is not finite",
+            "the gradient is not finite",
+            "the sum of gradients over tokens is not finite",
+        )
+        for number, what in enumerate(whats):
             ranks = {rank: found[number] for rank, found in enumerate(all_ranks) if found[number]}
             if ranks:
                 places = [f"rank {rank}, {_named('row', rows)}" for rank, rows in list(ranks.items())[:NAMED]]
                 more = f"; and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
-                return f"the {what} is not finite on {'; '.join(places)}{more}"
-        shards = [rank for rank, found in enumerate(all_ranks) if found[2]]
-        return f"the gradient's norm is not finite, its shard on {_named('rank', shards)}; no single row's is to blame"
+                return f"{what} on {'; '.join(places)}{more}"
+        return "the gradient's norm is not finite, though that of each row is"
 
 
 def _named(what: str, numbers: list[int]) -> str:

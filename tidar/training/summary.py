@@ -4,7 +4,7 @@ import torch
 
 from tidar.config import Config
 from tidar.data import PackedRows
-from tidar.distributed import resolve_degrees
+from tidar.distributed import reshards_after_forward, resolve_degrees
 from tidar.models import Decoder
 from tidar.patterns import Pattern
 from tidar.training.flops import batch_flops
@@ -21,10 +21,11 @@ def summarize(
     steps: int,
     n_left_out: int,
     engine: str,
+    dtype: torch.dtype,
 ) -> str:
     """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states.
 
-    n_left_out: documents that could not be used. engine: how the run computes.
+    n_left_out: documents that could not be used. engine: how the run computes; dtype: of the arithmetic.
     """
     seq_len = config.training.seq_len
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -52,13 +53,13 @@ def summarize(
         "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
         f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",
-        "memory": _memory(config, parameters, world_size, micro_batches),
+        "memory": _memory(config, parameters, dtype.itemsize, world_size, micro_batches),
         "engine": engine,
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
-def _memory(config: Config, parameters: int, world_size: int, micro_batches: int) -> str:
+def _memory(config: Config, parameters: int, param_bytes: int, world_size: int, micro_batches: int) -> str:
     replicas, shards = resolve_degrees(config, world_size)
     moment_bytes = {"float32": 4, "bfloat16": 2}[config.optimizer.state_dtype]
     gib = parameters / 2**30
@@ -67,6 +68,8 @@ def _memory(config: Config, parameters: int, world_size: int, micro_batches: int
     text = f"{(8 + 2 * moment_bytes) * gib / shards:.3f} GiB of states {where} each device"
     if world_size > 1:
         text += f", {_count(replicas, 'replica')} over {_count(shards, 'shard')}"
+    if not reshards_after_forward(config, shards):
+        text += f"; {param_bytes * gib:.3f} GiB more of gathered parameters, kept from the forward to the backward pass"
     if config.parallelism.gradient_reduction == "step" and micro_batches > 1:
         text += f"; {4 * gib:.3f} GiB more of whole gradients, kept from the first micro-batch to the last"
     return text

@@ -9,7 +9,7 @@ from torch import Tensor
 from tidar.config import Config
 from tidar.distributed import World
 from tidar.models import Decoder
-from tidar.training.gradients import gradient_norms
+from tidar.training.gradients import gradient_norm
 from tidar.training.loss_scale import LossScaler
 from tidar.training.optimizer import make_optimizer
 from tidar.training.schedule import learning_rate
@@ -37,11 +37,12 @@ class Updates:
         self.world = world
         self.log = log
         self.parameters = list(model.parameters())
-        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, compile)
+        on_host = config.training.enable_cpu_offload
+        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, compile and not on_host)
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16
         self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)
-        self.skipped.watch(model.embed_tokens)
+        self.skipped.watch(model, weights=self.scales_loss)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -63,10 +64,10 @@ class Updates:
         Returns the norm before clipping, scalar, and the learning rate. Raises TooManySkipped for the step before.
         """
         training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
-        norm, local_norm = gradient_norms(self.parameters, self.world.shard_group, self.world.device)
-        norm = norm / scale
+        norm = gradient_norm(self.parameters, self.world.shard_group, self.world.device) / scale
         self.settle()
-        found_inf = self.skipped.judge(step, sums, norm, local_norm, rows)
+        self.skipped.check()
+        found_inf = self.skipped.judge(step, sums, norm, rows)
         lr = learning_rate(step - self.skipped.total, steps, self.config.optimizer.lr, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -80,7 +81,7 @@ class Updates:
         return norm, lr
 
     def settle(self) -> None:
-        """Takes in the outcome of the last step, if it is not known yet. All ranks call it. Raises TooManySkipped."""
+        """Takes in the outcome of the last step, if it is not known yet. All ranks call it."""
         skipped = self.skipped.settle()
         if skipped is None or not self.scales_loss:
             return

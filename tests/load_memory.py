@@ -19,11 +19,12 @@ def anonymous_bytes() -> int:
 
 
 def main(folder: str) -> None:
-    world = join_world(load_config([]))
+    config = load_config([])
+    world = join_world(config)
     kept = Path(folder) / ASSETS
     with torch.device("meta"):
         model = Decoder(decoder_config(read_config_json(kept if kept.is_dir() else Path(folder))))
-    parallelize(model, world.mesh, torch.float32, compile=False)
+    parallelize(model, world.mesh, config, torch.float32, compile=False)
     baseline = peak = anonymous_bytes()
     done = threading.Event()
 

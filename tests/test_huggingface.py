@@ -245,7 +245,7 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
     for name, parameter in trainer.model.named_parameters():
         assert parameter.full_tensor().equal(trained.state_dict()[f"model.{name}"].float())
     trainer = train(tmp_path / "next", "--model.hf_path", str(folder), "--training.steps", "2", *options[2:])
-    moments = trainer.optimizer.state[trainer.model.norm.weight]
+    moments = trainer.updates.optimizer.state[trainer.model.norm.weight]
     # weights alone from a step of that run
     start = [
         "--checkpoint.initial_load_path",
@@ -254,7 +254,9 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
         "1",
     ]
     third = train(tmp_path / "third", "--model.hf_path", str(folder), *start)
-    assert third.step == 1 and moments["step"] == 2 and third.optimizer.state[third.model.norm.weight]["step"] == 1
+    assert (
+        third.step == 1 and moments["step"] == 2 and third.updates.optimizer.state[third.model.norm.weight]["step"] == 1
+    )
     assert third.spec.mask_token_id == 6  # that of the checkpoint
     lines = [json.loads(line) for line in (tmp_path / "third" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1]

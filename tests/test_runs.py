@@ -115,7 +115,14 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
         "train/batch_accuracy_diff", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/tflops",
         "perf/data_wait_fraction", "memory/peak_gib",
     } < logged.keys()  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl", "tb", "checkpoint", "data"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "tb",
+        "checkpoint",
+        "data",
+        ".lock",
+    }
     again = train_here(tmp_path / "again", "--job.config_file", str(tmp_path / "config.toml"), "--training.steps", "1")
     assert again.config.optimizer.lr == 2e-3
 
@@ -153,7 +160,7 @@ def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
     first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
     n_rows = len(first.training_rows)
     assert first.step == -(-n_rows // 40)
-    second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5")
+    second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5", "--checkpoint.allow_changes")
     samples = second.progress.samples
     assert samples == 20 * first.step + 60 * (second.step - first.step)
     assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
@@ -184,8 +191,8 @@ def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
     written = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text()
     for change, words in (
         (["--checkpoint.enable", "false"], "checkpoint.enable = false: .* holds the checkpoints of another run"),
-        (["--training.steps", "2", "--training.seq_len", "16"], "was trained on .* rows, and the data has"),
-        (["--training.steps", "2", "--training.seed", "7"], "was trained with other data, another training.seed, or"),
+        (["--training.steps", "2", "--training.seq_len", "16"], "training.seq_len: 32 -> 16; rows of data: "),
+        (["--training.steps", "2", "--training.seed", "7"], "training.seed: 0 -> 7; data, or options of packing"),
     ):
         with pytest.raises(UserError, match=words):
             train_here(tmp_path, *options, *change)

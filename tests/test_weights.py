@@ -28,6 +28,7 @@ from tidar.models import (
     size_config,
 )
 from tidar.train import Trainer
+from tidar.training.manifest import describe, file_names, write_manifest
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -257,6 +258,7 @@ def test_metadata_of_a_checkpoint_runs_no_code(tmp_path):
         (step / ".metadata").read_bytes()[:-30],
     ):
         (step / ".metadata").write_bytes(content)
+        write_manifest(step, describe(step, file_names(step)), {"step": 0})  # as a stranger would
         for act in (
             lambda: run_of_no_steps(run),
             lambda: run_of_no_steps(tmp_path / "new", "--checkpoint.initial_load_path", str(step)),

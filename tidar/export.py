@@ -1,7 +1,7 @@
 """Exports a checkpoint to a Hugging Face folder: python -m tidar.export --checkpoint RUN/checkpoint/step-N --output DIR
 
 The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU,
-and little memory: it goes through the weights by rows.
+and little memory: it goes through the weights by rows. --list RUN tells a run's checkpoints, and which are whole.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from tidar.models import (
     read_config_json,
     write_huggingface_folder,
 )
+from tidar.training.manifest import check_files, read_manifest
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -44,15 +45,45 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
 
+def list_checkpoints(run: Path) -> list[str]:
+    """A line for each checkpoint of a run: step, size, whether it is whole, what it holds. Reads all that they hold.
+
+    Raises UserError where there is none.
+    """
+    steps = sorted((int(path.name[5:]), path) for path in run.glob("checkpoint/step-*") if path.name[5:].isdigit())
+    if not steps:
+        raise UserError(f"--list {run}: holds no checkpoint/step-<n>; must be a run's job.dump_folder")
+    lines = []
+    for step, path in steps:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
+        try:
+            manifest = read_manifest(path)
+            problem, about = check_files(path, manifest["files"]), manifest["about"]
+        except ValueError as error:
+            problem, about = str(error), {}
+        whole = f"NOT WHOLE: {problem}" if problem else "whole"
+        known = [about["saved"], f"{about['samples']} samples"] if about else []
+        known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
+        lines.append("  ".join([f"step {step:>8}", f"{size:9.3f} GiB", whole, *known]))
+    return lines
+
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m tidar.export", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint/step-<n>")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--checkpoint", type=Path, help="RUN/checkpoint/step-<n>")
+    parser.add_argument("--output", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--list", type=Path, metavar="RUN", help="a run's job.dump_folder; writes nothing")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights [bfloat16]"
     )
     with user_errors_exit():
         arguments = parser.parse_args()
+        if arguments.list:
+            print("\n".join(list_checkpoints(arguments.list)))
+            return
+        for name in ("checkpoint", "output"):
+            if getattr(arguments, name) is None:
+                raise UserError(f"the following arguments are required: --{name}; or --list RUN alone")
         started = time.perf_counter()
         export(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
         print(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")

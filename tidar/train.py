@@ -1,11 +1,12 @@
 """Trains a TiDAR model: python -m tidar.train --job.config_file FILE [--section.option value ...]"""
 
+import dataclasses
 import gc
 import math
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
+from tidar import __version__
 from tidar.config import (
     Config,
     UserError,
@@ -41,7 +43,6 @@ from tidar.distributed import (
 from tidar.models import (
     Decoder,
     MaskBuilder,
-    recorded_model,
     resolve_backend,
 )
 from tidar.objective import Objective, TokenScores
@@ -50,9 +51,12 @@ from tidar.training.checkpoint import Checkpointer
 from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
-from tidar.training.metrics import MetricWriter, format_duration, peak_memory_gib, step_line, validation_lines
+from tidar.training.metrics import MetricWriter, format_duration, validation_lines
 from tidar.training.progress import Progress
-from tidar.training.scores import mean_scores, score_sums, target_weights
+from tidar.training.reports import Reports
+from tidar.training.resume import check_model, check_options, compared_options
+from tidar.training.run_lock import held
+from tidar.training.scores import score_sums, target_weights
 from tidar.training.skipping import TooManySkipped
 from tidar.training.summary import summarize
 from tidar.training.throughput import Throughput
@@ -102,12 +106,14 @@ class Trainer:
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
         self.checkpointer = Checkpointer(
             self.folder,
+            config.checkpoint,
             self.model,
             self.updates.optimizer,
             self.progress.state | self.updates.state,
             self.world,
             self.group,
-            write_assets=self.write_assets,
+            self.write_assets,
+            self.log,
         )
         self.pace = Pace(self.device)
         self.throughput = Throughput(self.model.config, self.device)
@@ -117,6 +123,7 @@ class Trainer:
             self.start = f"goes on from {self.checkpoint}"
         else:
             self.start = set_first_weights(self.model, self.spec, config)
+        self.val_losses: dict[int, float] = {}
         self.steps = config.training.steps
         if config.training.epochs:
             samples_left = config.training.epochs * len(self.training_rows) - self.progress.samples
@@ -128,7 +135,21 @@ class Trainer:
             raise UserError(
                 f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
             )
-        self.announce()
+        self.log(
+            summarize(
+                self.config,
+                self.model,
+                self.pattern,
+                self.training_rows,
+                self.held_out_rows,
+                self.world.size,
+                self.micro_batches,
+                self.steps,
+                self.n_left_out,
+                self.engine,
+                self.dtype,
+            )
+        )
         self.log(self.start)
         if self.steps == 0 and not self.checkpoint:
             self.save_first_weights()
@@ -138,9 +159,18 @@ class Trainer:
             self.log("to train anew, choose another job.dump_folder or remove this one")
             return
 
+        with held(self.folder, self.world, self.group):
+            self.run()
+
+    def run(self) -> None:
+        """All steps that are left, in a folder that is this run's alone."""
+        config = self.config
+        if self.world.rank == 0:
+            self.checkpointer.clean_up()
         self.write_options()
         first_step = self.step + 1
         self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
+        self.reports = Reports(self.metrics, self.throughput, self.loss_weights, self.device, self.log)
         batches = self.training_batches()
         if config.training.gc_freq:
             # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
@@ -205,9 +235,14 @@ class Trainer:
         epoch = self.progress.epoch
         self.progress.add_step(self.global_batch_size, weights, sums)
         if self.progress.epoch > epoch:
-            self.report_epoch()
+            self.reports.epoch(self.step, self.progress.epoch, *self.progress.take_epoch_sums())
         if self.is_due(config.metrics.log_freq):
             self.report_step(weights, sums, grad_norm, lr)
+
+    def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+        self.updates.settle()  # waits for the device
+        scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
+        self.reports.step(self.step, self.steps, weights, sums, scalars)
 
     def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
         """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
@@ -245,6 +280,7 @@ class Trainer:
             # a forward pass without a backward pass leaves parameters gathered
             for module in (*self.model.layers, self.model):
                 module.reshard()
+        self.val_losses[self.step] = scalars["val/loss"]
         self.metrics.write(self.step, scalars)
         self.log(validation_lines(scalars))
 
@@ -265,7 +301,20 @@ class Trainer:
         self.updates.settle()
         self.passes("the checkpoint", self.config.comm.save_timeout_seconds)
         with self.throughput.paused():
-            self.checkpointer.save(self.step)
+            self.checkpointer.save(self.step, self.about())
+
+    def about(self) -> dict[str, object]:
+        """What a checkpoint's manifest says of it."""
+        return {
+            "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "samples": self.progress.samples,
+            "devices": self.world.size,
+            "val_loss": self.val_losses.get(self.step),
+            "compared": compared_options(self.config, self.global_batch_size),
+            "options": dataclasses.asdict(self.config),
+            "torch": torch.__version__,
+            "tidar": __version__,
+        }
 
     def wait_for_all(self, place: str) -> None:
         """Before and after what only some ranks do, which may take long."""
@@ -285,7 +334,7 @@ class Trainer:
         if not self.config.checkpoint.enable:
             raise UserError("training.steps = 0: only saves the first weights, which checkpoint.enable = false forbids")
         self.write_options()
-        self.checkpointer.save(0)
+        self.checkpointer.save(0, self.about())
         self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
 
     def write_options(self) -> None:
@@ -335,55 +384,18 @@ class Trainer:
 
     def go_on(self) -> None:
         """Restores the run from its newest checkpoint. Raises UserError where going on would mix up two runs."""
-        before, now = recorded_model(self.checkpoint), (self.spec.decoder.vocab_size, self.spec.mask_token_id)
-        if before != now:
-            raise UserError(
-                f"{self.folder} was trained with a vocabulary of {before[0]} and mask token {before[1]}, and now they "
-                f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
-            )
+        check_model(self.folder, self.checkpoint, self.spec.decoder.vocab_size, self.spec.mask_token_id)
+        found = check_options(self.checkpoint, compared_options(self.config, self.global_batch_size))
         self.checkpointer.load(self.checkpoint)
-        self.updates.skipped.forgive()
-        self.progress.check(self.folder)
-
-    def announce(self) -> None:
-        """Tells what the run is about to do."""
-        self.log(
-            summarize(
-                self.config,
-                self.model,
-                self.pattern,
-                self.training_rows,
-                self.held_out_rows,
-                self.world.size,
-                self.micro_batches,
-                self.steps,
-                self.n_left_out,
-                self.engine,
-                self.dtype,
+        found += self.progress.differences()
+        if found and not self.config.checkpoint.allow_changes:
+            raise UserError(
+                f"{self.folder} was trained otherwise: {'; '.join(found)}\n"
+                "go on with the same, allow it (checkpoint.allow_changes), or choose another job.dump_folder"
             )
-        )
-
-    def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
-        means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)  # waits for the device
-        self.updates.settle()
-        scalars = {f"train/batch_{name}": value for name, value in means.items()}
-        scalars |= {"train/lr": lr, "train/grad_norm": grad_norm.item()}
-        scalars |= (
-            self.updates.scalars() | self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
-        )
-        self.metrics.write(self.step, scalars)
-        seconds_left = (self.steps - self.step) * self.throughput.seconds_per_step
-        self.log(step_line(self.step, self.steps, scalars, seconds_left))
-        self.throughput.restart()
-
-    def report_epoch(self) -> None:
-        """Means over the steps since the last report: an epoch ends with the step that takes its last row."""
-        weights, *sums = self.progress.take_epoch_sums()
-        means = mean_scores(weights, sums, self.loss_weights)
-        scalars = {f"train/epoch_{name}": means[name] for name in ("loss", "ar_loss", "diffusion_loss")}
-        self.metrics.write(self.step, scalars)
-        texts = [f"{name} {value:.4f}" for name, value in scalars.items()]
-        self.log(f"epoch {self.progress.epoch} ends  {'  '.join(texts)}")
+        for difference in found:
+            self.log(f"warning: goes on with other options: {difference}")
+        self.updates.skipped.forgive()
 
     def log(self, text: str) -> None:
         if self.world.logs:

@@ -229,6 +229,14 @@ class Checkpoint:
 
     enable: bool = option(True, "save checkpoints, and go on from the last one in job.dump_folder")
     interval: int = option(500, "steps between checkpoints; one more comes at the end", minimum=1)
+    keep_latest_k: int = option(
+        10, "newest checkpoints that are kept; older ones are removed (0: all are kept)", minimum=0
+    )
+    keep_every_n_steps: int = option(0, "checkpoints of each so many steps are kept too (0: none)", minimum=0)
+    save_best: bool = option(False, "the checkpoint with the lowest val/loss is kept too, of those saved with one")
+    allow_changes: bool = option(
+        False, "go on from a checkpoint although pattern, block size, seed, length, batch or data differ"
+    )
     initial_load_path: str = option(
         "",
         "weights that a new run starts from: a Hugging Face folder, a checkpoint's step-<n> or a state dict saved "

@@ -1,9 +1,10 @@
-"""Distributed checkpoints: <dump folder>/checkpoint/step-<n>/, in DCP's format."""
+"""Distributed checkpoints: <dump folder>/checkpoint/step-<n>/, in DCP's format, each with its manifest."""
 
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from tidar.config import UserError
+from tidar.config.options import Checkpoint
 from tidar.distributed import World
 from tidar.models import ASSETS, CheckpointReader
+from tidar.training.manifest import check_files, describe, file_names, flush_folder, read_manifest, write_manifest
 from tidar.training.optimizer import state_tensors
 
 
@@ -21,22 +24,28 @@ class Checkpointer:
 
     That is the model, the optimizer, the tensors of `progress` (step, data position, sums of the epoch, skipped steps,
     loss scale) and the random state of every rank. The learning rate is a function of these and needs no state.
+
+    A checkpoint is written beside its final name, flushed to the disk, and renamed once its manifest is written. What
+    bears the name and agrees with its manifest is whole; nothing else counts.
     """
 
     def __init__(
         self,
         dump_folder: Path,
+        options: Checkpoint,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         progress: dict[str, Tensor],
         world: World,
         group: dist.ProcessGroup,
         write_assets: Callable[[Path], None],
+        log: Callable[[str], None],
     ):
         """group: of all ranks, on the CPU; its timeout is the longest wait for the slowest writer or reader.
         write_assets: makes the folder in a step's folder that holds all of an exported model but its weights.
         """
         self.folder = dump_folder / "checkpoint"
+        self.options = options
         # the sharded ones: a model whose parameters are gathered at the moment would name others
         self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer
@@ -44,9 +53,13 @@ class Checkpointer:
         self.world = world
         self.group = group
         self.write_assets = write_assets
+        self.log = log
 
-    def save(self, step: int) -> None:
-        """Writes step-<step>: beside its final name first, so that what bears the name is whole."""
+    def save(self, step: int, about: dict[str, Any]) -> None:
+        """Writes step-<step>, then removes what checkpoint.keep_latest_k and others do not keep.
+
+        about: what its manifest is to say of it; checkpoint.save_best goes by "val_loss", None if it is not known.
+        """
         final, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
         if self.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -54,27 +67,46 @@ class Checkpointer:
         dcp.save(self._state() | self._random_state(), checkpoint_id=partial, process_group=self.group)
         if self.world.rank == 0:
             self.write_assets(partial / ASSETS)
+        # each rank vouches for the files that DCP has let it write, rank 0 for the others too
+        names = [name for name in file_names(partial) if name.startswith(f"__{self.world.rank}_")]
+        if self.world.rank == 0:
+            names += [name for name in file_names(partial) if not name.startswith("__")]
+        parts: list = [None] * self.world.size
+        dist.all_gather_object(parts, describe(partial, names), group=self.group)
+        if self.world.rank == 0:
+            files = {name: found for part in parts for name, found in part.items()}
+            write_manifest(partial, files, {"step": step} | about)
             # a run that was started again from an older step writes its steps anew
-            shutil.rmtree(final, ignore_errors=True)
+            self._remove(final)
             os.replace(partial, final)
+            flush_folder(self.folder)
+            self._remove_old()
         dist.barrier(self.group)
 
+    def clean_up(self) -> None:
+        """Removes what a killed run has left half written or half removed. The folder must be this run's alone."""
+        for pattern in ("step-*.partial", "step-*.removed"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
     def newest(self) -> Path | None:
-        """Folder of the newest checkpoint, None where there is none.
+        """Folder of the newest whole checkpoint, None where there is none; warns of newer ones that are not whole.
 
         Raises UserError where a rank does not find what rank 0 found.
         """
-        steps = [int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        step = torch.tensor(max(steps, default=-1))
-        dist.broadcast(step, src=0, group=self.group)
-        if step < 0:
-            return None
-        path = self.folder / f"step-{step}"
-        found = torch.tensor(int(path.exists()))
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
-        if not found:
-            raise UserError(f"{path}: is not on all nodes; job.dump_folder must be one that they share")
-        return path
+        steps = [self._steps()]
+        dist.broadcast_object_list(steps, src=0, group=self.group)
+        for step in reversed(steps[0]):
+            path = self.folder / f"step-{step}"
+            found = torch.tensor(int(path.exists()))
+            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+            if not found:
+                raise UserError(f"{path}: is not on all nodes; job.dump_folder must be one that they share")
+            problem = self._problem(path)
+            if not problem:
+                return path
+            self.log(f"warning: {path} is not whole, and left out: {problem}")
+        return None
 
     def load(self, path: Path) -> None:
         """Restores everything from a checkpoint's folder. Raises UserError where the moments are of another dtype."""
@@ -93,6 +125,47 @@ class Checkpointer:
         state = {name: tensor for name, tensor in state.items() if name in saved or not name.startswith("progress.")}
         dcp.load(state | random_state, storage_reader=reader, process_group=self.group)
         self._set_random_state(random_state)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
+
+    def _problem(self, path: Path) -> str | None:
+        """Why a checkpoint is not whole, the same on all ranks, which share the work of reading it. None if it is."""
+        try:
+            files = list(read_manifest(path)["files"].items())
+            problem = check_files(path, dict(files[self.world.rank :: self.world.size]))
+        except ValueError as error:
+            problem = str(error)
+        problems: list = [None] * self.world.size
+        dist.all_gather_object(problems, problem, group=self.group)
+        return next((problem for problem in problems if problem), None)
+
+    def _remove_old(self) -> None:
+        """The newest is whole by now."""
+        options, losses = self.options, {}
+        for step in self._steps():
+            try:
+                losses[step] = read_manifest(self.folder / f"step-{step}")["about"].get("val_loss")
+            except ValueError:
+                continue  # damaged ones are left for the user to look at
+        if not options.keep_latest_k:
+            return
+        kept = set(sorted(losses)[-options.keep_latest_k :])
+        if options.keep_every_n_steps:
+            kept |= {step for step in losses if step % options.keep_every_n_steps == 0}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        if options.save_best and known:
+            kept.add(min(known, key=known.get))
+        for step in losses.keys() - kept:
+            self._remove(self.folder / f"step-{step}")
+
+    def _remove(self, path: Path) -> None:
+        """Takes the name away first, so that what bears it is never half removed."""
+        if path.exists():
+            doomed = path.with_name(f"{path.name}.removed")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
 
     def _state(self) -> dict[str, Tensor]:
         """By name, the tensors that are saved or loaded into."""

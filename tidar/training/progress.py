@@ -1,11 +1,7 @@
 """How far a run has come, and on which data."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-from tidar.config import UserError
 
 
 class Progress:
@@ -45,22 +41,20 @@ class Progress:
         self.state["samples"] += samples
         self.state["epoch_sums"] += torch.where(sums.isfinite().all(), torch.cat([weights[None], sums]), 0)
 
-    def take_epoch_sums(self) -> list[list[float]]:
-        """What has added up since this was called last."""
-        sums = self.state["epoch_sums"].tolist()
+    def take_epoch_sums(self) -> tuple[list[float], list[list[float]]]:
+        """Weights and sums of scores since this was called last."""
+        weights, *sums = self.state["epoch_sums"].tolist()
         self.state["epoch_sums"].zero_()
-        return sums
+        return weights, sums
 
-    def check(self, folder: Path) -> None:
-        """Raises UserError where what was restored is that of a run on other data. folder: of the run."""
+    def differences(self) -> list[str]:
+        """How the data differs from that of the run that was restored; from here on it is this run's."""
+        found = []
         before = int(self.state["rows"])
         if before != self.n_rows:
-            raise UserError(
-                f"{folder} was trained on {before} rows, and the data has {self.n_rows}: "
-                "go on with the same data and training.seq_len, or choose another job.dump_folder"
-            )
-        if int(self.state["data"]) != self.data_identity:
-            raise UserError(
-                f"{folder} was trained with other data, another training.seed, or other options of packing, "
-                "weights or validation: go on with the same, or choose another job.dump_folder"
-            )
+            found.append(f"rows of data: {before} -> {self.n_rows}")
+        elif int(self.state["data"]) != self.data_identity:
+            found.append("data, or options of packing, weights or validation")
+        self.state["rows"].fill_(self.n_rows)
+        self.state["data"].fill_(self.data_identity)
+        return found

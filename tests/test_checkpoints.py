@@ -1,0 +1,120 @@
+"""Checkpoints that are not whole do not count, and old ones go only when a newer one is whole."""
+
+import fcntl
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tidar.config import UserError, load_config
+from tidar.distributed import leave_world
+from tidar.export import list_checkpoints
+from tidar.train import Trainer
+from tidar.training.manifest import read_manifest
+
+TINY = "--training.seq_len 16 --training.local_batch_size 2 --metrics.log_freq 1 --validation.enable false".split()
+
+
+@pytest.fixture
+def train(uneven_data):
+    """Makes a trainer with these options, and trains unless told otherwise."""
+
+    def run(folder: Path, *options: str, trains: bool = True) -> Trainer:
+        trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *uneven_data.split(), *options]))
+        if trains:
+            trainer.train()
+        return trainer
+
+    yield run
+    leave_world()
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
+
+
+def damages(path: Path):
+    """Each way in which a file may be damaged, done one after the other."""
+    content = path.read_bytes()
+    first, last = bytes([content[0] ^ 1]) + content[1:], content[:-1] + bytes([content[-1] ^ 1])
+    for new in (content[: len(content) // 2], b"", first, last, None):
+        if new is None:
+            path.unlink()
+        else:
+            path.write_bytes(new)
+        yield
+        path.write_bytes(content)
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path, train):
+    """Every file of the newest is truncated, emptied, altered at both ends and deleted, in turn."""
+    train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
+    leave_world()
+    expected = losses(tmp_path)
+    trainer = train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2", trains=False)
+    newest, before = tmp_path / "checkpoint" / "step-4", tmp_path / "checkpoint" / "step-2"
+    warnings: list[str] = []
+    trainer.checkpointer.log = warnings.append
+    assert trainer.checkpointer.newest() == newest and not warnings
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    names = {path.relative_to(newest).as_posix() for path in files}
+    assert {".metadata", "__0_0.distcp", "huggingface/config.json", "manifest.json"} <= names
+    for path in files:
+        for _ in damages(path):
+            assert trainer.checkpointer.newest() == before, path
+            assert warnings.pop().startswith(f"warning: {newest} is not whole, and left out: ") and not warnings
+    assert trainer.checkpointer.newest() == newest
+    leave_world()
+    next(damages(newest / "__0_0.distcp"))
+    first, second = list_checkpoints(tmp_path)
+    assert re.fullmatch(r"step +2 +0\.\d+ GiB  whole  \d{4}-.*  4 samples", first)
+    assert re.fullmatch(r"step +4 +0\.\d+ GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  8 samples", second)
+    train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
+    assert losses(tmp_path) == expected and read_manifest(newest)["about"]["step"] == 4
+
+
+def test_what_is_kept(tmp_path, train):
+    """The newest two, each fourth, and the one with the lowest validation loss; half removed ones are cleared away."""
+    options = "--validation.enable true --validation.freq 1 --validation.steps 1 --validation.share 0.2"
+    options += " --checkpoint.interval 1 --checkpoint.keep_latest_k 2 --checkpoint.keep_every_n_steps 4"
+    options += " --checkpoint.save_best --training.steps 9 --optimizer.lr 0.05 --lr_scheduler.warmup_steps 0"
+    for name in ("step-3.partial", "step-1.removed"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    train(tmp_path, *options.split())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    by_loss = sorted((line["val/loss"], line["step"]) for line in lines if "val/loss" in line)
+    assert len(by_loss) == 9
+    kept = {4, 8, 9, by_loss[0][1]}
+    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {f"step-{step}" for step in kept}
+
+
+def test_a_folder_is_one_runs(tmp_path, train):
+    train(tmp_path, "--training.steps", "1")
+    leave_world()
+    written = (tmp_path / "metrics.jsonl").read_text()
+    with open(tmp_path / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is in it, process .*; wait for its end, or choose another"):
+            train(tmp_path, "--training.steps", "2")
+    leave_world()
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+    train(tmp_path, "--training.steps", "2")
+
+
+def test_changes_are_told_and_must_be_allowed(tmp_path, train):
+    train(tmp_path, "--training.steps", "2")
+    leave_world()
+    changed = "--training.steps 3 --tidar.block_size 4 --training.global_batch_size 6".split()
+    with pytest.raises(UserError) as error:
+        train(tmp_path, *changed)
+    leave_world()
+    assert "tidar.block_size: 8 -> 4; training.global_batch_size: 2 -> 6\n" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+    trainer = train(tmp_path, *changed, "--checkpoint.allow_changes")
+    assert trainer.step == 3
+    leave_world()
+    shutil.rmtree(tmp_path / "checkpoint" / "step-3")
+    train(tmp_path, "--training.steps", "3", "--optimizer.lr", "1e-4")  # the rate may change

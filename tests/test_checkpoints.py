@@ -1,12 +1,12 @@
 """Checkpoints that are not whole do not count, and old ones go only when a newer one is whole."""
 
 import fcntl
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from results import read_metrics
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
@@ -32,7 +32,7 @@ def train(uneven_data):
 
 
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
 
 
@@ -84,7 +84,7 @@ def test_what_is_kept(tmp_path, train):
     for name in ("step-3.partial", "step-1.removed"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)
     train(tmp_path, *options.split())
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     by_loss = sorted((line["val/loss"], line["step"]) for line in lines if "val/loss" in line)
     assert len(by_loss) == 9
     kept = {4, 8, 9, by_loss[0][1]}

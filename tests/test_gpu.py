@@ -1,6 +1,5 @@
 """What runs on a GPU only: FlexAttention's kernels and compiled layers."""
 
-import json
 import random
 import shutil
 from functools import partial
@@ -9,6 +8,7 @@ import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
 from reference import ids_of, random_lengths, tidar_mask
+from results import read_metrics
 
 from tidar.config import load_config
 from tidar.distributed import leave_world
@@ -131,7 +131,7 @@ def test_deterministic_runs_repeat_bit_for_bit(tmp_path):
         finally:
             leave_world()
             torch.use_deterministic_algorithms(False)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(tmp_path / name)
         curves.append([{k: v for k, v in line.items() if not k.startswith(("perf", "memory"))} for line in lines])
         if name == "stopped" and len(curves) == 2:
             shutil.rmtree(tmp_path / name / "checkpoint" / "step-8")
@@ -146,7 +146,7 @@ def losses_of(folder, options: str, kind=Trainer) -> list[float]:
         trainer.train()
     finally:
         leave_world()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     losses_of.trainer = trainer
     return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
 
@@ -216,7 +216,7 @@ def test_flex_and_sdpa_train_alike(tmp_path):
             trainer.train()
         finally:
             leave_world()
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(folder)
         curves.append([line["train/batch_loss"] for line in lines if "train/batch_loss" in line])
         assert 0 < lines[0]["perf/mfu"] < 1
     assert len(curves[0]) == 10

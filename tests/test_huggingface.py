@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import uneven
+from results import read_metrics
 from safetensors.torch import load_file
 from small_models import make_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -258,7 +259,7 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
         third.step == 1 and moments["step"] == 2 and third.updates.optimizer.state[third.model.norm.weight]["step"] == 1
     )
     assert third.spec.mask_token_id == 6  # that of the checkpoint
-    lines = [json.loads(line) for line in (tmp_path / "third" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "third")
     assert [line["step"] for line in lines] == [1]
 
 
@@ -279,7 +280,7 @@ def test_epochs_are_exported(tmp_path):
     steps = -(-len(trainer.training_rows) * 2 // 128)
     numbers = sorted(int(path.name.removeprefix("epoch_")) for path in (tmp_path / "export").iterdir())
     assert numbers == [2 * n for n in range(1, 14 // steps + 1)] and len(numbers) >= 1
-    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    last = read_metrics(tmp_path)[-1]
     assert last["step"] == 14
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / f"epoch_{numbers[-1]}")
     assert model.dtype == torch.bfloat16

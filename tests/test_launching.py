@@ -1,6 +1,5 @@
 """Launching, and what happens to a run whose rank dies or hangs: real processes."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from results import read_metrics
 
 from tidar.check import launcher_options
 from tidar.config import UserError, load_config
@@ -73,7 +73,7 @@ def test_a_rank_that_dies_is_brought_back(tmp_path):
     code, output, _ = train_with("kill", tmp_path / "killed", restarts=1)
     assert code == 0 and f"goes on from {tmp_path / 'killed' / 'checkpoint' / 'step-2'}" in output, output
     assert "step 5/5" in output
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "killed")
     assert [line["step"] for line in lines if "train/batch_loss" in line] == [1, 2, 3, 4, 5]
 
 

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from results import read_metrics
 
 from tidar.config import Config, UserError, load_config, resolve_global_batch_size
 from tidar.distributed import leave_world
@@ -177,7 +178,7 @@ def test_what_is_converted_trains(convert, tmp_path, capsys, deepspeed, dtype):
         leave_world()
     assert trainer.step == 2
     assert dtype in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "run")
     # DeepSpeed's rates: its schedule starts at -1 and is stepped after the optimizer
     assert [line["train/lr"] for line in lines] == pytest.approx([3e-6, 3e-6])
 

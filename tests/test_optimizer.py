@@ -1,10 +1,10 @@
 """AdamW and its learning rate, against their rules written out, DeepSpeed's too."""
 
-import json
 import math
 
 import pytest
 import torch
+from results import read_metrics, read_weights
 from torch import nn
 
 from tidar.config.options import LRScheduler, Optimizer
@@ -117,8 +117,7 @@ def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks,
             (folder / "checkpoint" / "step-8").rename(tmp_path / "unused")
         options = f"{common} --training.local_batch_size {6 // size} --job.dump_folder {folder}"
         ranks.run(size, *options.split(), weights=tmp_path / "weights.pt")
-        whole = torch.load(tmp_path / "weights.pt", weights_only=True)
-        weights.append(torch.cat([tensor.flatten() for tensor in whole.values()]))
+        weights.append(read_weights(tmp_path / "weights.pt"))
     one, three, again = weights
     assert torch.equal(three, again)
     options = f"{common} --training.local_batch_size 2 --job.dump_folder {folder} --optimizer.state_dtype float32"
@@ -136,7 +135,7 @@ def test_bfloat16_moments_follow_float32(tmp_path, ranks, uneven_data, steps):
         options += f" --optimizer.beta2 0.999 --optimizer.state_dtype {dtype} --training.steps {steps}"
         options += f" --metrics.log_freq 1 --checkpoint.enable false --job.dump_folder {tmp_path / dtype}"
         ranks.run(1, *options.split())
-        lines = [json.loads(line) for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(tmp_path / dtype)
         losses[dtype] = [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
     assert losses["float32"] != losses["bfloat16"]
     last = steps // 10

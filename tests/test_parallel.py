@@ -1,12 +1,12 @@
 """Same numbers however the work is cut: ranks, sharding, activation checkpointing, gradient accumulation."""
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from results import read_metrics, read_weights
 
 STEPS, ROWS = 30, 16
 COMMON = f"""
@@ -75,19 +75,14 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
 def run_results(folder: Path, weights: Path) -> tuple[list[float], list[float], torch.Tensor]:
     lines = [line for line in read_metrics(folder) if "train/batch_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    whole = torch.load(weights, weights_only=True)
     losses = [line[f"train/batch_{name}"] for line in lines for name in ("loss", "ar_loss", "diffusion_loss")]
-    return losses, [line["train/grad_norm"] for line in lines], torch.cat([t.flatten() for t in whole.values()])
+    return losses, [line["train/grad_norm"] for line in lines], read_weights(weights)
 
 
 def differences(found, expected) -> tuple[float, float, float]:
     """Largest relative one of the losses and of the norms, and of the weights as a whole."""
     losses, norms = (max(abs(a / b - 1) for a, b in zip(*pair)) for pair in zip(found[:2], expected[:2]))
     return losses, norms, ((found[2] - expected[2]).norm() / expected[2].norm()).item()
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, uneven_data):

@@ -1,6 +1,5 @@
 """Whole runs: real processes, real files."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from results import read_metrics
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
@@ -42,13 +42,13 @@ def train_here(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Tr
 
 
 def metrics(folder: Path, *names: str) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     return [{name: line[name] for name in ("step", *names)} for line in lines if all(name in line for name in names)]
 
 
 def results(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, without what is not repeatable."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     return [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
 
 
@@ -109,7 +109,7 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
     by_place = [validation[f"val/diffusion_loss_at/{place}"] for place in range(8)]
     assert by_place[0] < by_place[7] and sum(by_place[:4]) < sum(by_place[4:])
     assert 0 < validation["val/accepted_prefix"] < 8 and 0 < validation["val/accuracy_diff_at/7"] < 1
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][0]
+    logged = read_metrics(tmp_path)[0]
     assert {
         "train/batch_loss", "train/batch_ar_loss", "train/batch_diffusion_loss", "train/batch_accuracy",
         "train/batch_accuracy_diff", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/tflops",

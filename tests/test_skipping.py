@@ -1,6 +1,5 @@
 """Steps whose loss or gradient is not finite, and the loss scale of float16."""
 
-import json
 import random
 import re
 import shutil
@@ -8,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from results import read_metrics, read_weights
 from torch import nn
 
 from tidar.config import load_config
@@ -24,7 +24,7 @@ COMMON = """
 
 
 def steps_of(folder) -> dict[int, dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     return {line["step"]: line for line in lines if "train/lr" in line}
 
 
@@ -107,8 +107,7 @@ def test_float16_reports_and_clips_as_float32(tmp_path, ranks, uneven_data):
         options += ["--job.dump_folder", str(tmp_path / dtype), "--loss_scale.start", "512", "--optimizer.eps", "1e-3"]
         ranks.run(2, *options, weights=tmp_path / "weights.pt")
         norms.append([line["train/grad_norm"] for line in steps_of(tmp_path / dtype).values()])
-        whole = torch.load(tmp_path / "weights.pt", weights_only=True)
-        weights.append(torch.cat([tensor.flatten() for tensor in whole.values()]))
+        weights.append(read_weights(tmp_path / "weights.pt"))
     assert min(norms[0]) > 1 and norms[1] == pytest.approx(norms[0], rel=2e-2)
     assert (weights[1] - weights[0]).norm() < 1e-3 * weights[0].norm()
 
@@ -123,8 +122,7 @@ def test_a_skipped_step_changes_nothing(tmp_path, ranks, uneven_data):
             run = ["--training.steps", str(steps), "--job.dump_folder", str(tmp_path / f"{dtype}-{name}")]
             run += ["--optimizer.state_dtype", dtype]
             ranks.run(2, *options, *run, weights=tmp_path / "weights.pt", faults=faults)
-            whole = torch.load(tmp_path / "weights.pt", weights_only=True)
-            results.append(torch.cat([tensor.flatten() for tensor in whole.values()]))
+            results.append(read_weights(tmp_path / "weights.pt"))
         two, three, four = results
         assert torch.equal(two, three) and not torch.equal(three, four) and four.isfinite().all()
 

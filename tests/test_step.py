@@ -1,12 +1,12 @@
 """The trainer's arithmetic, done again in plain loops and float64: rows one by one, whole logits, AdamW written out."""
 
 import itertools
-import json
 
 import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
 from reference import tidar_mask, tidar_targets
+from results import read_metrics
 
 from tidar.config import load_config
 from tidar.data import TrainingOrder
@@ -60,7 +60,7 @@ def test_two_steps_and_a_validation_by_hand(tmp_path):
         trainer.train()
     finally:
         leave_world()
-    *reported, validation = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    *reported, validation = read_metrics(tmp_path)
 
     model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
     initialize(model, seed=0)

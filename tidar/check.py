@@ -24,6 +24,7 @@ from tidar.distributed import check_device_count, check_offload, logging_ranks, 
 from tidar.models import Decoder, check_weights, open_weights, resolve_backend
 from tidar.patterns import get_pattern
 from tidar.training.inputs import load_inputs
+from tidar.training.manifest import saved_steps
 
 
 def main() -> None:
@@ -49,8 +50,7 @@ def main() -> None:
         if inputs.warning:
             print(inputs.warning, file=sys.stderr)
         start = config.checkpoint.initial_load_path or config.model.hf_path
-        goes_on = any(path.name[5:].isdigit() for path in folder.glob("checkpoint/step-*"))
-        weights = open_weights(start) if start and not goes_on else None
+        weights = open_weights(start) if start and not saved_steps(folder) else None
         if weights:
             with torch.device("meta"):
                 check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)

@@ -20,7 +20,7 @@ from tidar.models import (
     read_config_json,
     write_huggingface_folder,
 )
-from tidar.training.manifest import check_files, read_manifest
+from tidar.training.manifest import check_files, read_manifest, saved_steps
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -50,11 +50,11 @@ def list_checkpoints(run: Path) -> list[str]:
 
     Raises UserError where there is none.
     """
-    steps = sorted((int(path.name[5:]), path) for path in run.glob("checkpoint/step-*") if path.name[5:].isdigit())
+    steps = saved_steps(run)
     if not steps:
         raise UserError(f"--list {run}: holds no checkpoint/step-<n>; must be a run's job.dump_folder")
     lines = []
-    for step, path in steps:
+    for step, path in steps.items():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
         try:
             manifest = read_manifest(path)

@@ -1,14 +1,12 @@
 """Trains a TiDAR model: python -m tidar.train --job.config_file FILE [--section.option value ...]"""
 
-import dataclasses
 import gc
 import math
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from tidar import __version__
 from tidar.config import (
     Config,
     UserError,
@@ -40,11 +37,7 @@ from tidar.distributed import (
     rank_zero_first,
     shorten_timeout,
 )
-from tidar.models import (
-    Decoder,
-    MaskBuilder,
-    resolve_backend,
-)
+from tidar.models import Decoder, MaskBuilder, resolve_backend
 from tidar.objective import Objective, TokenScores
 from tidar.patterns import ModelBatch, get_pattern
 from tidar.training.checkpoint import Checkpointer
@@ -54,7 +47,7 @@ from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, validation_lines
 from tidar.training.progress import Progress
 from tidar.training.reports import Reports
-from tidar.training.resume import check_model, check_options, compared_options
+from tidar.training.resume import about_checkpoint, check_model, check_options, compared_options
 from tidar.training.run_lock import held
 from tidar.training.scores import score_sums, target_weights
 from tidar.training.skipping import TooManySkipped
@@ -158,7 +151,6 @@ class Trainer:
             self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
             self.log("to train anew, choose another job.dump_folder or remove this one")
             return
-
         with held(self.folder, self.world, self.group):
             self.run()
 
@@ -229,7 +221,7 @@ class Trainer:
         dist.all_reduce(sums)
 
         self.passes(f"step {number}: optimizer")
-        rows = partial(self.rows_seen, self.progress.samples)
+        rows = partial(self.training_order(self.progress.samples).first_rows, self.micro_batches)
         grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
 
         epoch = self.progress.epoch
@@ -304,17 +296,8 @@ class Trainer:
             self.checkpointer.save(self.step, self.about())
 
     def about(self) -> dict[str, object]:
-        """What a checkpoint's manifest says of it."""
-        return {
-            "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "samples": self.progress.samples,
-            "devices": self.world.size,
-            "val_loss": self.val_losses.get(self.step),
-            "compared": compared_options(self.config, self.global_batch_size),
-            "options": dataclasses.asdict(self.config),
-            "torch": torch.__version__,
-            "tidar": __version__,
-        }
+        val_loss = self.val_losses.get(self.step)
+        return about_checkpoint(self.config, self.global_batch_size, self.progress.samples, self.world.size, val_loss)
 
     def wait_for_all(self, place: str) -> None:
         """Before and after what only some ranks do, which may take long."""
@@ -354,10 +337,6 @@ class Trainer:
         training, world = self.config.training, self.world
         n_rows = len(self.training_rows)
         return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
-
-    def rows_seen(self, first_sample: int) -> list[int]:
-        """Rows of this rank's micro-batches in a step that begins with sample number `first_sample`."""
-        return [row for rows in islice(self.training_order(first_sample), self.micro_batches) for row in rows]
 
     def loader(self, rows: PackedRows, order) -> DataLoader:
         return make_loader(rows, order, self.pattern, self.config.data.num_workers, self.device.type == "cuda")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from math import isqrt
 
 import numpy as np
@@ -32,6 +33,10 @@ class TrainingOrder:
         while True:
             yield [self.row(number) for number in range(sample, sample + self.local_batch_size)]
             sample += self.local_batch_size * self.world_size
+
+    def first_rows(self, micro_batches: int) -> list[int]:
+        """The rows of the first so many micro-batches, in order."""
+        return [row for rows in islice(self, micro_batches) for row in rows]
 
     def row(self, sample: int) -> int:
         """The row that is sample number `sample` of the run."""

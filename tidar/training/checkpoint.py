@@ -15,7 +15,15 @@ from tidar.config import UserError
 from tidar.config.options import Checkpoint
 from tidar.distributed import World
 from tidar.models import ASSETS, CheckpointReader
-from tidar.training.manifest import check_files, describe, file_names, flush_folder, read_manifest, write_manifest
+from tidar.training.manifest import (
+    check_files,
+    describe,
+    file_names,
+    flush_folder,
+    read_manifest,
+    saved_steps,
+    write_manifest,
+)
 from tidar.training.optimizer import state_tensors
 
 
@@ -44,6 +52,7 @@ class Checkpointer:
         """group: of all ranks, on the CPU; its timeout is the longest wait for the slowest writer or reader.
         write_assets: makes the folder in a step's folder that holds all of an exported model but its weights.
         """
+        self.dump_folder = dump_folder
         self.folder = dump_folder / "checkpoint"
         self.options = options
         # the sharded ones: a model whose parameters are gathered at the moment would name others
@@ -68,9 +77,12 @@ class Checkpointer:
         if self.world.rank == 0:
             self.write_assets(partial / ASSETS)
         # each rank vouches for the files that DCP has let it write, rank 0 for the others too
-        names = [name for name in file_names(partial) if name.startswith(f"__{self.world.rank}_")]
-        if self.world.rank == 0:
-            names += [name for name in file_names(partial) if not name.startswith("__")]
+        rank = self.world.rank
+        names = [
+            name
+            for name in file_names(partial)
+            if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))
+        ]
         parts: list = [None] * self.world.size
         dist.all_gather_object(parts, describe(partial, names), group=self.group)
         if self.world.rank == 0:
@@ -94,7 +106,7 @@ class Checkpointer:
 
         Raises UserError where a rank does not find what rank 0 found.
         """
-        steps = [self._steps()]
+        steps = [list(saved_steps(self.dump_folder))]
         dist.broadcast_object_list(steps, src=0, group=self.group)
         for step in reversed(steps[0]):
             path = self.folder / f"step-{step}"
@@ -126,9 +138,6 @@ class Checkpointer:
         dcp.load(state | random_state, storage_reader=reader, process_group=self.group)
         self._set_random_state(random_state)
 
-    def _steps(self) -> list[int]:
-        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
-
     def _problem(self, path: Path) -> str | None:
         """Why a checkpoint is not whole, the same on all ranks, which share the work of reading it. None if it is."""
         try:
@@ -143,13 +152,13 @@ class Checkpointer:
     def _remove_old(self) -> None:
         """The newest is whole by now."""
         options, losses = self.options, {}
-        for step in self._steps():
-            try:
-                losses[step] = read_manifest(self.folder / f"step-{step}")["about"].get("val_loss")
-            except ValueError:
-                continue  # damaged ones are left for the user to look at
         if not options.keep_latest_k:
             return
+        for step, path in saved_steps(self.dump_folder).items():
+            try:
+                losses[step] = read_manifest(path)["about"].get("val_loss")
+            except ValueError:
+                continue  # damaged ones are left for the user to look at
         kept = set(sorted(losses)[-options.keep_latest_k :])
         if options.keep_every_n_steps:
             kept |= {step for step in losses if step % options.keep_every_n_steps == 0}

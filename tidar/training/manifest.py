@@ -20,6 +20,12 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def saved_steps(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run's folder by their step, ascending, whole or not."""
+    paths = {int(path.name[5:]): path for path in run.glob("checkpoint/step-*") if path.name[5:].isdigit()}
+    return dict(sorted(paths.items()))
+
+
 def describe(folder: Path, names: Iterable[str]) -> dict[str, list]:
     """Size and checksum of files of a folder, by name; all that they hold is on the disk when it returns."""
     found = {}

@@ -1,8 +1,13 @@
 """What a run that goes on must have in common with what it was."""
 
+import dataclasses
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tidar import __version__
 from tidar.config import Config, UserError
 from tidar.models import recorded_model
 from tidar.training.manifest import read_manifest
@@ -18,6 +23,22 @@ def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:
         section, option = name.split(".")
         values[name] = getattr(getattr(config, section), option)
     return values | {"training.global_batch_size": global_batch_size}
+
+
+def about_checkpoint(
+    config: Config, global_batch_size: int, samples: int, devices: int, val_loss: float | None
+) -> dict:
+    """What the manifest of a checkpoint says of the run that saves it."""
+    return {
+        "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "samples": samples,
+        "devices": devices,
+        "val_loss": val_loss,
+        "compared": compared_options(config, global_batch_size),
+        "options": dataclasses.asdict(config),
+        "torch": torch.__version__,
+        "tidar": __version__,
+    }
 
 
 def check_options(checkpoint: Path, now: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ class _Outcome:
     found_inf: Tensor
     ready: torch.cuda.Event | None
     rows: Callable[[], list[int]]
-    evidence: list["_Evidence"]
+    evidence: list[_Evidence]
 
 
 class SkippedSteps:
@@ -56,6 +56,7 @@ class SkippedSteps:
         self.input_gradient = torch.zeros(0)
         self.weight_gradients: list[Tensor] = []
         self.pending: _Outcome | None = None
+        self.last_skipped = 0
 
     @property
     def total(self) -> int:
@@ -127,13 +128,13 @@ class SkippedSteps:
             return False
         self.counts += 1
         self.log(f"step {outcome.step} skipped: {self._cause(outcome)}")
-        self.last = outcome.step
+        self.last_skipped = outcome.step
         return True
 
     def check(self) -> None:
         """Raises TooManySkipped where as many steps as are allowed were skipped in a row."""
         if self.counts[1] >= self.limit:
-            raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last}")
+            raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last_skipped}")
 
     def forgive(self) -> None:
         """A run that goes on has all its tries again."""

@@ -25,10 +25,10 @@ class Objective:
     """
 
     def __init__(self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False):
-        """chunk_size: target positions whose logits exist at one time. compile: fuse what is done to these."""
+        """chunk_size: target positions whose logits exist at one time. compile: a kernel of our own for them, on CUDA."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
-        self.score_logits = _compiled_score_logits if compile else _score_logits
+        self.score_logits = _fused_score_logits if compile else _score_logits
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -76,6 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
         smallest = coefficients.new_full((1,), torch.finfo(coefficients.dtype).tiny)
         scale = torch.cat([coefficients.abs(), smallest]).amax()
+        scaled = coefficients / scale
         nll = torch.empty_like(coefficients)
         correct = torch.empty_like(labels, dtype=torch.bool)
         if with_gradient:
@@ -83,14 +84,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=coefficients.dtype)
         n_chunks = -(-len(labels) // chunk_size)
         for number in range(n_chunks):
-            # of equal length but for one: a last chunk of a single position would compile anew
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
             nll[chunk], correct[chunk], d_logits = score_logits(
-                hidden[chunk] @ weight.T, labels[chunk], coefficients[chunk] / scale, with_gradient
+                hidden[chunk] @ weight.T, labels[chunk], scaled[chunk], with_gradient
             )
             if with_gradient:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
-                d_weight += d_logits.T @ hidden[chunk]
+                _add_product(d_weight, d_logits.T, hidden[chunk])
+            del d_logits  # before the next chunk's logits
         if with_gradient:
             ctx.save_for_backward(d_hidden, d_weight, scale)
             ctx.weight_dtype = weight.dtype
@@ -101,7 +102,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_value: Tensor, *_):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
-        return d_hidden * scale, (d_weight * scale).to(ctx.weight_dtype), *[None] * 5
+        # scaled and rounded in one pass
+        narrow = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+        return d_hidden * scale, torch.mul(d_weight, scale, out=narrow), *[None] * 5
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of `total`, which is that of the matrices or wider."""
+    if total.is_cuda and total.dtype == torch.float32 != a.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _score_logits(
@@ -119,10 +130,9 @@ def _score_logits(
     return nll, correct, (d_logits * coefficients[:, None]).to(logits.dtype)
 
 
-_compiled = torch.compile(_score_logits)
+def _fused_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
+    if not logits.is_cuda or coefficients.dtype != torch.float32:
+        return _score_logits(logits, labels, coefficients, with_gradient)
+    from tidar.cross_entropy import cross_entropy_  # Triton comes with CUDA's torch only
 
-
-def _compiled_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
-    for tensor in (logits, labels, coefficients):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for chunks of every length
-    return _compiled(logits, labels, coefficients, with_gradient)
+    return cross_entropy_(logits, labels, coefficients, with_gradient)

@@ -45,6 +45,7 @@ from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, validation_lines
+from tidar.training.profiling import StepTraces
 from tidar.training.progress import Progress
 from tidar.training.reports import Reports
 from tidar.training.resume import about_checkpoint, check_model, check_options, compared_options
@@ -79,14 +80,20 @@ class Trainer:
         self.pattern = get_pattern(
             config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=self.spec.mask_token_id
         )
-        self.mask_builder = MaskBuilder(self.pattern, resolve_backend(config.model.attention_backend, self.device))
-
         self.dtype = dtype = arithmetic_dtype(config, self.device)
+        backend = resolve_backend(
+            config.model.attention_backend,
+            self.device,
+            dtype,
+            self.spec.decoder.head_dim,
+            config.training.deterministic,
+        )
+        self.mask_builder = MaskBuilder(self.pattern, backend)
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         with torch.device("meta"):
-            self.model = Decoder(self.spec.decoder)
+            self.model = Decoder(self.spec.decoder, flash=backend == "flash")
         parallelize(self.model, self.world.mesh, config, dtype, compile)
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
@@ -169,6 +176,7 @@ class Trainer:
             gc.collect()
             gc.freeze()
             gc.disable()
+        traces = StepTraces(config.profiling, self.folder, self.world.rank, self.step)
         self.throughput.restart()
         self.patience = config.comm.init_timeout_seconds
         self.watchdog = Watchdog(self.world, self.patience)
@@ -176,6 +184,7 @@ class Trainer:
             while self.step < self.steps:
                 epoch = self.progress.epoch
                 self.train_step(batches)
+                traces.step()
                 if self.step == first_step:
                     self.end_first_step()
                 if config.training.gc_freq and self.step % config.training.gc_freq == 0:
@@ -192,6 +201,7 @@ class Trainer:
         except TooManySkipped as reason:
             self.stop_for(reason)
         finally:
+            traces.stop()
             self.watchdog.stop()
             gc.enable()
             gc.unfreeze()

@@ -28,8 +28,10 @@ class Model:
     hf_path: str = option(
         "", "local folder of a Hugging Face model: its config.json, tokenizer and weights; wins over name"
     )
-    attention_backend: Literal["auto", "flex", "sdpa"] = option(
-        "auto", "flex: FlexAttention with block masks (CUDA); sdpa: dense masks (anywhere); auto: flex on CUDA"
+    attention_backend: Literal["auto", "flash", "flex", "sdpa"] = option(
+        "auto",
+        "flex: FlexAttention with block masks (CUDA); flash: the same with FlashAttention-4's kernels (extra flash); "
+        "sdpa: dense masks (anywhere); auto: on CUDA flash where it is installed and can be used, else flex",
     )
 
 
@@ -151,6 +153,10 @@ class ActivationCheckpoint:
         "none: all activations; selective: results of matrix products and attention, the rest is recomputed; full: "
         "only the layer's input",
     )
+    layers: int = option(
+        -1, "layers, counted from the first, that mode is applied to; others keep all (-1: all layers)",
+        minimum=0, beside=-1,
+    )
 
 
 @dataclass
@@ -253,6 +259,15 @@ class Metrics:
 
 
 @dataclass
+class Profiling:
+    """Traces of the PyTorch profiler, for chrome://tracing or Perfetto."""
+
+    enable_profiling: bool = option(False, "write a trace of one step now and then")
+    profile_freq: int = option(100, "steps between traces", minimum=3)
+    save_traces_folder: str = option("profile_traces", "where in job.dump_folder they are written")
+
+
+@dataclass
 class Comm:
     """The process group."""
 
@@ -289,4 +304,5 @@ class Config:
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)

@@ -1,16 +1,17 @@
 """The techniques applied to a model, each in its place: activation checkpointing, compile, then FSDP2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tidar.config import Config
+from tidar.config.options import ActivationCheckpoint
 
 aten = torch.ops.aten
 # what selective checkpointing keeps: results of matrix products and of attention, which are dear to compute again
@@ -28,18 +29,21 @@ KEPT = {
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype, compile: bool) -> None:
     """Makes a decoder on the meta device ready to be trained over `mesh`, in place; arithmetic in `param_dtype`."""
-    apply_activation_checkpointing(model, config.activation_checkpoint.mode)
+    apply_activation_checkpointing(model, config.activation_checkpoint)
     if compile:
         apply_compile(model)
     apply_fsdp(model, mesh, config, param_dtype)
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
-    """Inside each layer, so that FSDP's hooks do not run a second time and compile sees what is recomputed."""
-    if mode == "none":
+def apply_activation_checkpointing(model: nn.Module, options: ActivationCheckpoint) -> None:
+    """Inside each layer, so that FSDP's hooks do not run a second time and compile sees what is recomputed.
+
+    The first layers keep theirs longest, so the others are those that keep everything where not all are to recompute.
+    """
+    if options.mode == "none":
         return
-    forward = _full if mode == "full" else _selective
-    for layer in model.layers:
+    forward = _full if options.mode == "full" else _selective
+    for layer in model.layers if options.layers == -1 else model.layers[: options.layers]:
         layer.forward = MethodType(forward, layer)
 
 
@@ -88,10 +92,31 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: 
         fully_shard(layer, reshard_after_forward=reshards_after_forward(config, mesh.size(-1)), **options)
     fully_shard(model, **options)
     for module in (*model.layers, model):
+        if mesh.size() == 1:
+            # without a divisor, even of 1, and with one buffer, gradients are copied once and not three times
+            module.set_custom_reduce_scatter(_InPlaceReduceScatter())
+            continue
         # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
         # gloo knows sums only
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+class _InPlaceReduceScatter:
+    """FSDP2's reduce-scatter where there is one device: the result is the input, and so is its buffer."""
+
+    def __init__(self):
+        self.input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """First the buffer that FSDP2 gathers gradients in, then, for their sums, the same one."""
+        buffer, self.input = self.input, None
+        if buffer is None:
+            buffer = self.input = torch.empty(size, dtype=dtype, device=device)
+        return buffer
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs) -> None:
+        """Nothing is left to do."""
 
 
 def reshards_after_forward(config: Config, shards: int) -> bool:

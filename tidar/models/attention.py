@@ -1,5 +1,7 @@
 """Attention and its backends. The mask that a model is given decides which one runs."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
@@ -16,27 +18,72 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+# FlashAttention-4's kernels under FlexAttention: of these types, heads up to this size, and these generations of GPUs
+FLASH_DTYPES, FLASH_HEAD_DIM, FLASH_CAPABILITIES = (torch.bfloat16, torch.float16), 128, (9, 10)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, flash: bool = False) -> Tensor:
     """Grouped-query attention, scaled by `head_dim ** -0.5`.
 
     q: `[batch, n_heads, positions, head_dim]`; k, v: `[batch, n_kv_heads, positions, head_dim]`; returns q's shape.
     mask: a BlockMask runs FlexAttention; a bool tensor `[batch, 1, positions, positions]` runs SDPA; None is causal.
+    flash: FlexAttention with FlashAttention-4's kernels.
     """
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return _compiled_flex_attention(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            enable_gqa=q.shape[1] != k.shape[1],
+            kernel_options={"BACKEND": "FLASH"} if flash else None,
+        )
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """What model.attention_backend means here, "flex" or "sdpa". Raises UserError where the device cannot train so."""
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = FLASH_HEAD_DIM,
+    deterministic: bool = False,
+) -> str:
+    """What model.attention_backend means here: "flash", "flex" or "sdpa".
+
+    dtype: of the arithmetic. Raises UserError where the device cannot train so.
+    """
+    if backend in ("flex", "flash") and device.type != "cuda":
+        raise UserError(f"model.attention_backend = {backend}: has no backward pass without CUDA; use sdpa or auto")
+    if device.type != "cuda":
+        return "sdpa"
+    obstacle = _flash_obstacle(device, dtype, head_dim, deterministic) if backend in ("auto", "flash") else None
+    if backend == "flash" and obstacle:
+        raise UserError(f"model.attention_backend = flash: {obstacle}; use flex or auto")
     if backend == "auto":
-        return "flex" if device.type == "cuda" else "sdpa"
-    if backend == "flex" and device.type != "cuda":
-        raise UserError("model.attention_backend = flex: has no backward pass without CUDA; use sdpa or auto")
+        return "flex" if obstacle else "flash"
     return backend
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str | None:
+    """Why FlashAttention-4's kernels cannot be used, None where they can."""
+    try:
+        installed = find_spec("flash_attn.cute") is not None
+    except ImportError:
+        installed = False
+    if not installed:
+        return "is not installed: pip install -e .[flash]"
+    if torch.cuda.get_device_capability(device)[0] not in FLASH_CAPABILITIES:
+        return f"does not run on {torch.cuda.get_device_name(device)}"
+    if dtype not in FLASH_DTYPES:
+        return f"needs training.mixed_precision_param = bfloat16 or float16, not {dtype}"
+    if head_dim > FLASH_HEAD_DIM or head_dim % 8:
+        return f"needs heads of at most {FLASH_HEAD_DIM}, a multiple of 8, not {head_dim}"
+    if deterministic:
+        return "training.deterministic = true: its backward pass does not repeat bit for bit"
+    return None
 
 
 class MaskBuilder:

@@ -1,0 +1,61 @@
+"""The replaced script's way of training, in its fastest form."""
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tidar.benchmarks.cases import WARM_UP, Step
+from tidar.data import Batch
+from tidar.models import MaskBuilder, size_config
+from tidar.patterns import ModelBatch, Pattern
+from tidar.training.flops import batch_flops
+
+
+def time_baseline(name: str, vocab_size: int, pattern: Pattern, decoder, batches: list[Batch]) -> list[Step]:
+    """Steps of the transformers model of this size with SDPA under a dense mask, one for each batch after the warm-up.
+
+    Full logits, the losses row by row, bfloat16 weights, fused AdamW, no clipping; batches on the device.
+    """
+    device = batches[0].rows.input_ids.device
+    config = AutoConfig.for_model(**size_config(name) | {"vocab_size": vocab_size, "use_cache": False})
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    dense = MaskBuilder(pattern, "sdpa")
+    steps, ends = [], [_now(device)]
+    for batch in [*(batches[i % len(batches)] for i in range(WARM_UP)), *batches]:
+        rows = batch.rows
+        seen = dense(rows.documents)
+        mask = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device).masked_fill_(~seen, float("-inf"))
+        logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask).logits
+        _loss(logits, rows).backward()
+        del logits
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(_now(device))
+        steps.append(
+            Step(ends[-1] - ends[-2], batch.n_tokens, batch_flops(decoder, batch.rows, batch.allowed_pairs))
+        )
+    return steps[WARM_UP:]
+
+
+def _loss(logits: Tensor, rows: ModelBatch) -> Tensor:
+    """Mean of both losses, each computed for one row at a time."""
+    positions = logits.shape[1]
+    total = logits.new_zeros((), dtype=torch.float32)
+    for targets in rows.targets.values():
+        for row in range(len(logits)):
+            mine = targets.index // positions == row
+            nll = F.cross_entropy(logits[row, targets.index[mine] % positions], targets.labels[mine], reduction="sum")
+            total = total + nll / len(targets.labels) / len(rows.targets)
+    return total
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,124 @@
+"""What the benchmarks train: cases by name, and a Trainer that notes the time of each step."""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tidar.config import Config, UserError, load_config
+from tidar.data import Batch
+from tidar.distributed import leave_world
+from tidar.train import Trainer
+from tidar.training.flops import batch_flops
+
+WARM_UP = 8  # steps that are not counted: they compile, and fill the caches of allocators
+
+# The rows are those of the embedded corpus, one byte a token, packed; the weights are random ones
+CASES = {
+    "debug": "--model.name debug --training.seq_len 128 --training.local_batch_size 4",
+    "1.5b-2048": "--model.name qwen2.5-1.5b --training.seq_len 2048 --training.local_batch_size 4",
+    "1.5b-4096": "--model.name qwen2.5-1.5b --training.seq_len 4096 --training.local_batch_size 2",
+    "1.5b-16384": "--model.name qwen2.5-1.5b --training.seq_len 16384 --training.local_batch_size 1",
+    "4b-4096": "--model.name qwen3-4b --training.seq_len 4096 --training.local_batch_size 2",
+    "8b-4096": "--model.name qwen3-8b --training.seq_len 4096 --training.local_batch_size 2 "
+    "--optimizer.state_dtype bfloat16 --parallelism.fsdp_reshard_after_forward always "
+    "--activation_checkpoint.mode full --activation_checkpoint.layers 12",
+}
+COMMON = "--validation.enable false --checkpoint.enable false --optimizer.lr 1e-5"
+
+
+def case_options(name: str) -> list[str]:
+    """Options of the trainer. Raises UserError for an unknown name."""
+    if name not in CASES:
+        raise UserError(f"--case {name}: must be one of {', '.join(CASES)}")
+    return f"{CASES[name]} {COMMON}".split()
+
+
+@dataclass
+class Step:
+    """Seconds of a step, from the end of the one before on the device, and what it did in them."""
+
+    seconds: float
+    tokens: int
+    flops: float
+
+
+class TimedTrainer(Trainer):
+    """A run that notes the end of each step, without waiting for it."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.marks: list[torch.cuda.Event | float] = []
+        self.work: list[list[float]] = []
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        self.work.append([0, 0])
+        super().train_step(map(self.count, batches))
+        mark = time.perf_counter()
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.marks.append(mark)
+
+    def count(self, batch: Batch) -> Batch:
+        self.work[-1][0] += batch.n_tokens
+        self.work[-1][1] += batch_flops(self.spec.decoder, batch.rows, batch.allowed_pairs)
+        return batch
+
+    def measured(self) -> list[Step]:
+        """All steps after the warm-up."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        steps = []
+        for before, mark, work in list(zip(self.marks, self.marks[1:], self.work[1:]))[WARM_UP - 1 :]:
+            seconds = mark - before if isinstance(mark, float) else before.elapsed_time(mark) / 1e3
+            steps.append(Step(seconds, *work))
+        return steps
+
+
+@contextmanager
+def running(options: list[str], kind: type[Trainer] = TimedTrainer, **arguments) -> Iterator[Trainer]:
+    """A trainer of `kind` with these options, in a folder of its own that is gone afterwards, as is all its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield kind(load_config(["--job.dump_folder", folder, *options]), **arguments)
+        finally:
+            leave_world()
+            free_memory()
+
+
+def free_memory() -> None:
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def first_batches(trainer: Trainer, number: int) -> list[Batch]:
+    """The run's first micro-batches, on its device."""
+    batches = trainer.training_batches()
+    return [next(batches).to(trainer.device) for _ in range(number)]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def medians(steps: list[Step], peak_flops: float | None) -> dict[str, float]:
+    """ms, tokens_per_second, tflops and mfu of the median step, and the spread of its time."""
+    result = {
+        "step_ms": statistics.median(step.seconds for step in steps) * 1e3,
+        "step_ms_max": max(step.seconds for step in steps) * 1e3,
+        "tokens_per_second": statistics.median(step.tokens / step.seconds for step in steps),
+        "tflops": statistics.median(step.flops / step.seconds for step in steps) / 1e12,
+    }
+    if peak_flops:
+        result["mfu"] = result["tflops"] * 1e12 / peak_flops
+    return result
+

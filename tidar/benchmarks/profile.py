@@ -1,0 +1,168 @@
+"""Where a step's time goes: python -m tidar.benchmarks.profile [--case NAME] [--section.option value ...]
+
+Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the time of each kind of kernel in a step
+beside its floor: useful FLOPs at the rate of a large matrix product, bytes that must move at the rate of a large copy,
+both measured first. Further options go to the trainer.
+"""
+
+import json
+import re
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tidar.benchmarks.cases import CASES, WARM_UP, TimedTrainer, case_options, device_name, running
+from tidar.config import ArgumentParser, Config, user_errors_exit
+from tidar.models import DecoderConfig
+
+# the first pattern that is found in a kernel's name says its kind
+KINDS = {
+    "attention backward": r"(flex|flash|fmha|attention).*(bwd|backward)|(bwd|backward).*(flash|attention)",
+    "attention forward": r"flex_attention|flash|fmha|attention",
+    "loss": r"cross_entropy",
+    "optimizer": r"Adam|_norm_|LpNorm|lpnorm",
+    "products": r"nvjet|gemm|cutlass|splitK|xmma|mm_",
+    "memory movement": r"Memcpy|Memset|copy|chunk_cat|CatArray|fill|split_with_sizes",
+    "norm and elementwise": r"",
+}
+
+
+class ProfiledTrainer(TimedTrainer):
+    """Traces the steps after the warm-up."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        self.profiler = profile(activities=[activity])
+
+    def train_step(self, batches) -> None:
+        if self.step == WARM_UP:
+            self.profiler.start()
+        super().train_step(batches)
+        if self.step == self.steps:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.profiler.stop()
+
+
+def kernels(profiler: profile) -> list[tuple[str, float, float]]:
+    """(name, start, end) in ms of what ran on the GPU, or of the operators where there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if torch.cuda.is_available() else ("cpu_op",)
+    return [
+        (event["name"], event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3)
+        for event in events
+        if event.get("cat") in kinds and "dur" in event
+    ]
+
+
+def busy_ms(found: list[tuple[str, float, float]]) -> float:
+    """Time in which anything ran."""
+    total, until = 0.0, float("-inf")
+    for _, start, end in sorted(found, key=lambda kernel: kernel[1]):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large matrix product in bfloat16, and bytes/s, read and written, of a large copy."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
+    y = torch.empty_like(x)
+    return 2 * n**3 / _seconds(lambda: a @ b, device), 8 * x.numel() / _seconds(lambda: y.copy_(x), device)
+
+
+def _seconds(work, device: torch.device, repeats: int = 20) -> float:
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    for _ in range(3):
+        work()
+    with profile(activities=[activity]) as profiler:
+        for _ in range(repeats):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return busy_ms(kernels(profiler)) / repeats / 1e3
+
+
+def floors_ms(
+    decoder: DecoderConfig, parameters: int, positions: int, scored: int, flops: float, rates: tuple[float, float]
+) -> dict[str, float]:
+    """The least time of each kind in a step of one micro-batch, float32 states, nothing recomputed."""
+    rate, bandwidth = rates
+    heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
+    weights = decoder.n_layers * (decoder.dim * heads + 3 * decoder.dim * decoder.hidden_dim)
+    products = 6 * weights * positions + 6 * decoder.vocab_size * decoder.dim * scored
+    # a layer reads its input and each result of a product once, and writes the next product's operand; as much back,
+    # with what the forward pass has kept read again
+    width = 6 * decoder.dim + 2 * heads + 3 * decoder.hidden_dim
+    elementwise = decoder.n_layers * positions * 2 * width * 2.5
+    return {
+        "products": products / rate * 1e3,
+        "attention forward": (flops - products) / 3 / rate * 1e3,
+        "attention backward": (flops - products) * 2 / 3 / rate * 1e3,
+        "loss": 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
+        "norm and elementwise": elementwise / bandwidth * 1e3,
+        # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4
+        "optimizer": 32 * parameters / bandwidth * 1e3,
+        # weights are rounded to bfloat16, gradients widened to float32
+        "memory movement": 12 * parameters / bandwidth * 1e3,
+        "idle": 0.0,
+    }
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tidar.benchmarks.profile", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--case", default="debug", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--steps", type=int, default=3, help="steps that are traced [3]")
+    parser.add_argument("--top", type=int, default=30, help="longest kernels that are listed [30]")
+    with user_errors_exit():
+        arguments, others = parser.parse_known_args()
+        n_steps = arguments.steps
+        options = [*case_options(arguments.case), "--training.steps", str(WARM_UP + n_steps), *others]
+        with running(options, ProfiledTrainer) as trainer:
+            rates = ceilings(trainer.device)
+            trainer.train()
+            found = kernels(trainer.profiler)
+            report(trainer, found, n_steps, rates, arguments.top)
+
+
+def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_steps: int, rates, top: int) -> None:
+    config = trainer.config
+    by_kind: dict[str, float] = defaultdict(float)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for name, start, end in found:
+        by_kind[kind_of(name)] += (end - start) / n_steps
+        by_name[name].append(end - start)
+    wall = (max(end for *_, end in found) - min(start for _, start, _ in found)) / n_steps
+    by_kind["idle"] = wall - busy_ms(found) / n_steps
+    tokens = config.training.local_batch_size * config.training.seq_len * trainer.micro_batches
+    positions = tokens // config.training.seq_len * trainer.pattern.model_positions(config.training.seq_len)
+    flops = sum(work[1] for work in trainer.work[WARM_UP:]) / n_steps
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    floors = floors_ms(trainer.spec.decoder, parameters, positions, 2 * tokens, flops, rates)
+    print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.engine}")
+    print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
+    print(f"{'kind':22}{'ms a step':>10}{'floor':>8}{'times':>7}")
+    for kind in [*KINDS, "idle"]:
+        times = f"{by_kind[kind] / floors[kind]:7.2f}" if floors[kind] else ""
+        print(f"{kind:22}{by_kind[kind]:10.2f}{floors[kind]:8.2f}{times}")
+    print(f"{'a step':22}{wall:10.2f}{sum(floors.values()):8.2f}{wall / sum(floors.values()):7.2f}")
+    print("\nlongest kernels: ms a step, calls a step, kind, name")
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"{sum(times) / n_steps:8.2f} {len(times) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")
+
+
+if __name__ == "__main__":
+    main()

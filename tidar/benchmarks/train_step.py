@@ -1,0 +1,159 @@
+"""How fast the trainer trains: python -m tidar.benchmarks.train_step [--case NAME ...] [--section.option value ...]
+
+Runs tidar.train's Trainer on packed rows of the embedded corpus, with metrics, and prints one JSON line for each case
+and then a table. Further options go to the trainer. MFU is of useful FLOPs (tidar/training/flops.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import torch
+
+from tidar.benchmarks.baseline import time_baseline
+from tidar.benchmarks.cases import (
+    CASES,
+    WARM_UP,
+    TimedTrainer,
+    case_options,
+    device_name,
+    first_batches,
+    free_memory,
+    medians,
+    running,
+)
+from tidar.config import ArgumentParser, user_errors_exit
+from tidar.data import Batch
+from tidar.training.metrics import peak_memory_gib
+
+SWEEPS = {
+    # rows so that a step has about as many tokens, as far as one row allows
+    "seq_len": [
+        f"--training.seq_len {length} --training.local_batch_size {max(1, 8192 // length)}"
+        for length in (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    ],
+    "block_size": [f"--tidar.block_size {size}" for size in (1, 2, 4, 8, 16, 32, 64)],
+}
+
+
+class BareTrainer(TimedTrainer):
+    """The same steps with the batches on the device before the first one, and nothing reported."""
+
+    def training_batches(self) -> Iterator[Batch]:
+        batches = super().training_batches()
+        return iter([next(batches).to(self.device) for _ in range(self.steps * self.micro_batches)])
+
+    def report_step(self, *_) -> None:
+        pass
+
+
+def measure(name: str, options: list[str], steps: int) -> dict:
+    """The medians of `steps` steps after the warm-up, and the peak of memory."""
+    with running([*options, "--training.steps", str(WARM_UP + steps)]) as trainer:
+        trainer.train()
+        result = {"case": name, "device": device_name(trainer.device), "torch": torch.__version__}
+        result |= {"engine": trainer.engine} | medians(trainer.measured(), trainer.throughput.peak_flops)
+        result["peak_gib"] = peak_memory_gib(trainer.device)
+    return result
+
+
+def measure_overhead(options: list[str], steps: int) -> float:
+    """Share of a step that metrics, data and logging take: of the time of the same steps with and without."""
+    totals = []
+    for kind in (TimedTrainer, BareTrainer):
+        with running([*options, "--training.steps", str(WARM_UP + steps)], kind) as trainer:
+            trainer.train()
+            totals.append(sum(step.seconds for step in trainer.measured()))
+    return totals[0] / totals[1] - 1
+
+
+def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
+    """What the replaced script's way reaches on the same rows."""
+    with running(options) as trainer:
+        batches = first_batches(trainer, steps)
+        size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.pattern
+        peak_flops = trainer.throughput.peak_flops
+        device = trainer.device
+    del trainer
+    free_memory()
+    steps_done = time_baseline(size, decoder.vocab_size, pattern, decoder, batches)
+    found = medians(steps_done, peak_flops) | {"peak_gib": peak_memory_gib(device)}
+    free_memory()
+    return {f"baseline_{key}": value for key, value in found.items()}
+
+
+def measure_start(options: list[str]) -> dict[str, float]:
+    """Seconds from the start of a process to the end of step 1, without and with what an earlier one has compiled."""
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for kind in ("cold", "warm"):
+            command = [sys.executable, "-u", "-m", "tidar.train", *options, "--training.steps", "1"]
+            command += ["--metrics.log_freq", "1", "--job.dump_folder", f"{folder}/{kind}"]
+            started = time.perf_counter()
+            with subprocess.Popen(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True) as process:
+                for line in process.stdout:
+                    if line.startswith("step 1/"):
+                        result[f"start_{kind}_s"] = time.perf_counter() - started
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command)
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """Names of columns, and a row for each case."""
+    columns = {
+        "case": ("case", str),
+        "step_ms": ("step ms", "{:.1f}".format),
+        "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+        "tflops": ("TFLOP/s", "{:.1f}".format),
+        "mfu": ("MFU", "{:.1%}".format),
+        "peak_gib": ("GiB", "{:.1f}".format),
+        "baseline_tokens_per_second": ("baseline tokens/s", "{:,.0f}".format),
+        "baseline_peak_gib": ("its GiB", "{:.1f}".format),
+        "ratio": ("ratio", "{:.2f}".format),
+        "overhead": ("overhead", "{:.2%}".format),
+        "start_cold_s": ("start cold s", "{:.1f}".format),
+        "start_warm_s": ("warm s", "{:.1f}".format),
+    }
+    columns = {key: column for key, column in columns.items() if any(key in result for result in results)}
+    cells = [[title for title, _ in columns.values()]]
+    cells += [[show(result[key]) if key in result else "" for key, (_, show) in columns.items()] for result in results]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tidar.benchmarks.train_step", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--case", nargs="+", default=["debug"], metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--steps", type=int, default=20, help=f"steps that are measured, after {WARM_UP} [20]")
+    parser.add_argument("--sweep", choices=SWEEPS, help="each case over a range of lengths or block sizes")
+    parser.add_argument("--baseline", action="store_true", help="also train a transformers model with dense masks")
+    parser.add_argument("--overhead", action="store_true", help="what metrics, data and logging take of a step")
+    parser.add_argument("--start", action="store_true", help="seconds to the end of step 1, cold and warm")
+    with user_errors_exit():
+        arguments, others = parser.parse_known_args()
+        results = []
+        for case in arguments.case:
+            for change in SWEEPS[arguments.sweep] if arguments.sweep else [""]:
+                options = [*case_options(case), *change.split(), *others]
+                torch._dynamo.reset()
+                result = measure(" ".join([case, *change.split()[:2]]), options, arguments.steps)
+                if arguments.overhead:
+                    result["overhead"] = measure_overhead(options, arguments.steps)
+                if arguments.baseline:
+                    result |= measure_baseline(options, arguments.steps)
+                    result["ratio"] = result["tokens_per_second"] / result["baseline_tokens_per_second"]
+                if arguments.start:
+                    result |= measure_start(options)
+                print(json.dumps(result), flush=True)
+                results.append(result)
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main()

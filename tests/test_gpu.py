@@ -13,12 +13,25 @@ from results import read_metrics
 from tidar.config import load_config
 from tidar.distributed import leave_world
 from tidar.models import Decoder, MaskBuilder, attention, decoder_config, initialize, size_config
-from tidar.objective import Objective
+from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import Documents, get_pattern
 from tidar.train import Trainer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+
+
+def dense_reference(lengths, block_size, q, k, v):
+    """Output and gradients in float64, with SDPA under the mask made by plain loops."""
+    dense = tidar_mask(lengths, block_size)[None, None].to(CUDA)
+    return output_and_gradients((q, k, v), dense, torch.float64)
+
+
+def output_and_gradients(inputs, mask, kind, **options):
+    inputs = [tensor.to(kind).detach().requires_grad_() for tensor in inputs]
+    out = attention(*inputs, mask, **options)
+    weights = torch.linspace(-1, 1, out.shape[-1], device=CUDA).to(kind)
+    return out, *torch.autograd.grad((out * weights).sum(), inputs)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -32,17 +45,40 @@ def test_flex_equals_the_dense_loops(dtype, rounding):
     for seq_len in (128, 77, 300):
         lengths, block_size = random_lengths(rng, seq_len), rng.randint(1, 20)
         q, k, v = (torch.randn(1, heads, 2 * seq_len, 32, device=CUDA, dtype=dtype) for heads in (6, 2, 2))
-        dense = tidar_mask(lengths, block_size)[None, None].to(CUDA)
         documents = Documents.from_ids(ids_of(lengths).to(CUDA))
         block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flex")(documents)
-        results = []
-        for mask, kind in ((dense, torch.float64), (block_mask, dtype)):
-            inputs = [tensor.to(kind).detach().requires_grad_() for tensor in (q, k, v)]
-            out = attention(*inputs, mask)
-            gradients = torch.autograd.grad((out * torch.linspace(-1, 1, 32, device=CUDA).to(kind)).sum(), inputs)
-            results.append((out, *gradients))
-        for expected, found in zip(*results):
-            assert relative(found, expected) < rounding
+        expected = dense_reference(lengths, block_size, q, k, v)
+        for pair in zip(output_and_gradients((q, k, v), block_mask, dtype), expected):
+            assert relative(*pair) < rounding
+
+
+def test_flash_equals_the_dense_loops():
+    """The same with FlashAttention-4's kernels: documents that share a row, and one that fills it."""
+    pytest.importorskip("flash_attn.cute")
+    for lengths, block_size in (([700], 8), ([40, 500, 1, 159], 5)):
+        q, k, v = (torch.randn(1, heads, 1400, 128, device=CUDA, dtype=torch.bfloat16) for heads in (6, 2, 2))
+        documents = Documents.from_ids(ids_of(lengths).to(CUDA))
+        block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flash")(documents)
+        expected = dense_reference(lengths, block_size, q, k, v)
+        found = output_and_gradients((q, k, v), block_mask, torch.bfloat16, flash=True)
+        errors = [relative(*pair) for pair in zip(found, expected)]
+        print(lengths, errors)
+        assert max(errors) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_kernel_equals_plain_torch(dtype):
+    """Vocabularies around the kernel's block, and logits of which many are the largest."""
+    for vocab in (130, 8192, 20001):
+        logits = (3 * torch.randn(50, vocab, device=CUDA)).to(dtype)
+        logits[:20] = logits[:20].round()
+        labels, coefficients = torch.randint(0, vocab, (50,), device=CUDA), torch.rand(50, device=CUDA)
+        labels[::2] = logits[::2].argmax(dim=-1)
+        expected = _score_logits(logits.double(), labels, coefficients.double(), True)
+        nll, correct, gradient = _fused_score_logits(logits.clone(), labels, coefficients, True)
+        assert correct.equal(expected[1]) and 25 <= correct.sum() < 50
+        assert relative(nll, expected[0]) < 1e-6 and relative(gradient, expected[2]) < torch.finfo(dtype).eps + 1e-6
+        assert _fused_score_logits(logits.clone(), labels, coefficients, False)[0].equal(nll)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,6 +191,7 @@ ENGINES = {
     "none": "",
     "full": "--activation_checkpoint.mode full",
     "selective": "--activation_checkpoint.mode selective",
+    "full in one of four": "--activation_checkpoint.mode full --activation_checkpoint.layers 1",
     "selective, eager": "--activation_checkpoint.mode selective --compile.enable false",
     "offload": "--training.enable_cpu_offload",
     "full, offload, never": "--activation_checkpoint.mode full --training.enable_cpu_offload "
@@ -170,7 +207,7 @@ def test_same_numbers_with_each_engine(tmp_path):
     for name, options in ENGINES.items():
         torch._dynamo.reset()
         before = Watched.graphs["unique_graphs"]
-        curves[name] = losses_of(tmp_path / name.replace(", ", "-"), f"{common} {options}", Watched)
+        curves[name] = losses_of(tmp_path / name.replace(", ", "-").replace(" ", "-"), f"{common} {options}", Watched)
         counts = [number - before for number in losses_of.trainer.compiled]
         graphs[name] = counts[-1]
         assert len(set(counts[1:])) == 1
@@ -179,6 +216,42 @@ def test_same_numbers_with_each_engine(tmp_path):
         assert curve == pytest.approx(curves["none"], rel=1e-5)
     # a graph of the layer, one of the loss, and those of the block mask: not one for each of the four layers
     assert len(set(graphs[name] for name in ("none", "full", "selective", "offload"))) == 1
+
+
+def test_the_fast_way_follows_plain_float32(tmp_path):
+    """50 steps in bfloat16, compiled, with the fastest attention there is, beside float32, eager, dense masks."""
+    common = "--training.seq_len 512 --training.local_batch_size 4 --training.steps 50 --optimizer.lr 3e-4"
+    common += " --validation.enable false --checkpoint.enable false"
+    fast = losses_of(tmp_path / "fast", common, FirstGradients)
+    gradients = losses_of.trainer.gradients
+    again = losses_of(tmp_path / "again", common)
+    plain = losses_of(
+        tmp_path / "plain",
+        f"{common} --training.mixed_precision_param float32 --model.attention_backend sdpa --compile.enable false",
+        FirstGradients,
+    )
+    errors = [abs(a / b - 1) for a, b in zip(fast, plain)]
+    gradient_error = relative(gradients, losses_of.trainer.gradients)
+    print(max(errors), sum(errors) / 50, gradient_error, max(abs(a / b - 1) for a, b in zip(fast, again)))
+    assert plain[-1] < 0.7 * plain[0]
+    assert max(errors) < 2e-3 and gradient_error < 2e-2
+    assert again == pytest.approx(fast, rel=1e-3)
+
+
+class FirstGradients(Watched):
+    """Keeps the gradients of step 1, all in one vector."""
+
+    gradients = None
+
+    def train_step(self, batches):
+        def keep(optimizer, *_):
+            if self.gradients is None:
+                local = [parameter.grad.to_local().flatten() for parameter in self.model.parameters()]
+                self.gradients = torch.cat(local).double()
+
+        if self.step == 0:
+            self.updates.optimizer.register_step_pre_hook(keep)
+        super().train_step(batches)
 
 
 def test_float16_follows_bfloat16(tmp_path):

@@ -53,6 +53,7 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
         size, sharding, mode, micro_batches, reduced = cut
         folder, weights = tmp_path / str(number), tmp_path / "weights.pt"
         options = f"{uneven_data} {SHARDING[sharding]} --activation_checkpoint.mode {mode} --job.dump_folder {folder}"
+        options += " --activation_checkpoint.layers 3" if mode == "full" else ""
         options += f" --training.local_batch_size {ROWS // size // micro_batches}"
         options += f" --parallelism.gradient_reduction {reduced}"
         answers = ranks.run(size, *COMMON, *options.split(), weights=weights)

@@ -82,18 +82,19 @@ class TimedTrainer(Trainer):
 
 
 @contextmanager
-def running(options: list[str], kind: type[Trainer] = TimedTrainer, **arguments) -> Iterator[Trainer]:
-    """A trainer of `kind` with these options, in a folder of its own that is gone afterwards, as is all its memory."""
+def running(options: list[str], kind: type[Trainer] = TimedTrainer) -> Iterator[Trainer]:
+    """A trainer of `kind` with these options, in a folder of its own that is gone afterwards."""
+    free_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            yield kind(load_config(["--job.dump_folder", folder, *options]), **arguments)
+            yield kind(load_config(["--job.dump_folder", folder, *options]))
         finally:
             leave_world()
-            free_memory()
 
 
 def free_memory() -> None:
-    gc.unfreeze()
+    """Frees what a trainer before has held, once nothing names it, and what it has compiled."""
+    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

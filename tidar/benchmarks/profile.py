@@ -20,13 +20,13 @@ from tidar.models import DecoderConfig
 
 # the first pattern that is found in a kernel's name says its kind
 KINDS = {
-    "attention backward": r"(flex|flash|fmha|attention).*(bwd|backward)|(bwd|backward).*(flash|attention)",
-    "attention forward": r"flex_attention|flash|fmha|attention",
-    "loss": r"cross_entropy",
-    "optimizer": r"Adam|_norm_|LpNorm|lpnorm",
-    "products": r"nvjet|gemm|cutlass|splitK|xmma|mm_",
-    "memory movement": r"Memcpy|Memset|copy|chunk_cat|CatArray|fill|split_with_sizes",
-    "norm and elementwise": r"",
+    "attention backward": r"(?i)(flex|flash|fmha|attention).*(bwd|backward)",
+    "attention forward": r"(?i)flex_attention|flash|fmha|attention",
+    "loss": r"cross_entropy|log_softmax",
+    "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply",
+    "products": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
+    "memory movement": r"Memcpy|Memset|^(?!triton).*(copy|chunk_cat|CatArray|fill|split_with_sizes)",
+    "norm and elementwise": "",
 }
 
 
@@ -49,17 +49,21 @@ class ProfiledTrainer(TimedTrainer):
 
 
 def kernels(profiler: profile) -> list[tuple[str, float, float]]:
-    """(name, start, end) in ms of what ran on the GPU, or of the operators where there is none."""
+    """(name, start, end) in ms of what ran on the GPU, or of the outermost operators where there is none."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if torch.cuda.is_available() else ("cpu_op",)
-    return [
-        (event["name"], event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3)
-        for event in events
-        if event.get("cat") in kinds and "dur" in event
-    ]
+    events = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
+    found: dict[int, list[tuple[str, float, float]]] = defaultdict(list)
+    for event in events:
+        before = found[event["tid"]]
+        start, is_operator = event["ts"] / 1e3, event["cat"] == "cpu_op"
+        if is_operator and (not event["name"].startswith("aten::") or (before and start < before[-1][2])):
+            continue  # called by the one before
+        before.append((event["name"], start, start + event["dur"] / 1e3))
+    return sum(found.values(), [])
 
 
 def busy_ms(found: list[tuple[str, float, float]]) -> float:
@@ -69,6 +73,17 @@ def busy_ms(found: list[tuple[str, float, float]]) -> float:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
+
+
+def longest_gaps(found: list[tuple[str, float, float]], number: int) -> list[tuple[float, str, str]]:
+    """The longest times in which nothing ran: (ms, kernel before, kernel after)."""
+    gaps, until, before = [], float("inf"), ""
+    for name, start, end in sorted(found, key=lambda kernel: kernel[1]):
+        if start > until:
+            gaps.append((start - until, before, name))
+        if end > until or not before:
+            until, before = end, name
+    return sorted(gaps, reverse=True)[:number]
 
 
 def kind_of(name: str) -> str:
@@ -162,6 +177,9 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
     print("\nlongest kernels: ms a step, calls a step, kind, name")
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(times) / n_steps:8.2f} {len(times) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")
+    print("\nlongest gaps of all steps: ms, kernel before, kernel after")
+    for gap, before, after in longest_gaps(found, top // 3):
+        print(f"{gap:8.2f}  {before[:55]:55}  {after[:55]}")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,11 @@ def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
         device = trainer.device
     del trainer
     free_memory()
-    steps_done = time_baseline(size, decoder.vocab_size, pattern, decoder, batches)
-    found = medians(steps_done, peak_flops) | {"peak_gib": peak_memory_gib(device)}
-    free_memory()
+    try:
+        steps_done = time_baseline(size, decoder.vocab_size, pattern, decoder, batches)
+        found = medians(steps_done, peak_flops) | {"peak_gib": peak_memory_gib(device)}
+    except torch.OutOfMemoryError:
+        found = {"error": "out of memory"}
     return {f"baseline_{key}": value for key, value in found.items()}
 
 
@@ -141,13 +143,13 @@ def main() -> None:
         for case in arguments.case:
             for change in SWEEPS[arguments.sweep] if arguments.sweep else [""]:
                 options = [*case_options(case), *change.split(), *others]
-                torch._dynamo.reset()
                 result = measure(" ".join([case, *change.split()[:2]]), options, arguments.steps)
                 if arguments.overhead:
                     result["overhead"] = measure_overhead(options, arguments.steps)
                 if arguments.baseline:
                     result |= measure_baseline(options, arguments.steps)
-                    result["ratio"] = result["tokens_per_second"] / result["baseline_tokens_per_second"]
+                    if "baseline_error" not in result:
+                        result["ratio"] = result["tokens_per_second"] / result["baseline_tokens_per_second"]
                 if arguments.start:
                     result |= measure_start(options)
                 print(json.dumps(result), flush=True)

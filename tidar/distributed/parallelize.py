@@ -5,6 +5,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -68,7 +69,12 @@ def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Each layer by itself: they share one graph, and FSDP's hooks stay outside of it."""
+    """Each layer by itself: they share one graph, and FSDP's hooks stay outside of it.
+
+    Of a layer without checkpointing, results of norms and of the MLP's gate are not kept for the products that need
+    them in the backward pass, but made again from their operands, which are kept anyway and are read there anyway.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 

@@ -61,10 +61,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         batch, positions, _ = x.shape
-        heads = (batch, positions, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        # one product: those of the few key and value heads alone would leave most of a GPU idle
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([projection.weight for projection in projections])
+        bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
+        sizes = [projection.out_features // self.head_dim for projection in projections]
+        heads = F.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
+        q, k, v = heads.split(sizes, dim=2)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.flash)
         return self.o_proj(out.transpose(1, 2).reshape(batch, positions, -1))
 

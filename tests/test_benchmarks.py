@@ -1,0 +1,56 @@
+"""The benchmarks run anywhere: with the debug model on a CPU."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from results import read_metrics
+
+from tidar.config import load_config
+from tidar.distributed import leave_world
+from tidar.train import Trainer
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"tidar.benchmarks.{name}", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--steps", "2", "--data.num_workers", "0")
+
+
+def test_train_step_measures_a_case_its_baseline_and_its_start():
+    output = run("train_step", "--case", "debug", *SMALL, "--baseline", "--overhead", "--start")
+    (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert result["case"] == "debug" and result["torch"] == torch.__version__
+    assert result["ratio"] == result["tokens_per_second"] / result["baseline_tokens_per_second"]
+    assert 64 * 1e3 / result["step_ms_max"] <= result["tokens_per_second"] < 64 * 1e5
+    assert {"overhead", "peak_gib", "start_cold_s", "start_warm_s"} < result.keys()
+    title, row = output.splitlines()[-2:]
+    assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
+
+
+def test_profile_tells_every_kind_and_its_floor():
+    output = run("profile", *SMALL)
+    table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
+    times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
+    assert times["products"][0] > times["products"][1] > 0 and times["attention forward"][0] > 0
+    *parts, whole = times.values()
+    assert sum(floor for _, floor in parts) - whole[1] < 0.1
+    assert "aten::mm" in output
+
+
+def test_training_writes_traces(tmp_path):
+    options = "--training.seq_len 32 --training.local_batch_size 2 --training.steps 7 --validation.enable false"
+    options += " --checkpoint.enable false --data.num_workers 0 --metrics.log_freq 7"
+    options += f" --profiling.enable_profiling --profiling.profile_freq 3 --job.dump_folder {tmp_path}"
+    try:
+        Trainer(load_config(options.split())).train()
+    finally:
+        leave_world()
+    traces = sorted(path.name for path in (tmp_path / "profile_traces").iterdir())
+    assert traces == ["step-3-rank-0.json.gz", "step-6-rank-0.json.gz"]
+    assert len(read_metrics(tmp_path)) == 1

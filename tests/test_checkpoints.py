@@ -1,8 +1,9 @@
 """Checkpoints that are not whole do not count, and old ones go only when a newer one is whole."""
 
-import fcntl
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,19 @@ def test_a_folder_is_one_runs(tmp_path, train):
     train(tmp_path, "--training.steps", "1")
     leave_world()
     written = (tmp_path / "metrics.jsonl").read_text()
-    with open(tmp_path / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is in it, process .*; wait for its end, or choose another"):
-            train(tmp_path, "--training.steps", "2")
+    hold = "import sys; from pathlib import Path; from tidar.training.run_lock import RunLock; "
+    hold += "lock = RunLock(Path(sys.argv[1])); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(
+        UserError, match=f"another run is in it, process {holder.pid} on .*; wait for its end, or choose another"
+    ):
+        train(tmp_path, "--training.steps", "2")
     leave_world()
+    holder.kill()
+    holder.wait()
     assert (tmp_path / "metrics.jsonl").read_text() == written
     train(tmp_path, "--training.steps", "2")
 

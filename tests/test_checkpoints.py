@@ -71,8 +71,9 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, train):
     leave_world()
     next(damages(newest / "__0_0.distcp"))
     first, second = list_checkpoints(tmp_path)
-    assert re.fullmatch(r"step +2 +0\.\d+ GiB  whole  \d{4}-.*  4 samples", first)
-    assert re.fullmatch(r"step +4 +0\.\d+ GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  8 samples", second)
+    holds = r"model 1,624,384 float32  optimizer 3,248,768 float32  random state of 1 rank"
+    assert re.fullmatch(rf"step +2 +0\.\d+ GiB  whole  \d{{4}}-.*  4 samples  \d+ tokens  {holds}", first), first
+    assert re.fullmatch(rf"step +4 .* GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  {holds}", second), second
     train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
     assert losses(tmp_path) == expected and read_manifest(newest)["about"]["step"] == 4
 

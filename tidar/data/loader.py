@@ -1,6 +1,7 @@
 """Batches made in the background."""
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,7 @@ def make_loader(dataset: PackedRows, order, pattern: Pattern, num_workers: int, 
         num_workers=num_workers,
         # with their parent's memory: a corpus is mapped, and must not be copied
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         # the loader draws a seed for its workers; it must not touch the run's random state
         generator=torch.Generator(),
@@ -52,6 +54,12 @@ def _collate(pattern: Pattern, samples: list[Row]) -> Batch:
     tokens, document_ids, loss_mask = (torch.stack(column) for column in zip(*samples))
     rows = pattern.layout(tokens, document_ids, loss_mask)
     return Batch(rows, int((document_ids != PADDING).sum()), pattern.allowed_pairs(rows.documents.lengths()))
+
+
+def _ignore_signals(worker: int) -> None:
+    """A launcher signals all processes of a rank, which decides for itself when its workers end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

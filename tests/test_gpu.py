@@ -1,5 +1,6 @@
 """What runs on a GPU only: FlexAttention's kernels and compiled layers."""
 
+import json
 import random
 import shutil
 from functools import partial
@@ -55,7 +56,8 @@ def test_flex_equals_the_dense_loops(dtype, rounding):
 def test_flash_equals_the_dense_loops():
     """The same with FlashAttention-4's kernels: documents that share a row, and one that fills it."""
     pytest.importorskip("flash_attn.cute")
-    for lengths, block_size in (([700], 8), ([40, 500, 1, 159], 5)):
+    block_size = 8
+    for lengths in ([700], [40, 500, 1, 159]):
         q, k, v = (torch.randn(1, heads, 1400, 128, device=CUDA, dtype=torch.bfloat16) for heads in (6, 2, 2))
         documents = Documents.from_ids(ids_of(lengths).to(CUDA))
         block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flash")(documents)
@@ -220,7 +222,10 @@ def test_same_numbers_with_each_engine(tmp_path):
 
 def test_the_fast_way_follows_plain_float32(tmp_path):
     """50 steps in bfloat16, compiled, with the fastest attention there is, beside float32, eager, dense masks."""
+    heads = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
+    (tmp_path / "config.json").write_text(json.dumps(size_config("debug") | heads))
     common = "--training.seq_len 512 --training.local_batch_size 4 --training.steps 50 --optimizer.lr 3e-4"
+    common += f" --model.hf_path {tmp_path}"
     common += " --validation.enable false --checkpoint.enable false"
     fast = losses_of(tmp_path / "fast", common, FirstGradients)
     gradients = losses_of.trainer.gradients

@@ -27,7 +27,7 @@ CASES = {
     "4b-4096": "--model.name qwen3-4b --training.seq_len 4096 --training.local_batch_size 2",
     "8b-4096": "--model.name qwen3-8b --training.seq_len 4096 --training.local_batch_size 2 "
     "--optimizer.state_dtype bfloat16 --parallelism.fsdp_reshard_after_forward always "
-    "--activation_checkpoint.mode full --activation_checkpoint.layers 12",
+    "--activation_checkpoint.mode full --activation_checkpoint.layers 6",
 }
 COMMON = "--validation.enable false --checkpoint.enable false --optimizer.lr 1e-5"
 

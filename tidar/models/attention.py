@@ -18,8 +18,8 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
-# FlashAttention-4's kernels under FlexAttention: of these types, heads up to this size, and these generations of GPUs
-FLASH_DTYPES, FLASH_HEAD_DIM, FLASH_CAPABILITIES = (torch.bfloat16, torch.float16), 128, (9, 10)
+# where FlashAttention-4's kernels under FlexAttention were seen to be right: types, size of heads, generation of GPUs
+FLASH_DTYPES, FLASH_HEAD_DIM, FLASH_CAPABILITY = (torch.bfloat16, torch.float16), 128, 9
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, flash: bool = False) -> Tensor:
@@ -75,12 +75,12 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, det
         installed = False
     if not installed:
         return "is not installed: pip install -e .[flash]"
-    if torch.cuda.get_device_capability(device)[0] not in FLASH_CAPABILITIES:
-        return f"does not run on {torch.cuda.get_device_name(device)}"
+    if torch.cuda.get_device_capability(device)[0] != FLASH_CAPABILITY:
+        return f"needs a Hopper GPU, not {torch.cuda.get_device_name(device)}"
     if dtype not in FLASH_DTYPES:
         return f"needs training.mixed_precision_param = bfloat16 or float16, not {dtype}"
-    if head_dim > FLASH_HEAD_DIM or head_dim % 8:
-        return f"needs heads of at most {FLASH_HEAD_DIM}, a multiple of 8, not {head_dim}"
+    if head_dim != FLASH_HEAD_DIM:
+        return f"needs heads of {FLASH_HEAD_DIM}, not {head_dim}"
     if deterministic:
         return "training.deterministic = true: its backward pass does not repeat bit for bit"
     return None

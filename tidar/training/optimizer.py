@@ -105,25 +105,29 @@ def _update(
     deviation = (second_moment / (1 - beta2**step).float()).sqrt() + eps
     updated = parameter * (1 - lr * weight_decay) - rate * first_moment / deviation
 
-    place = first + torch.arange(len(parameter), device=parameter.device)
-    bits = _mixed(place ^ _mixed(key + 0x9E3779B9 * step.long()))
+    place = first.int() + torch.arange(len(parameter), device=parameter.device, dtype=torch.int32)
+    bits = _mixed(place ^ _mixed((key + 0x9E3779B9 * step.long()).int()))
     skip = found_inf > 0
     parameter.copy_(torch.where(skip, parameter, updated))
     exp_avg.copy_(torch.where(skip, exp_avg, _rounded(first_moment, bits & 0xFFFF)))
-    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, _rounded(second_moment, bits >> 16)))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, _rounded(second_moment, _shifted(bits))))
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """32 bits that look random, of the lower 32 bits of int64: two rounds of xor-shift and multiplication."""
-    x = x & 0xFFFFFFFF
-    for factor in (0x7FEB352D, 0x846CA68B):
-        x = (x ^ (x >> 16)) * factor & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    """Bits that look random, of int32: two rounds of xor-shift and multiplication, modulo 2^32."""
+    for factor in (0x7FEB352D, 0x846CA68B - 2**32):
+        x = (x ^ _shifted(x)) * factor
+    return x ^ _shifted(x)
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """The upper 16 bits of int32, without its sign."""
+    return (x >> 16) & 0xFFFF
 
 
 def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     """float32 to bfloat16: up or down, as likely as it is near. bits: 16 random ones."""
-    return ((x.view(torch.int32) + bits.int()) & -0x10000).view(torch.float32).bfloat16()
+    return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32).bfloat16()
 
 
 def _first_element(parameter: nn.Parameter) -> int:

@@ -92,7 +92,8 @@ def measure_start(options: list[str]) -> dict[str, float]:
     """Seconds from the start of a process to the end of step 1, without and with what an earlier one has compiled."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+        caches = {variable: f"{folder}/{variable}" for variable in variables}
         for kind in ("cold", "warm"):
             command = [sys.executable, "-u", "-m", "tidar.train", *options, "--training.steps", "1"]
             command += ["--metrics.log_freq", "1", "--job.dump_folder", f"{folder}/{kind}"]

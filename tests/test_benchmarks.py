@@ -54,3 +54,10 @@ def test_training_writes_traces(tmp_path):
     traces = sorted(path.name for path in (tmp_path / "profile_traces").iterdir())
     assert traces == ["step-3-rank-0.json.gz", "step-6-rank-0.json.gz"]
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_attention_compares_masks():
+    output = run("attention", *(argument for argument in SMALL if argument not in ("--steps", "2")))
+    rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]
+    assert len(rows) == 3 and all(float(number) > 0 for row in rows for number in row[-4:-3])
+    assert "flash    model.attention_backend = flash: has no backward pass without CUDA" in output

@@ -23,6 +23,7 @@ MODES = ("none", "full", "selective")
 # ranks, sharding, activation checkpointing, micro-batches, gradients reduced after each
 CUTS = [
     (1, "ZeRO-2", "selective", 4, "step"),
+    (1, "ZeRO-2", "none", 4, "micro_batch"),
     (2, "ZeRO-2", "none", 1, "micro_batch"),
     (2, "ZeRO-3", "full", 4, "micro_batch"),
     (2, "replicate", "selective", 4, "step"),

@@ -25,7 +25,7 @@ class Objective:
     """
 
     def __init__(self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False):
-        """chunk_size: target positions whose logits exist at one time. compile: a kernel of our own for them, on CUDA."""
+        """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
         self.score_logits = _fused_score_logits if compile else _score_logits

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tidar.config import Config
+from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 
 aten = torch.ops.aten
@@ -98,18 +98,30 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: 
         fully_shard(layer, reshard_after_forward=reshards_after_forward(config, mesh.size(-1)), **options)
     fully_shard(model, **options)
     for module in (*model.layers, model):
-        if mesh.size() == 1:
-            # without a divisor, even of 1, and with one buffer, gradients are copied once and not three times
+        if mesh.size() > 1:
+            # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
+            # gloo knows sums only
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        elif _keeps_what_it_reduces(config):
             module.set_custom_reduce_scatter(_InPlaceReduceScatter())
-            continue
-        # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
-        # gloo knows sums only
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+
+
+def _keeps_what_it_reduces(config: Config) -> bool:
+    """Whether on one device the result of a reduction becomes the gradient, and is not added to it or sent away.
+
+    Then its memory may be that of FSDP2's main stream, which otherwise could use it again too early.
+    """
+    once = config.parallelism.gradient_reduction == "step"
+    once = once or resolve_global_batch_size(config, 1) == config.training.local_batch_size
+    return once and not config.training.enable_cpu_offload
 
 
 class _InPlaceReduceScatter:
-    """FSDP2's reduce-scatter where there is one device: the result is the input, and so is its buffer."""
+    """FSDP2's reduce-scatter where there is one device: the result is the input, and so is its buffer.
+
+    Without it FSDP2 copies the gradients of one device a second time (torch 2.11 to 2.13).
+    """
 
     def __init__(self):
         self.input: Tensor | None = None

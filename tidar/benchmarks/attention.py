@@ -1,0 +1,108 @@
+"""What attention costs: python -m tidar.benchmarks.attention [--case NAME] [--section.option value ...]
+
+One layer's attention of a case of tidar.benchmarks.train_step on its first batch, forward and backward, with each backend
+that this machine has and each of these masks: that of the packed rows, that of rows of one document, and plain causal
+attention of as many positions, the ceiling. Rates are of allowed pairs. Further options go to the trainer.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
+from tidar.config import ArgumentParser, UserError, user_errors_exit
+from tidar.models import Mask, MaskBuilder, attention, resolve_backend
+from tidar.patterns import Documents
+from tidar.train import Trainer
+
+REPEATS = 10
+
+
+def median_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Of REPEATS calls, after three that are not counted."""
+    times = []
+    for number in range(3 + REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[3:])
+
+
+def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
+    """Masks by name, and the pairs that each allows."""
+    (batch,) = first_batches(trainer, 1)
+    rows, seq_len = batch.rows.documents.index.shape
+    positions = batch.rows.input_ids.shape[1]
+    build = MaskBuilder(trainer.pattern, backend)
+    whole = Documents.from_ids(torch.zeros_like(batch.rows.documents.index))
+    causal = None
+    if backend != "sdpa":
+        causal = create_block_mask(_causal, None, None, positions, positions, device=trainer.device)
+    return {
+        "packed rows": (build(batch.rows.documents), batch.allowed_pairs),
+        "one document": (build(whole), trainer.pattern.allowed_pairs(torch.full((rows,), seq_len))),
+        "plain causal": (causal, rows * positions * (positions + 1) // 2),
+    }
+
+
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def measure(trainer: Trainer, mask: Mask, backend: str) -> tuple[float, float]:
+    """ms of the forward and of the backward pass of one layer."""
+    config, decoder, device = trainer.config, trainer.spec.decoder, trainer.device
+    positions = trainer.pattern.model_positions(config.training.seq_len)
+    # in memory as projections leave them: heads beside each other
+    q, k, v = (
+        torch.randn(config.training.local_batch_size, positions, heads, decoder.head_dim, device=device)
+        .to(trainer.dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (decoder.n_heads, decoder.n_kv_heads, decoder.n_kv_heads)
+    )
+    gradient = torch.randn_like(q)
+
+    def forward() -> Tensor:
+        return attention(q, k, v, mask, flash=backend == "flash")
+
+    with torch.no_grad():
+        alone = median_ms(forward, device)
+    both = median_ms(lambda: torch.autograd.grad(forward(), (q, k, v), gradient), device)
+    return alone, both - alone
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tidar.benchmarks.attention", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--case", default="debug", metavar="NAME", help=", ".join(CASES))
+    with user_errors_exit():
+        arguments, others = parser.parse_known_args()
+        # one layer's shapes are all that is wanted of the model
+        options = [*case_options(arguments.case), *others]
+        with running(options) as trainer:
+            decoder = trainer.spec.decoder
+            print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.dtype}, one layer")
+            print(f"{'backend':8} {'mask':13} {'forward ms':>10} {'backward ms':>11} {'TFLOP/s':>9} {'TFLOP/s':>9}")
+            for backend in ("flash", "flex", "sdpa"):
+                try:
+                    resolve_backend(backend, trainer.device, trainer.dtype, decoder.head_dim)
+                except UserError as reason:
+                    print(f"{backend:8} {reason}")
+                    continue
+                for name, (mask, pairs) in masks(trainer, backend).items():
+                    forward, backward = measure(trainer, mask, backend)
+                    flops = 4 * pairs * decoder.n_heads * decoder.head_dim
+                    rates = flops / forward / 1e9, 2 * flops / backward / 1e9
+                    print(f"{backend:8} {name:13} {forward:10.3f} {backward:11.3f} {rates[0]:9.1f} {rates[1]:9.1f}")
+
+
+if __name__ == "__main__":
+    main()

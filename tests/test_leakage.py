@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from reference import ids_of, random_lengths, tidar_mask
+from test_patterns import expected_mask, random_pattern
 
 from tidar.models import Decoder, DecoderConfig, MaskBuilder, initialize
-from tidar.patterns import Documents, get_pattern
-from tidar.patterns.tidar import Tidar
+from tidar.patterns import PATTERNS, Documents, Pattern, Tidar, get_pattern
 
 VOCAB, MASK_TOKEN = 32, 31
 
@@ -33,13 +33,14 @@ def make_model(n_layers: int) -> Decoder:
     return model
 
 
-def influence(pattern: Tidar, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def influence(pattern: Pattern, lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Which input (column) moves which output (row) of a one-layer model: embeddings, and values of the attention.
 
     Both `[positions, positions]` bool. The second sees what a position's own residual stream hides in the first.
     """
     model = make_model(n_layers=1)
-    batch = pattern.layout(torch.randint(0, 30, (1, sum(lengths))), ids_of(lengths), torch.ones(1, sum(lengths)))
+    tokens = torch.randint(0, 30, (1, sum(lengths)))
+    batch = pattern.layout(tokens, ids_of(lengths), torch.ones(1, sum(lengths)), [seed])
     inputs = []
     for module in (model.embed_tokens, model.layers[0].self_attn.v_proj):
         module.register_forward_hook(lambda module, args, output: inputs.append(output))
@@ -61,12 +62,23 @@ def layouts():
         yield lengths, rng.randint(1, 6)
 
 
-def test_gradients_flow_exactly_where_the_mask_allows():
-    for lengths, block_size in layouts():
-        pattern = get_pattern("tidar", block_size=block_size, mask_token_id=MASK_TOKEN)
-        expected = tidar_mask(lengths, block_size)
-        of_embeddings, of_values = influence(pattern, lengths)
-        assert of_embeddings.equal(expected) and of_values.equal(expected), (lengths, block_size)
+def patterns(name: str):
+    """Plain, and with what its options draw."""
+    rng = random.Random(7)
+    for seed, (lengths, block_size) in enumerate(layouts()):
+        options = {} if name == "causal" else {"block_size": block_size, "mask_token_id": MASK_TOKEN}
+        yield get_pattern(name, **options), lengths, seed
+        pattern = random_pattern(name, rng, block_size)
+        pattern.mask_token_id = MASK_TOKEN
+        yield pattern, lengths, seed
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_gradients_flow_exactly_where_the_mask_allows(name):
+    for pattern, lengths, seed in patterns(name):
+        expected = expected_mask(name, pattern, pattern.documents(ids_of(lengths), [seed]), 0, lengths)
+        of_embeddings, of_values = influence(pattern, lengths, seed)
+        assert of_embeddings.equal(expected) and of_values.equal(expected), (pattern, lengths)
 
 
 # each bound of the mask, shifted by one: (query half, key half, what is seen instead), i and j places in the document
@@ -108,6 +120,37 @@ def test_a_shifted_bound_is_seen(shift):
     assert shift == "clean sees not itself" or not of_embeddings.equal(expected)
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_token_changes_no_prediction_of_itself(name):
+    """A target's own token, changed wherever it is no label but input, moves no logits that are scored for it.
+
+    Through four layers; and some later target's logits move, so the test is not blind.
+    """
+    model = make_model(n_layers=4)
+    moved_elsewhere = 0
+    for pattern, lengths, seed in patterns(name):
+        seq_len = sum(lengths)
+        tokens = torch.randint(0, 30, (1, seq_len))
+        before, targets = forward(model, pattern, tokens, lengths, seed)
+        document = ids_of(lengths)[0]
+        for changed in range(seq_len):
+            other = tokens.clone()
+            other[0, changed] = (other[0, changed] + 1) % 30
+            after, targets_after = forward(model, pattern, other, lengths, seed)
+            moved = (after != before).any(dim=-1)[0]
+            for target, target_after in zip(targets.values(), targets_after.values()):
+                # a target whose label is the changed token
+                own = target.labels != target_after.labels
+                assert target.index.equal(target_after.index) and own.sum() <= 1
+                assert not moved[target.index[own]].any(), (pattern, lengths, changed)
+                moved_elsewhere += moved[target.index].sum()
+            # nothing of another document moves
+            positions = pattern.layout(document[None].clone(), ids_of(lengths), torch.ones_like(tokens), [seed])
+            of_document = positions.input_ids[0]
+            assert not moved[(of_document != document[changed]) & (of_document < 30)].any()
+    assert moved_elsewhere > 0
+
+
 def test_a_token_changes_only_what_may_see_it():
     model = make_model(n_layers=4)
     for lengths, block_size in layouts():
@@ -115,15 +158,16 @@ def test_a_token_changes_only_what_may_see_it():
         seq_len = sum(lengths)
         tokens = torch.randint(0, 30, (1, seq_len))
         expected = tidar_mask(lengths, block_size)
-        before = forward(model, pattern, tokens, lengths)
+        before, _ = forward(model, pattern, tokens, lengths)
         for changed in range(seq_len):
             other = tokens.clone()
             other[0, changed] = (other[0, changed] + 1) % 30
-            moved = (forward(model, pattern, other, lengths) != before).any(dim=-1)[0]
+            moved = (forward(model, pattern, other, lengths)[0] != before).any(dim=-1)[0]
             assert moved.equal(expected[:, changed]), (lengths, block_size, changed)
 
 
 @torch.no_grad()
-def forward(model, pattern, tokens, lengths):
-    batch = pattern.layout(tokens, ids_of(lengths), torch.ones_like(tokens))
-    return model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+def forward(model, pattern, tokens, lengths, seed=0):
+    """Logits, and the targets of the row."""
+    batch = pattern.layout(tokens, ids_of(lengths), torch.ones_like(tokens), [seed])
+    return model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents)), batch.targets

@@ -10,10 +10,12 @@ import torch
 from tidar import __version__
 from tidar.config import Config, UserError
 from tidar.models import recorded_model
+from tidar.patterns import EXPERIMENTS
 from tidar.training.manifest import read_manifest
 
 # options without which the same steps mean something else; the data is compared by what it holds (see Progress)
 COMPARED = ("tidar.pattern", "tidar.block_size", "training.seed", "training.seq_len", "training.global_batch_size")
+COMPARED += ("tidar.clean_ratio", *(f"tidar.{name}" for name in EXPERIMENTS))
 
 
 def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The mask of each batch as an attention backend wants it, made from the pattern's mask_mod."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+
+from tidar.models.attention import Mask
+from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, key_ranges
+
+# tile of a block mask, queries and keys: what FlexAttention skips or computes as a whole
+TILE = 128
+
+# The evaluation of a mask at all pairs fuses only when compiled. Shapes stay static: a block size that becomes symbolic
+# cannot be traced through create_block_mask (torch 2.11)
+_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+
+
+class MaskBuilder:
+    """The mask of each batch as `backend` ("flex" or "sdpa") wants it, to be shared by all layers.
+
+    Built once per batch where rows are packed or blocks are drawn, else once per shape.
+    """
+
+    def __init__(self, pattern: Pattern, backend: str):
+        self.pattern = pattern
+        self.backend = backend
+        self.unpacked: dict[tuple[int, int], Mask] = {}
+
+    def __call__(self, documents: Documents) -> Mask:
+        batch, seq_len = documents.index.shape
+        if documents.packed or documents.blocks is not None:
+            return self._build(documents)
+        if (batch, seq_len) not in self.unpacked:
+            self.unpacked[batch, seq_len] = self._build(documents)
+        return self.unpacked[batch, seq_len]
+
+    @torch.no_grad()
+    def _build(self, documents: Documents) -> Mask:
+        batch, seq_len = documents.index.shape
+        positions = self.pattern.model_positions(seq_len)
+        mask_mod = self.pattern.mask_mod(documents)
+        if self.backend == "sdpa":
+            return create_mask(mask_mod, batch, None, positions, positions, device=documents.index.device)
+        return build_block_mask(mask_mod, batch, positions, documents.index.device)
+
+    @torch.no_grad()
+    def allowed_pairs(self, documents: Documents) -> Tensor:
+        """Number of query-key pairs that the mask of a batch allows, scalar int64 on its device."""
+        batch, seq_len = documents.index.shape
+        positions = self.pattern.model_positions(seq_len)
+        return count_pairs(self.pattern.mask_mod(documents), batch, positions, documents.index.device)
+
+
+def build_block_mask(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
+    """The block mask of rows, tile TILE: directly where the mask is made of ranges of keys, else from all its points."""
+    ranges = key_ranges(mask_mod)
+    if ranges is None:
+        create = _compiled_create_block_mask if device.type == "cuda" else create_block_mask
+        return create(mask_mod, batch, None, positions, positions, device=device, BLOCK_SIZE=TILE)
+    return block_mask_of_ranges(ranges, mask_mod)
+
+
+def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = TILE) -> BlockMask:
+    """What `create_block_mask(mask_mod, …)` gives, without evaluating it: O(positions + tiles^2), no wait for the host."""
+    counts = tile_counts(ranges, tile)[:, None]
+    is_full = counts == tile * tile
+    positions = ranges[0][0].shape[1]
+    return BlockMask.from_kv_blocks(
+        *_ordered((counts > 0) & ~is_full),
+        *_ordered(is_full),
+        BLOCK_SIZE=tile,
+        mask_mod=mask_mod,
+        seq_lengths=(positions, positions),
+    )
+
+
+def tile_counts(ranges: list[KeyRange], tile: int = TILE) -> Tensor:
+    """Allowed pairs in each tile, `[batch, query tiles, key tiles]` int32. The last tiles may be cut off.
+
+    The keys before an end x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and none
+    after it; a range has those before its end without those before its start.
+    """
+    batch, positions = ranges[0][0].shape
+    device = ranges[0][0].device
+    tiles = -(-positions // tile)
+    # the tile of each query, over all rows, as the place where its row of tiles begins; an end may lie after the last
+    query = torch.arange(positions, device=device) // tile
+    first = (torch.arange(batch, device=device)[:, None] * tiles + query) * (tiles + 1)
+    found = torch.zeros(2, batch * tiles * (tiles + 1), dtype=torch.int32, device=device)
+    for start, end in ranges:
+        for bound, sign in ((start, -1), (end, 1)):
+            place = (first + bound // tile).flatten()
+            found[0].index_add_(0, place, (bound % tile).flatten(), alpha=sign)
+            found[1].index_add_(0, place, torch.ones_like(bound).flatten(), alpha=sign)
+    rests, ends = found.view(2, batch, tiles, tiles + 1)
+    ends_after = ends.flip(2).cumsum(dim=2, dtype=torch.int32).flip(2)[..., 1:]
+    return rests[..., :-1] + tile * ends_after
+
+
+def count_pairs(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:
+    """Allowed pairs of rows, scalar int64; at all points, a piece at a time, where the mask is not made of ranges."""
+    ranges = key_ranges(mask_mod)
+    if ranges is not None:
+        return torch.stack([(end - start).sum() for start, end in ranges]).sum()
+    if device.type == "cuda":
+        return _compiled_count(mask_mod, batch, positions, device)
+    return torch.stack([piece.sum() for piece in dense_pieces(mask_mod, batch, positions, device)]).sum()
+
+
+def _count(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:
+    return create_mask(mask_mod, batch, None, positions, positions, device=device).sum()
+
+
+_compiled_count = torch.compile(_count, dynamic=False)
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of true tiles in each row, and all tiles, true ones first, in order: both int32."""
+    order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True)
+    return tiles.sum(dim=-1, dtype=torch.int32), order.int()

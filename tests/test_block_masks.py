@@ -35,7 +35,8 @@ def test_direct_equals_generic():
             assert listed(direct, of) == listed(generic, of), (pattern, rows, tile)
             kinds.add((of, any(listed(direct, of))))
         # the pairs of each tile, against the dense mask
-        dense = create_mask(mask_mod, 2, None, positions, positions, device="cpu")[:, 0]
+        index = torch.arange(positions)
+        dense = mask_mod(torch.arange(2)[:, None, None], None, index[:, None], index)
         tiles = -(-positions // tile)
         padded = torch.zeros(2, tiles * tile, tiles * tile, dtype=torch.int32)
         padded[:, :positions, :positions] = dense
@@ -46,7 +47,7 @@ def test_direct_equals_generic():
 
 
 def test_a_mask_of_points_is_counted_in_pieces(monkeypatch):
-    monkeypatch.setattr("tidar.patterns.base.PIECE", 7)
+    monkeypatch.setattr("tidar.patterns.base.PIECE", 600)
 
     def mask_mod(b, h, q, k):
         return (q - k) % (b + 2) == 0
@@ -54,4 +55,6 @@ def test_a_mask_of_points_is_counted_in_pieces(monkeypatch):
     assert key_ranges(mask_mod) is None
     dense = create_mask(mask_mod, 2, None, 40, 40, device="cpu")[:, 0]
     assert torch.cat(list(dense_pieces(mask_mod, 2, 40, torch.device("cpu"))), dim=1).equal(dense)
+    pieces = list(dense_pieces(mask_mod, 2, 40, torch.device("cpu"), multiple=3))
+    assert [piece.shape[1] for piece in pieces] == [6, 6, 6, 6, 6, 6, 4]
     assert count_pairs(mask_mod, 2, 40, torch.device("cpu")) == dense.sum()

@@ -6,7 +6,16 @@ from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
 from tidar.models.initialize import initialize
-from tidar.models.masks import TILE, MaskBuilder, block_mask_of_ranges, build_block_mask, count_pairs, tile_counts
+from tidar.models.masks import (
+    TILE,
+    MaskBuilder,
+    block_mask_of_points,
+    block_mask_of_ranges,
+    build_block_mask,
+    count_pairs,
+    count_tiles,
+    tile_counts,
+)
 from tidar.models.sizes import size_config
 from tidar.models.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
 from tidar.models.weights import (
@@ -29,10 +38,12 @@ __all__ = [
     "MaskBuilder",
     "ModelSpec",
     "attention",
+    "block_mask_of_points",
     "block_mask_of_ranges",
     "build_block_mask",
     "check_weights",
     "count_pairs",
+    "count_tiles",
     "decoder_config",
     "fill_new_rows",
     "from_pretrained",

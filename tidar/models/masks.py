@@ -52,16 +52,21 @@ class MaskBuilder:
 
 
 def build_block_mask(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
-    """The block mask of rows, tile TILE: directly where the mask is made of ranges of keys, else from all its points."""
+    """The block mask of rows, tile TILE: directly where it is made of ranges of keys, else from all its points."""
     ranges = key_ranges(mask_mod)
     if ranges is None:
-        create = _compiled_create_block_mask if device.type == "cuda" else create_block_mask
-        return create(mask_mod, batch, None, positions, positions, device=device, BLOCK_SIZE=TILE)
+        return block_mask_of_points(mask_mod, batch, positions, device)
     return block_mask_of_ranges(ranges, mask_mod)
 
 
+def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
+    """The block mask of any mask, evaluated at all its points."""
+    create = _compiled_create_block_mask if device.type == "cuda" else create_block_mask
+    return create(mask_mod, batch, None, positions, positions, device=device, BLOCK_SIZE=TILE)
+
+
 def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = TILE) -> BlockMask:
-    """What `create_block_mask(mask_mod, …)` gives, without evaluating it: O(positions + tiles^2), no wait for the host."""
+    """What `create_block_mask(mask_mod, …)` gives, without evaluating it: O(positions + tiles²), no wait for the host."""
     counts = tile_counts(ranges, tile)[:, None]
     is_full = counts == tile * tile
     positions = ranges[0][0].shape[1]
@@ -95,6 +100,21 @@ def tile_counts(ranges: list[KeyRange], tile: int = TILE) -> Tensor:
     rests, ends = found.view(2, batch, tiles, tiles + 1)
     ends_after = ends.flip(2).cumsum(dim=2, dtype=torch.int32).flip(2)[..., 1:]
     return rests[..., :-1] + tile * ends_after
+
+
+def count_tiles(mask_mod: MaskMod, batch: int, positions: int, device: torch.device, tile: int = TILE) -> Tensor:
+    """Allowed pairs in each tile of any mask, as of `tile_counts`, without holding all its points at one time."""
+    ranges = key_ranges(mask_mod)
+    if ranges is not None:
+        return tile_counts(ranges, tile)
+    tiles = -(-positions // tile)
+    counts = []
+    for piece in dense_pieces(mask_mod, batch, positions, device, multiple=tile):
+        queries = piece.shape[1]
+        padding = (0, tiles * tile - positions, 0, -queries % tile)
+        cut = torch.nn.functional.pad(piece, padding).view(batch, -1, tile, tiles, tile)
+        counts.append(cut.sum(dim=(2, 4), dtype=torch.int32))
+    return torch.cat(counts, dim=1)
 
 
 def count_pairs(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:

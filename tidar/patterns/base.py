@@ -1,7 +1,7 @@
 """What a pattern is: how documents become model input, which position sees which, and what is predicted where."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +17,8 @@ KeyRange = tuple[Tensor, Tensor]
 LOSSES = ("ar", "diffusion")
 # document id of positions that belong to no document: the padding at the end of a row
 PADDING = -1
-# queries of a dense evaluation at one time
-PIECE = 1024
+# pairs of a dense evaluation at one time
+PIECE = 2**24
 
 
 @dataclass
@@ -190,10 +190,16 @@ def key_ranges(mask_mod: MaskMod) -> list[KeyRange] | None:
     return getattr(mask_mod, "key_ranges", None)
 
 
-def dense_pieces(mask_mod: MaskMod, batch: int, positions: int, device: torch.device):
-    """The mask, evaluated PIECE queries at a time: bool tensors `[batch, queries, positions]`, in order."""
-    for first in range(0, positions, PIECE):
-        queries = min(PIECE, positions - first)
+def dense_pieces(
+    mask_mod: MaskMod, batch: int, positions: int, device: torch.device, multiple: int = 1
+) -> Iterator[Tensor]:
+    """The mask, evaluated for some queries at a time: bool tensors `[batch, queries, positions]`, in order.
+
+    multiple: the number of queries is one of it, but for the last piece.
+    """
+    step = max(PIECE // (batch * positions) // multiple, 1) * multiple
+    for first in range(0, positions, step):
+        queries = min(step, positions - first)
 
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor, first: int = first) -> Tensor:
             return mask_mod(b, h, q + first, k)

@@ -14,7 +14,7 @@ class Causal(Pattern):
     losses = ("ar",)
 
     def parts(self, seq_len: int) -> dict[str, int]:
-        return {"clean": seq_len}
+        return {"row": seq_len}
 
     def layout(
         self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor, seeds: Sequence[int] | None = None

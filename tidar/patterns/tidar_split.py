@@ -37,7 +37,7 @@ class TidarSplit(BlockPattern):
             raise UserError(f"tidar.clean_ratio = {self.clean_ratio}: must be number > 0 and < 1")
 
     def parts(self, seq_len: int) -> dict[str, int]:
-        return {"clean, then masked": seq_len}
+        return {"row": seq_len}
 
     def _cut(self, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """First masked token of each token's document, and bounds of the block of each that is masked."""

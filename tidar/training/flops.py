@@ -5,6 +5,8 @@ import torch
 from tidar.models import DecoderConfig
 from tidar.patterns import ModelBatch
 
+# of a layer for each allowed query-key pair and query dimension: 4 forward, 8 backward
+ATTENTION_FLOPS = 12
 # dense bf16 rates of the datasheets, FLOP/s, by the first words of the device's name
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
@@ -33,8 +35,8 @@ def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pai
 
 
 def attention_flops(config: DecoderConfig, allowed_pairs: int) -> float:
-    """Per layer 12 for each allowed query-key pair and query dimension, forward and backward."""
-    return 12 * config.n_layers * allowed_pairs * config.n_heads * config.head_dim
+    """Forward and backward."""
+    return ATTENTION_FLOPS * config.n_layers * allowed_pairs * config.n_heads * config.head_dim
 
 
 def batch_flops(config: DecoderConfig, rows: ModelBatch, allowed_pairs: int) -> float:

@@ -35,8 +35,8 @@ def print_stats(arguments: argparse.Namespace, pattern: Pattern, name: str, leng
     heads, head_dim = arguments.heads, arguments.head_dim
     rows = [lengths] if arguments.seq_len or arguments.documents else [[seq_len] for seq_len in stats.SEQ_LENS]
     print(f"{name}, rows of {_count(len(lengths), 'document')}, tiles of {TILE} x {TILE}")
-    print(f"TFLOPs of a layer of {heads} heads of {head_dim}, forward and backward: of the allowed pairs (useful), of all")
-    print("pairs of tiles that are not empty (computed), of all pairs (dense)")
+    print(f"TFLOPs of a layer of {heads} heads of {head_dim}, forward and backward: of the allowed pairs (useful), of")
+    print("all pairs of tiles that are not empty (computed), of all pairs (dense)")
     print(stats.HEADER)
     for row in rows:
         print(stats.mask_stats(pattern, row, arguments.seed, device).line(heads, head_dim), flush=True)

@@ -66,7 +66,7 @@ def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: 
 
 
 def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = TILE) -> BlockMask:
-    """What `create_block_mask(mask_mod, …)` gives, without evaluating it: O(positions + tiles²), no wait for the host."""
+    """What `create_block_mask` gives, without evaluating the mask: O(positions + tiles²), no wait for the host."""
     counts = tile_counts(ranges, tile)[:, None]
     is_full = counts == tile * tile
     positions = ranges[0][0].shape[1]

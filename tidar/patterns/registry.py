@@ -54,7 +54,7 @@ def configured_pattern(config: Config, mask_token_id: int, training: bool = True
         if name not in accepted:
             raise UserError(f"tidar.{name} = {values[name]}: is no option of tidar.pattern = {options.pattern}")
         if not training:
-            del values[name]
+            values[name] = getattr(Config().tidar, name)
     try:
         return kind(**{name: value for name, value in values.items() if name in accepted})
     except TypeError as error:

@@ -63,7 +63,7 @@ def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_da
         curve = [line.get(f"train/batch_{loss}_loss") for line in steps]
         assert (loss in losses) == all(value is not None for value in curve) == (f"val/{loss}_loss" in validation)
         if loss in losses:
-            assert max(curve[-5:]) < min(curve[:3]) - 1
+            assert sum(curve[-5:]) / 5 < curve[0] - 1
     assert ("train/batch_accuracy" in steps[0], "train/batch_accuracy_diff" in steps[0]) == (
         "ar" in losses,
         "diffusion" in losses,

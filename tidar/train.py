@@ -78,9 +78,10 @@ class Trainer:
         self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
         backend = resolve_backend(config.model.attention_backend, self.device)
         self.pattern = checked_pattern(config, self.spec.mask_token_id)
-        self.mask_builder = MaskBuilder(self.pattern, backend)
         self.validation_pattern = configured_pattern(config, self.spec.mask_token_id, training=False)
-        self.validation_mask_builder = MaskBuilder(self.validation_pattern, backend)
+        self.mask_builder, self.validation_mask_builder = (
+            MaskBuilder(pattern, backend) for pattern in (self.pattern, self.validation_pattern)
+        )
 
         self.dtype = dtype = arithmetic_dtype(config, self.device)
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable

@@ -66,40 +66,54 @@ def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: 
 
 
 def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = TILE) -> BlockMask:
-    """What `create_block_mask` gives, without evaluating the mask: O(positions + tiles²), no wait for the host."""
+    """What `create_block_mask` gives, without evaluating the mask: O(positions + tiles²), no wait for the host.
+
+    Some tens of operations on small tensors: what it costs is their launching.
+    """
     counts = tile_counts(ranges, tile)[:, None]
-    is_full = counts == tile * tile
+    full = counts == tile * tile
+    tiles = torch.stack([(counts > 0) & ~full, full])
+    # for each tile of queries, and for each of keys: all tiles of the others, the true ones first, in order
+    listed = torch.stack([tiles, tiles.mT])
+    lengths = listed.sum(dim=-1, dtype=torch.int32)
+    indices = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True).int()
     positions = ranges[0][0].shape[1]
-    return BlockMask.from_kv_blocks(
-        *_ordered((counts > 0) & ~is_full),
-        *_ordered(is_full),
-        BLOCK_SIZE=tile,
-        mask_mod=mask_mod,
+    return BlockMask(
         seq_lengths=(positions, positions),
+        kv_num_blocks=lengths[0, 0],
+        kv_indices=indices[0, 0],
+        full_kv_num_blocks=lengths[0, 1],
+        full_kv_indices=indices[0, 1],
+        q_num_blocks=lengths[1, 0],
+        q_indices=indices[1, 0],
+        full_q_num_blocks=lengths[1, 1],
+        full_q_indices=indices[1, 1],
+        BLOCK_SIZE=(tile, tile),
+        mask_mod=mask_mod,
     )
 
 
 def tile_counts(ranges: list[KeyRange], tile: int = TILE) -> Tensor:
     """Allowed pairs in each tile, `[batch, query tiles, key tiles]` int32. The last tiles may be cut off.
 
-    The keys before an end x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and none
+    The keys before a bound x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and none
     after it; a range has those before its end without those before its start.
     """
     batch, positions = ranges[0][0].shape
     device = ranges[0][0].device
     tiles = -(-positions // tile)
-    # the tile of each query, over all rows, as the place where its row of tiles begins; an end may lie after the last
-    query = torch.arange(positions, device=device) // tile
-    first = (torch.arange(batch, device=device)[:, None] * tiles + query) * (tiles + 1)
-    found = torch.zeros(2, batch * tiles * (tiles + 1), dtype=torch.int32, device=device)
-    for start, end in ranges:
-        for bound, sign in ((start, -1), (end, 1)):
-            place = (first + bound // tile).flatten()
-            found[0].index_add_(0, place, (bound % tile).flatten(), alpha=sign)
-            found[1].index_add_(0, place, torch.ones_like(bound).flatten(), alpha=sign)
-    rests, ends = found.view(2, batch, tiles, tiles + 1)
-    ends_after = ends.flip(2).cumsum(dim=2, dtype=torch.int32).flip(2)[..., 1:]
-    return rests[..., :-1] + tile * ends_after
+    # where the row of tiles of each query begins, over all rows of the batch; a bound may lie after the last tile
+    query = torch.arange(positions, device=device, dtype=torch.int32) // tile
+    row = (torch.arange(batch, device=device, dtype=torch.int32)[:, None] * tiles + query) * (tiles + 1)
+    bounds = torch.stack([torch.stack(kind) for kind in zip(*ranges)])  # starts and ends, ranges, batch, positions
+    at = bounds // tile
+    keys = torch.stack([bounds - at * tile, torch.full_like(bounds, tile)], dim=-1)
+    keys[0].neg_()
+    sums = torch.zeros(batch * tiles * (tiles + 1), 2, dtype=torch.int32, device=device)
+    sums.index_add_(0, (row + at).flatten(), keys.view(-1, 2))
+    own, later = sums.view(batch, tiles, tiles + 1, 2).unbind(dim=-1)
+    later = later.sum(dim=2, keepdim=True) - later.cumsum(dim=2)
+    return (own + later)[..., :-1].int()
 
 
 def count_tiles(mask_mod: MaskMod, batch: int, positions: int, device: torch.device, tile: int = TILE) -> Tensor:
@@ -132,9 +146,3 @@ def _count(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) 
 
 
 _compiled_count = torch.compile(_count, dynamic=False)
-
-
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of true tiles in each row, and all tiles, true ones first, in order: both int32."""
-    order = torch.argsort(tiles.to(torch.int8), dim=-1, descending=True, stable=True)
-    return tiles.sum(dim=-1, dtype=torch.int32), order.int()

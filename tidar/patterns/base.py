@@ -39,12 +39,13 @@ class Blocks:
 class Documents:
     """Where the documents of packed rows lie. Each run of equal ids in a row is one document.
 
-    `index` (number of the document in its row), `position` (place inside the document): both `[batch, seq_len]`, int32.
-    `packed`: whether any row holds more than one. `blocks`: what the pattern has drawn, None where it draws nothing.
+    `index` (number of the document in its row), `position` (place inside the document), `end` (the token after the
+    document's last): all `[batch, seq_len]`, int32. `packed`: whether any row holds more than one. `blocks`: what the pattern has drawn, None where it draws nothing.
     """
 
     index: Tensor
     position: Tensor
+    end: Tensor
     packed: bool
     blocks: Blocks | None = None
 
@@ -55,9 +56,12 @@ class Documents:
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         places = torch.arange(document_ids.shape[1], device=document_ids.device)
         first = torch.where(starts, places, 0).cummax(dim=1).values
+        ends = torch.full_like(first, len(places))
+        ends[:, :-1] = torch.where(starts[:, 1:], places[1:], len(places))
         return Documents(
             index=(starts.cumsum(dim=1) - 1).int(),
             position=(places - first).int(),
+            end=ends.flip(1).cummin(dim=1).values.flip(1).int(),
             packed=bool(starts[:, 1:].any()),
         )
 
@@ -70,14 +74,6 @@ class Documents:
     def start(self) -> Tensor:
         """First token of each token's document, `[batch, seq_len]` int32."""
         return self.tokens - self.position
-
-    @property
-    def end(self) -> Tensor:
-        """The token after the last of each token's document, `[batch, seq_len]` int32."""
-        after = self.tokens + 1
-        ends = torch.full_like(after, after.shape[1])
-        ends[:, :-1] = torch.where(self.index[:, 1:] != self.index[:, :-1], after[:, :-1], ends[:, :-1])
-        return ends.flip(1).cummin(dim=1).values.flip(1)
 
 
 @dataclass

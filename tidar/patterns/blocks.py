@@ -55,14 +55,18 @@ class BlockPattern(Pattern):
         size, offset = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (sizes, offsets))
         return Blocks(size, offset)
 
-    def block_bounds(self, place: Tensor, length: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
-        """Of places in what is cut into blocks, the first of their block and the one after its last.
+    def block_bounds(
+        self, first: Tensor, place: Tensor, end: Tensor, blocks: Blocks | None
+    ) -> tuple[Tensor, Tensor]:
+        """First token of each token's block and the one after its last, `[batch, seq_len]` int32.
 
-        place, length (of what is cut): `[batch, seq_len]`, int32. The last block ends where `length` does.
+        What is cut into blocks begins at the token `first` and ends before `end`; `place`: of each token in it.
         """
-        size, offset = (blocks.size, blocks.offset) if blocks else (self.block_size, 0)
-        start = (place + offset) // size * size - offset
-        return start.clamp(min=0), torch.minimum(start + size, length)
+        if blocks is None:
+            start = first + place // self.block_size * self.block_size
+            return start, torch.minimum(start + self.block_size, end)
+        start = first + (place + blocks.offset) // blocks.size * blocks.size - blocks.offset
+        return torch.maximum(start, first), torch.minimum(start + blocks.size, end)
 
     def place_weight(self, place: Tensor) -> Tensor | float:
         """Weight of each place, float32 of the shape of `place`."""

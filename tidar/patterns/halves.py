@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from tidar.patterns.base import Blocks, Documents, MaskMod, ModelBatch, Targets, in_either
+from tidar.patterns.base import Documents, MaskMod, ModelBatch, Targets, in_either
 from tidar.patterns.blocks import BlockPattern, draw, row_seeds
 
 
@@ -70,14 +70,7 @@ class TwoHalves(BlockPattern):
 
     def _bounds(self, documents: Documents) -> tuple[Tensor, Tensor]:
         """First token of each token's block and the one after its last, `[batch, seq_len]` int32."""
-        first = documents.start
-        start, end = self.block_bounds(documents.position, documents.end - first, documents.blocks)
-        return first + start, first + end
-
-    def _noisy_tokens(self, documents: Documents) -> Tensor:
-        """`[batch, noisy positions]` int64, see Blocks."""
-        blocks = documents.blocks
-        return (documents.tokens if blocks is None or blocks.tokens is None else blocks.tokens).long()
+        return self.block_bounds(documents.start, documents.position, documents.end, documents.blocks)
 
     def layout(
         self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor, seeds: Sequence[int] | None = None
@@ -93,7 +86,8 @@ class TwoHalves(BlockPattern):
         place = (documents.tokens - block_start).long()
         weights = loss_mask.float()
 
-        shown = self._noisy_tokens(documents)
+        blocks = documents.blocks
+        shown = (documents.tokens if blocks is None or blocks.tokens is None else blocks.tokens).long()
         is_shown, shown = shown >= 0, shown.clamp(min=0)
         noisy = torch.where(is_masked, self.mask_token_id, tokens).gather(1, shown)
         noisy = torch.where(is_shown, noisy, self.mask_token_id)
@@ -117,21 +111,31 @@ class TwoHalves(BlockPattern):
 
     def mask_mod(self, documents: Documents) -> MaskMod:
         seq_len = documents.index.shape[1]
-        start = documents.start
+        start, none = documents.start, torch.zeros_like(documents.index)
         block_start, block_end = self._bounds(documents)
-        shown = self._noisy_tokens(documents)
-        is_shown, shown = shown >= 0, shown.clamp(min=0)
-        slot = torch.arange(seq_len, seq_len + shown.shape[1], dtype=torch.int32, device=start.device)
-        none = torch.zeros_like(start)
-        before = block_start.gather(1, shown)
-        # the tokens of a block lie together in the noisy half, too
-        first = torch.where(is_shown, slot - (shown.int() - before), slot)
-        after = torch.where(is_shown, first + block_end.gather(1, shown) - before, slot + 1)
-        clean_keys = (
-            torch.cat([start, torch.where(is_shown, start.gather(1, shown), 0)], dim=1),
-            torch.cat([self.clean_end(documents), torch.where(is_shown, before, 0)], dim=1),
+        # what the noisy copy of each token sees: clean tokens of its document before its block, and its block
+        noisy = [start, block_start, block_start + seq_len, block_end + seq_len]
+        if documents.blocks is not None and documents.blocks.tokens is not None:
+            noisy = _of_drawn(documents.blocks.tokens, seq_len, *noisy)
+        clean_start, clean_end, noisy_start, noisy_end = (
+            torch.cat(halves, dim=1) for halves in zip((start, self.clean_end(documents), none, none), noisy)
         )
-        return in_either(clean_keys, (torch.cat([none, first], dim=1), torch.cat([none, after], dim=1)))
+        return in_either((clean_start, clean_end), (noisy_start, noisy_end))
+
+
+def _of_drawn(shown: Tensor, seq_len: int, start: Tensor, end: Tensor, first: Tensor, after: Tensor) -> list[Tensor]:
+    """Bounds of what is seen by the noisy positions that stand for the tokens `shown`, -1 for none: by all tokens'."""
+    slot = torch.arange(seq_len, seq_len + shown.shape[1], dtype=torch.int32, device=shown.device)
+    is_shown, token = shown >= 0, shown.clamp(min=0).long()
+    start, end, first, after = (bound.gather(1, token) for bound in (start, end, first, after))
+    # the tokens of a block lie together here, too
+    moved = slot - (token.int() + seq_len)
+    return [
+        torch.where(is_shown, start, 0),
+        torch.where(is_shown, end, 0),
+        torch.where(is_shown, first + moved, slot),
+        torch.where(is_shown, after + moved, slot + 1),
+    ]
 
 
 def mask_at_random(

@@ -42,12 +42,9 @@ class TidarSplit(BlockPattern):
     def _cut(self, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """First masked token of each token's document, and bounds of the block of each that is masked."""
         start = documents.start
-        length = documents.end - start
         # in double on every device, as layout and mask must agree
-        clean = (length.double() * self.clean_ratio).floor().int()
-        first = start + clean
-        block_start, block_end = self.block_bounds(documents.tokens - first, length - clean, documents.blocks)
-        return first, first + block_start, first + block_end
+        first = start + ((documents.end - start).double() * self.clean_ratio).floor().int()
+        return first, *self.block_bounds(first, documents.tokens - first, documents.end, documents.blocks)
 
     def layout(
         self, tokens: Tensor, document_ids: Tensor, loss_mask: Tensor, seeds: Sequence[int] | None = None

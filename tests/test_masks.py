@@ -1,11 +1,14 @@
 """The command tidar.masks."""
 
 import random
+import sys
 
 import pytest
+import torch
 from reference import pattern_mask, random_lengths
 
 from tidar import masks
+from tidar.laboratory.picture import LARGEST_CELL, MARGIN, SIDE, TOP, UNSEEN
 from tidar.laboratory.stats import mask_stats
 from tidar.patterns import PATTERNS, get_pattern
 
@@ -35,7 +38,8 @@ def test_csv_is_the_mask_and_nothing_else(run, name):
         options = ["--pattern", name, "--documents", documents, "--block_size", str(block_size), "--format", "csv"]
         code, out, err = run("show", *options)
         expected = pattern_mask(name, lengths, block_size).int().tolist()
-        assert (code, err) == (0, "") and [[int(cell) for cell in line.split(",")] for line in out.splitlines()] == expected
+        found = [[int(cell) for cell in line.split(",")] for line in out.splitlines()]
+        assert (code, err) == (0, "") and found == expected
 
 
 EXPECTED = """
@@ -66,16 +70,13 @@ def test_text_marks_halves_documents_and_blocks(run):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_picture(run, tmp_path, name):
     """Every pair has its color, at the middle of its cell."""
-    from PIL import Image
-
+    image = pytest.importorskip("PIL.Image")
     path = tmp_path / "mask.png"
     options = ["--pattern", name, "--documents", "7,9", "--block_size", "3", "--seed", "1", "--output", str(path)]
     assert run("plot", *options)[0] == 0 and path.stat().st_size < 8000
-    from tidar.laboratory.picture import LARGEST_CELL, MARGIN, SIDE, TOP, UNSEEN
-
     mask = pattern_mask(name, [7, 9], 3)
     cell = min(LARGEST_CELL, -(-SIDE // len(mask)))
-    picture = Image.open(path).convert("RGB")
+    picture = image.open(path).convert("RGB")
     for q, row in enumerate(mask.tolist()):
         for k, sees in enumerate(row):
             pixel = picture.getpixel((MARGIN + k * cell + cell // 2, TOP + q * cell + cell // 2))
@@ -85,8 +86,6 @@ def test_picture(run, tmp_path, name):
 @pytest.mark.parametrize("name", [*PATTERNS, "points"])
 def test_stats_count_what_the_mask_has(name, monkeypatch):
     """Also of a mask that is not made of ranges, in pieces."""
-    import torch
-
     lengths, tile = [300, 1, 99, 200], 128
     pattern = get_pattern("tidar" if name == "points" else name)
     if name == "points":
@@ -95,9 +94,8 @@ def test_stats_count_what_the_mask_has(name, monkeypatch):
     mask = pattern_mask("tidar" if name == "points" else name, lengths, 8)
     stats = mask_stats(pattern, lengths, 0, torch.device("cpu"))
     tiles = -(-len(mask) // tile)
-    counts = [
-        int(mask[q * tile : (q + 1) * tile, k * tile : (k + 1) * tile].sum()) for q in range(tiles) for k in range(tiles)
-    ]
+    starts = range(0, tiles * tile, tile)
+    counts = [int(mask[q : q + tile, k : k + tile].sum()) for q in starts for k in starts]
     assert (stats.seq_len, stats.positions, stats.allowed) == (600, len(mask), sum(counts))
     assert (stats.full, stats.empty) == (counts.count(tile**2), counts.count(0))
     assert stats.full + stats.partial + stats.empty == tiles**2
@@ -137,7 +135,7 @@ def test_bad_input(run, arguments):
 
 
 def test_plot_says_what_is_missing(run, monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     code, _, err = run("plot", "--output", str(tmp_path / "mask.png"))
     assert code == 1 and "needs Pillow, the extra plot: pip install 'tidar[plot]'" in err
 

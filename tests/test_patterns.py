@@ -133,7 +133,8 @@ def test_layout_of_the_split_equals_the_loops():
 
 
 def test_causal_predicts_the_next_token():
-    batch = get_pattern("causal").layout(torch.tensor([[5, 6, 7, 8, 9]]), ids_of([3, 2]), torch.tensor([[1, 0, 1, 1, 2]]))
+    tokens, loss_mask = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[1, 0, 1, 1, 2]])
+    batch = get_pattern("causal").layout(tokens, ids_of([3, 2]), loss_mask)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]] and batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert columns(batch.targets["ar"]) == [(1, 7, 1.0, 0), (3, 9, 2.0, 0)] and list(batch.targets) == ["ar"]
 
@@ -169,7 +170,7 @@ def test_random_masking_is_a_bound_on_every_block(name):
 def test_draws_are_what_they_say():
     sizes, offsets = set(), set()
     for seed in range(60):
-        pattern = get_pattern("tidar", block_sizes=[2, 5], random_block_offset=True, diffusion_share=0.4, mask_token_id=9)
+        pattern = get_pattern("tidar", block_sizes=[2, 5], random_block_offset=True, diffusion_share=0.4)
         lengths = random_lengths(random.Random(seed), 33)
         blocks = pattern.documents(ids_of(lengths), [seed]).blocks
         size, offset = blocks.size.item(), blocks.offset.item()

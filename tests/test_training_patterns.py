@@ -17,7 +17,7 @@ COMMON = """
     --training.seq_len 64 --training.local_batch_size 4 --training.steps 30 --optimizer.lr 2e-3 --metrics.log_freq 1
     --lr_scheduler.warmup_steps 5 --validation.steps 2 --checkpoint.enable false --data.num_workers 0
 """.split()
-EXPERIMENTS = "--tidar.block_sizes 2 8 --tidar.random_block_offset --tidar.place_weights 1 1 1 1 .5 .5 .5 .5"
+EXPERIMENTS = f"--tidar.block_sizes 2 16 --tidar.random_block_offset --tidar.place_weights {'1 .5 ' * 8}"
 CASES = {name: name for name in PATTERNS} | {
     "tidar, all experiments": f"tidar {EXPERIMENTS} --tidar.diffusion_share 0.5",
     "tidar_split, experiments": f"tidar_split {EXPERIMENTS} --tidar.clean_ratio 0.3",

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 
 def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, below=None, beside=None) -> Any:
-    """A field with its meaning and its range: minimum <= value <= maximum, above < value < below; or value == beside."""
+    """A field, its meaning, its range: minimum <= value <= maximum and above < value < below, or value == beside."""
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "beside": beside}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -74,8 +74,8 @@ class Tidar:
     )
     diffusion_share: float = option(
         1.0,
-        "experiment: share of a row's tokens that the diffusion loss trains, in whole blocks drawn anew in every epoch; "
-        "the others are not part of the model's input; all of them in a validation",
+        "experiment: share of a row's tokens that the diffusion loss trains, in whole blocks drawn anew each epoch; "
+        "other blocks are not part of the model's input; all of them in a validation",
         above=0,
         maximum=1,
     )

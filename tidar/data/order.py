@@ -16,10 +16,10 @@ Sample = tuple[int, int]  # epoch, row
 class TrainingOrder:
     """The endless order of samples: every epoch holds each row once, shuffled by (seed, epoch).
 
-    Yields epoch and row of each sample of this rank's micro-batches, from sample number `first_sample` of the run on. An optimizer step
-    takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does not depend on how
-    these three make up their product: micro-batch m of rank r takes slice m * world_size + r. The row of a sample is
-    computed from its number, so there is no list of them to hold or to save.
+    Yields epoch and row of each sample of this rank's micro-batches, from sample number `first_sample` of the run on.
+    An optimizer step takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does
+    not depend on how these three make up their product: micro-batch m of rank r takes slice m * world_size + r. The row
+    of a sample is computed from its number, so there is no list of them to hold or to save.
     """
 
     def __init__(self, n_rows: int, seed: int, first_sample: int, local_batch_size: int, rank: int, world_size: int):
@@ -68,7 +68,8 @@ def validation_order(
 ) -> list[list[Sample]]:
     """Samples of this rank's validation batches: all rows in turn, or those of the first `max_batches` (-1: all).
 
-    They are of epoch 0 whenever they are seen, so that what is drawn for a row repeats. Ranks get equally many batches of equal size, the last of them filled up with EMPTY_ROW.
+    They are of epoch 0 whenever they are seen, so that what is drawn for a row repeats. Ranks get equally many batches
+    of equal size, the last of them filled up with EMPTY_ROW.
     """
     stride = local_batch_size * world_size
     n_batches = -(-n_rows // stride)

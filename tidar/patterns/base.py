@@ -40,7 +40,8 @@ class Documents:
     """Where the documents of packed rows lie. Each run of equal ids in a row is one document.
 
     `index` (number of the document in its row), `position` (place inside the document), `end` (the token after the
-    document's last): all `[batch, seq_len]`, int32. `packed`: whether any row holds more than one. `blocks`: what the pattern has drawn, None where it draws nothing.
+    document's last): all `[batch, seq_len]`, int32. `packed`: whether any row holds more than one. `blocks`: what the
+    pattern has drawn, None where it draws nothing.
     """
 
     index: Tensor

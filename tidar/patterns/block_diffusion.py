@@ -1,9 +1,9 @@
 """Block diffusion, BD3-LM (Arriola et al. 2025, arXiv 2503.09573): a clean half, then a noisy one.
 
-A noisy block sees the clean blocks before it and itself, both ways; a clean block sees the clean blocks up to itself, both
-ways inside. There is no autoregressive loss. The schedule and its weights are those of
-`tidar.patterns.halves.mask_at_random`, the linear schedule of the paper's likelihood bound; its clipped schedules, which
-draw t from a part of the range, are not here.
+A noisy block sees the clean blocks before it and itself, both ways; a clean block sees the clean blocks up to itself,
+both ways inside. There is no autoregressive loss. The schedule and its weights are those of
+`tidar.patterns.halves.mask_at_random`, the linear schedule of the paper's likelihood bound; its clipped schedules,
+which draw t from a part of the range, are not here.
 
 Worked example, one document of 4 tokens, blocks of 2 (rows are queries, columns keys):
 

@@ -7,7 +7,7 @@ from tidar.config import UserError
 from tidar.patterns.base import LOSSES, PADDING, Documents, MaskMod, ModelBatch, Pattern, dense_pieces, key_ranges
 
 # longest row whose mask is evaluated at all its points
-LONGEST = 4096
+LONGEST = 2048
 
 
 def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
@@ -29,7 +29,7 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a user's code raises
-        raise UserError(f"{about}: its layout or mask_mod fails on a row of {seq_len} tokens ({_named(error)})") from None
+        raise UserError(f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_named(error)})") from None
     _check_rows(about, pattern, rows, seq_len)
     _check_value(about, mask_mod, rows.documents)
     positions = rows.input_ids.shape[1]

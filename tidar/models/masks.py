@@ -77,17 +77,14 @@ def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = 
     listed = torch.stack([tiles, tiles.mT])
     lengths = listed.sum(dim=-1, dtype=torch.int32)
     indices = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True).int()
+    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+    names += ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices")
+    lists = [*lengths.flatten(0, 1), *indices.flatten(0, 1)]
     positions = ranges[0][0].shape[1]
     return BlockMask(
         seq_lengths=(positions, positions),
-        kv_num_blocks=lengths[0, 0],
-        kv_indices=indices[0, 0],
-        full_kv_num_blocks=lengths[0, 1],
-        full_kv_indices=indices[0, 1],
-        q_num_blocks=lengths[1, 0],
-        q_indices=indices[1, 0],
-        full_q_num_blocks=lengths[1, 1],
-        full_q_indices=indices[1, 1],
+        # each in memory of its own, whose start is aligned as kernels want it
+        **{name: tensor.clone() for name, tensor in zip(names, lists)},
         BLOCK_SIZE=(tile, tile),
         mask_mod=mask_mod,
     )

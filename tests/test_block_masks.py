@@ -7,8 +7,8 @@ from reference import ids_of, random_lengths
 from test_patterns import random_pattern
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from tidar.models import block_mask_of_ranges, count_pairs, tile_counts
-from tidar.patterns import PATTERNS, dense_pieces, key_ranges
+from tidar.models import block_mask_of_ranges, build_block_mask, count_pairs, tile_counts
+from tidar.patterns import PATTERNS, Tidar, dense_pieces, key_ranges
 
 
 def listed(block_mask, of: str) -> list[list[int]]:
@@ -44,6 +44,25 @@ def test_direct_equals_generic():
         assert tile_counts(key_ranges(mask_mod), tile).equal(counts)
         assert count_pairs(mask_mod, 2, positions, torch.device("cpu")) == dense.sum()
     assert len(kinds) == 8  # each list was empty once and filled once
+
+
+class Window(Tidar):
+    """Another mask, made from TiDAR's."""
+
+    def mask_mod(self, documents):
+        tidar_mask = super().mask_mod(documents)
+        return lambda b, h, q, k: tidar_mask(b, h, q, k) & ((q - k).abs() % 256 < 60)
+
+
+def test_a_mask_made_from_one_of_ranges_is_evaluated():
+    pattern = Window(block_size=4)
+    documents = pattern.documents(ids_of([512]), [0])
+    mask_mod = pattern.mask_mod(documents)
+    found = build_block_mask(mask_mod, 1, 1024, torch.device("cpu"))
+    expected = create_block_mask(mask_mod, 1, None, 1024, 1024, device="cpu")
+    tidar = build_block_mask(Tidar(block_size=4).mask_mod(documents), 1, 1024, torch.device("cpu"))
+    assert listed(found, "full_kv") == listed(expected, "full_kv") != listed(tidar, "full_kv")
+    assert listed(found, "kv") == listed(expected, "kv") and found.BLOCK_SIZE == expected.BLOCK_SIZE
 
 
 def test_a_mask_of_points_is_counted_in_pieces(monkeypatch):

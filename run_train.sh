@@ -3,6 +3,8 @@
 #
 #   ./run_train.sh [--section.option value ...]
 #
+# SIGTERM and SIGUSR1 make the run save and stop.
+#
 # From the environment:
 #   NGPU         processes on this machine (default: its GPUs, or 1 without any)
 #   CONFIG_FILE  options of the run (default: train_configs/debug.toml beside this script)

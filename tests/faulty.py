@@ -1,6 +1,7 @@
-"""python tests/faulty.py hang|stop|kill|slow ARGS: tidar.train with a fault of rank 1 in its third step, once.
+"""python tests/faulty.py hang|stop|kill|slow|slow_commit ARGS: tidar.train, rank 1 at fault in its third step, once.
 
-slow is none: each of that step's micro-batches takes a second more, and rank 0's export too long for the others.
+slow is none: each of that step's micro-batches takes a second more, and rank 0's export too long for the others. Nor is
+slow_commit: a checkpoint takes a minute to get its name.
 """
 
 import os
@@ -11,6 +12,9 @@ import time
 import uneven  # noqa: F401  (registers the source)
 
 from tidar import train
+from tidar.training.checkpoint import Checkpointer
+
+FAULTS = ("hang", "stop", "kill", "slow", "slow_commit")
 
 
 class Faulty(train.Trainer):
@@ -18,7 +22,7 @@ class Faulty(train.Trainer):
 
     def forward(self, rows, weights):
         first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if self.world.rank == 1 and self.step == 2 and first_attempt:
+        if self.world.rank == 1 and self.step == 2 and first_attempt and FAULT != "slow_commit":
             if self.passed_at is None:
                 self.passed_at = time.time()
                 print(f"fault at {self.passed_at}", flush=True)
@@ -37,6 +41,8 @@ class Faulty(train.Trainer):
 
 
 if __name__ == "__main__":
-    FAULT = sys.argv.pop(1)
+    FAULT = sys.argv.pop(next(i for i, word in enumerate(sys.argv) if word in FAULTS))
+    if FAULT == "slow_commit":
+        Checkpointer._commit = lambda *_: time.sleep(60)
     train.Trainer = Faulty
     train.main()

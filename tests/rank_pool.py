@@ -6,6 +6,7 @@ A pool starts its processes once; each run then takes as long as it computes.
 import json
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -37,7 +38,8 @@ class RankPool:
     def run(self, ranks: int, *options: str, weights: Path | None = None, faults: list = ()) -> list[dict]:
         """Trains on so many ranks, and saves what was trained to the file `weights`.
 
-        faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row".
+        faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row", or
+        whose files cannot grow beyond a megabyte from that step on, as on a full "disk".
 
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
         "error" if it has ended with one of the user's.
@@ -91,6 +93,8 @@ def main() -> None:
             if torch.is_grad_enabled():
                 self.targets.append(len(rows.targets["ar"].labels))
                 what = self.faults.get(str(self.step + 1))
+                if what == "disk":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
                 if what == "loss":
                     loss = loss * math.inf
                 if what == "row":
@@ -123,6 +127,7 @@ def main() -> None:
             trainer.train()
         except UserError as raised:
             error = str(raised)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         if case["weights"]:
             whole = {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
             if trainer.world.rank == 0:

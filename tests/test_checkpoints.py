@@ -1,8 +1,9 @@
 """Checkpoints that are not whole do not count, and old ones go only when a newer one is whole."""
 
-import fcntl
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,9 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, train):
     leave_world()
     next(damages(newest / "__0_0.distcp"))
     first, second = list_checkpoints(tmp_path)
-    assert re.fullmatch(r"step +2 +0\.\d+ GiB  whole  \d{4}-.*  4 samples", first)
-    assert re.fullmatch(r"step +4 +0\.\d+ GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  8 samples", second)
+    holds = r"model 1,624,384 float32  optimizer 3,248,768 float32  random state of 1 rank"
+    assert re.fullmatch(rf"step +2 +0\.\d+ GiB  whole  \d{{4}}-.*  4 samples  \d+ tokens  {holds}", first), first
+    assert re.fullmatch(rf"step +4 .* GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  {holds}", second), second
     train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
     assert losses(tmp_path) == expected and read_manifest(newest)["about"]["step"] == 4
 
@@ -95,11 +97,19 @@ def test_a_folder_is_one_runs(tmp_path, train):
     train(tmp_path, "--training.steps", "1")
     leave_world()
     written = (tmp_path / "metrics.jsonl").read_text()
-    with open(tmp_path / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is in it, process .*; wait for its end, or choose another"):
-            train(tmp_path, "--training.steps", "2")
+    hold = "import sys; from pathlib import Path; from tidar.training.run_lock import RunLock; "
+    hold += "lock = RunLock(Path(sys.argv[1])); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(
+        UserError, match=f"another run is in it, process {holder.pid} on .*; wait for its end, or choose another"
+    ):
+        train(tmp_path, "--training.steps", "2")
     leave_world()
+    holder.kill()
+    holder.wait()
     assert (tmp_path / "metrics.jsonl").read_text() == written
     train(tmp_path, "--training.steps", "2")
 

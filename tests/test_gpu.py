@@ -13,8 +13,8 @@ from test_block_masks import listed
 from test_patterns import expected_mask, random_pattern
 
 from tidar.config import load_config
-from tidar.distributed import leave_world
 from tidar.data import Batch
+from tidar.distributed import leave_world
 from tidar.models import (
     Decoder,
     MaskBuilder,

@@ -66,6 +66,9 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
     code, output, seconds = train_with("kill", tmp_path, restarts=0)
     assert code != 0 and seconds < TIMEOUT + 5
     assert re.search(r"rank +: 1", output) and "SIGKILL" in output
+    # the SIGTERM that rank 0 gets for it is no request to save
+    assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-1", "step-2"]
 
 
 def test_a_rank_that_dies_is_brought_back(tmp_path):

@@ -122,6 +122,7 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
         "checkpoint",
         "data",
         ".lock",
+        "outcome.json",
     }
     again = train_here(tmp_path / "again", "--job.config_file", str(tmp_path / "config.toml"), "--training.steps", "1")
     assert again.config.optimizer.lr == 2e-3

@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 import uneven  # noqa: F401  (registers the source)
 from safetensors.torch import load_file, save_file
 from small_models import make_model
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
@@ -270,6 +272,39 @@ def test_metadata_of_a_checkpoint_runs_no_code(tmp_path):
     make_model("qwen3").save_pretrained(tmp_path / "folder")
     (tmp_path / "folder" / ".metadata").write_bytes(pickle.dumps(Malicious(trap)))
     from_pretrained(tmp_path / "folder")
+    assert not trap.exists() and not (tmp_path / "out").exists()
+
+
+def test_tensors_of_a_checkpoint_run_no_code(tmp_path):
+    """A tensor's bytes are another pickle, or it is an item of bytes, which DCP would unpickle freely."""
+    run, trap = tmp_path / "run", tmp_path / "trap"
+    run_of_no_steps(run)
+    step = run / "checkpoint" / "step-0"
+    honest, data = (step / ".metadata").read_bytes(), step / "__0_0.distcp"
+    name = "model.norm.weight"
+    for saved in (
+        lambda file: torch.save({"a": Malicious(trap)}, file),
+        lambda file: pickle.dump(Malicious(trap), file),
+    ):
+        for as_bytes in (False, True):
+            metadata = pickle.loads(honest)
+            (index,) = (index for index in metadata.storage_data if index.fqn == name)
+            with data.open("ab") as file:
+                start = file.tell()
+                saved(file)
+                end = file.tell()
+            metadata.storage_data[index] = _StorageInfo("__0_0.distcp", start, end - start)
+            if as_bytes:
+                metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            (step / ".metadata").write_bytes(pickle.dumps(metadata))
+            write_manifest(step, describe(step, file_names(step)), {"step": 0})
+            for act in (
+                lambda: run_of_no_steps(run),
+                lambda: run_of_no_steps(tmp_path / "new", "--checkpoint.initial_load_path", str(step)),
+                lambda: export(step, tmp_path / "out", torch.bfloat16),
+            ):
+                with pytest.raises(UserError, match="cannot be restored|is not the metadata|cannot be read from it"):
+                    act()
     assert not trap.exists() and not (tmp_path / "out").exists()
 
 

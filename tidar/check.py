@@ -5,14 +5,17 @@ Checks the options against each other, the devices, the data and the dump folder
 prepared yet, on node 0, trains nothing, and prints the number of processes to start here and torchrun's options.
 """
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from tidar.config import (
+    Config,
     UserError,
     in_range,
     load_config,
@@ -25,6 +28,10 @@ from tidar.models import Decoder, check_weights, open_weights, resolve_backend
 from tidar.patterns import checked_pattern, loss_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.manifest import saved_steps
+from tidar.training.run_lock import RunLock
+
+# torchrun's own, and what Slurm sends before a job's time is over (--signal=B:USR1@300)
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def main() -> None:
@@ -42,10 +49,11 @@ def main() -> None:
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         loss_weights(config, checked_pattern(config, mask_token_id=0))
         folder = make_dump_folder(config)
-        answer = f"{processes} --nproc_per_node {processes} {launcher}"
+        answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"
         if node:
             print(answer)  # node 0 looks after the data, which all nodes share
             return
+        lock = RunLock(folder)
         inputs = load_inputs(config)
         if inputs.warning:
             print(inputs.warning, file=sys.stderr)
@@ -54,7 +62,16 @@ def main() -> None:
         if weights:
             with torch.device("meta"):
                 check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)
+        del lock
         print(answer)
+
+
+def signal_options(config: Config) -> str:
+    """torchrun's options for the signals that it passes on, and for how long the processes may save after one."""
+    options = f"--signals_to_handle {SIGNALS}"
+    if "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}:  # torch 2.12 has none
+        options += f" --shutdown_timeout {config.comm.save_timeout_seconds}"
+    return options
 
 
 def launcher_options() -> tuple[str, int, int]:

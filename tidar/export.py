@@ -4,9 +4,11 @@ The folder loads in plain transformers as the ordinary Qwen model, which is TiDA
 and little memory: it goes through the weights by rows. --list RUN tells a run's checkpoints, and which are whole.
 """
 
+import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ from tidar.models import (
     check_weights,
     decoder_config,
     read_config_json,
+    read_metadata,
     write_huggingface_folder,
 )
 from tidar.training.manifest import check_files, read_manifest, saved_steps
@@ -62,10 +65,28 @@ def list_checkpoints(run: Path) -> list[str]:
         except ValueError as error:
             problem, about = str(error), {}
         whole = f"NOT WHOLE: {problem}" if problem else "whole"
-        known = [about["saved"], f"{about['samples']} samples"] if about else []
-        known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
-        lines.append("  ".join([f"step {step:>8}", f"{size:9.3f} GiB", whole, *known]))
+        lines.append("  ".join([f"step {step:>8}", f"{size:9.3f} GiB", whole, *_contents(path, about)]))
     return lines
+
+
+def _contents(step: Path, about: dict[str, Any]) -> list[str]:
+    """What a checkpoint says of itself, and which tensors it has; nothing of what cannot be read."""
+    known = [about["saved"], f"{about['samples']:,} samples", f"{about['tokens']:,} tokens"] if about else []
+    known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
+    try:
+        tensors = read_metadata(step).state_dict_metadata
+    except UserError:
+        return known
+    counts: dict[tuple[str, str], int] = {}
+    for name, saved in tensors.items():
+        part = name.partition(".")[0]
+        if part in ("model", "optimizer") and saved.size:
+            kind = (part, str(saved.properties.dtype).removeprefix("torch."))
+            counts[kind] = counts.get(kind, 0) + math.prod(saved.size)
+    holds = [f"{part} {count:,} {dtype}" for (part, dtype), count in sorted(counts.items())]
+    ranks = sum(name.startswith("random.") and name.endswith(".cpu") for name in tensors)
+    holds.append(f"random state of {ranks} rank{'s' if ranks > 1 else ''}")
+    return [*known, *holds]
 
 
 def main() -> None:

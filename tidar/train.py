@@ -45,12 +45,14 @@ from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, validation_lines
+from tidar.training.outcome import Outcome
 from tidar.training.progress import Progress
 from tidar.training.reports import Reports
 from tidar.training.resume import about_checkpoint, check_model, check_options, compared_options
-from tidar.training.run_lock import held
+from tidar.training.run_lock import hold_folder
 from tidar.training.scores import score_sums, target_weights
 from tidar.training.skipping import TooManySkipped
+from tidar.training.stopping import StopRequests
 from tidar.training.summary import summarize
 from tidar.training.throughput import Throughput
 from tidar.training.updates import Updates
@@ -64,8 +66,15 @@ class Trainer:
         """Raises UserError for options that this machine, the data or the dump folder cannot serve."""
         self.config = config
         self.folder = make_dump_folder(config)
+        self.started = time.monotonic()
         self.world = join_world(config)
         self.device = self.world.device
+        self.group, save_group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.save_timeout_seconds))
+            for _ in range(2)
+        )
+        self.lock = hold_folder(self.folder, self.world, self.group, self.log)
+        self.outcome = Outcome(self.folder)
         make_deterministic(config)
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
@@ -95,7 +104,6 @@ class Trainer:
 
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.save_timeout_seconds))
         self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
 
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
@@ -107,15 +115,18 @@ class Trainer:
             self.progress.state | self.updates.state,
             self.world,
             self.group,
+            save_group,
             self.write_assets,
             self.log,
         )
         self.pace = Pace(self.device)
         self.throughput = Throughput(self.model.config, self.device)
+        restoring = time.perf_counter()
         self.checkpoint = self.checkpointer.newest() if config.checkpoint.enable else None
         if self.checkpoint:
             self.go_on()
-            self.start = f"goes on from {self.checkpoint}"
+            seconds = time.perf_counter() - restoring
+            self.start = f"goes on from {self.checkpoint}, checked and restored in {seconds:.1f} s"
         else:
             self.start = set_first_weights(self.model, self.spec, config)
         self.val_losses: dict[int, float] = {}
@@ -146,26 +157,33 @@ class Trainer:
             )
         )
         self.log(self.start)
-        if self.steps == 0 and not self.checkpoint:
-            self.save_first_weights()
-            return
-        if self.step >= self.steps:
-            self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
-            self.log("to train anew, choose another job.dump_folder or remove this one")
-            return
-        with held(self.folder, self.world, self.group):
-            self.run()
+        if self.world.rank == 0:
+            self.outcome.begin(step=self.step, steps=self.steps)
+            self.checkpointer.clean_up()
+        try:
+            if self.step < self.steps:
+                self.run()
+            elif not self.checkpoint:
+                self.save_first_weights()
+            else:
+                self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
+                self.log("to train anew, choose another job.dump_folder or remove this one")
+            self.tell_end()
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            raise
+        finally:
+            self.checkpointer.close()
+            if self.lock:
+                self.lock.release()
 
     def run(self) -> None:
-        """All steps that are left, in a folder that is this run's alone."""
+        """All steps that are left."""
         config = self.config
-        if self.world.rank == 0:
-            self.checkpointer.clean_up()
         self.write_options()
         first_step = self.step + 1
         self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
         self.reports = Reports(self.metrics, self.throughput, self.loss_weights, self.device, self.log)
-        batches = self.training_batches()
         if config.training.gc_freq:
             # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
             gc.collect()
@@ -173,7 +191,11 @@ class Trainer:
             gc.disable()
         self.throughput.restart()
         self.patience = config.comm.init_timeout_seconds
-        self.watchdog = Watchdog(self.world, self.patience)
+        self.watchdog = Watchdog(self.world, self.patience, self.fail)
+        minutes = config.checkpoint.max_wall_minutes
+        deadline = self.started + 60 * minutes if minutes else None
+        self.stops = StopRequests(self.world, self.group, deadline, self.fail)
+        batches = self.training_batches()
         try:
             while self.step < self.steps:
                 epoch = self.progress.epoch
@@ -187,13 +209,19 @@ class Trainer:
                     self.validate()
                 if config.checkpoint.export_epochs:
                     self.export_epoch(epochs_before=epoch)
-                if config.checkpoint.enable and self.is_due(config.checkpoint.interval):
+                self.stop_reason = self.stops.agreed(self.checkpointer.has_failed)
+                if config.checkpoint.enable and (self.stop_reason or self.is_due(config.checkpoint.interval)):
                     self.save()
                 self.updates.skipped.check()
+                if self.stop_reason:
+                    break
+            self.passes("the checkpoint", config.comm.save_timeout_seconds)
+            self.checkpointer.finish()
             self.wait_for_all("the end")
-        except TooManySkipped as reason:
-            self.stop_for(reason)
+        except TooManySkipped as skipped:
+            self.stop_for(skipped)
         finally:
+            self.stops.close()
             self.watchdog.stop()
             gc.enable()
             gc.unfreeze()
@@ -210,7 +238,10 @@ class Trainer:
 
         # the denominators of the losses: the targets of the whole step, over all ranks and micro-batches
         weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
-        dist.all_reduce(weights)
+        n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
+        counts = torch.cat([weights, n_tokens])
+        dist.all_reduce(counts)
+        weights, n_tokens = counts[:2], counts[2]
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
         for place, batch in enumerate(micro_batches, start=1):
             self.passes(f"step {number}: micro-batch {place}")
@@ -225,10 +256,11 @@ class Trainer:
 
         self.passes(f"step {number}: optimizer")
         rows = partial(self.training_order(self.progress.samples).first_rows, self.micro_batches)
+        self.checkpointer.before_update()
         grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
 
         epoch = self.progress.epoch
-        self.progress.add_step(self.global_batch_size, weights, sums)
+        self.progress.add_step(self.global_batch_size, n_tokens, weights, sums)
         if self.progress.epoch > epoch:
             self.reports.epoch(self.step, self.progress.epoch, *self.progress.take_epoch_sums())
         if self.is_due(config.metrics.log_freq):
@@ -237,6 +269,7 @@ class Trainer:
     def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         self.updates.settle()  # waits for the device
         scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
+        scalars |= self.checkpointer.take_stall()
         self.reports.step(self.step, self.steps, weights, sums, scalars)
 
     def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
@@ -300,19 +333,34 @@ class Trainer:
             self.checkpointer.save(self.step, self.about())
 
     def about(self) -> dict[str, object]:
-        val_loss = self.val_losses.get(self.step)
-        return about_checkpoint(self.config, self.global_batch_size, self.progress.samples, self.world.size, val_loss)
+        self.progress.count_time()
+        counts, val_loss = self.progress.counts(), self.val_losses.get(self.step)
+        return about_checkpoint(self.config, self.global_batch_size, counts, self.world.size, val_loss)
 
     def wait_for_all(self, place: str) -> None:
         """Before and after what only some ranks do, which may take long."""
         self.passes(place, self.config.comm.save_timeout_seconds)
         dist.barrier(self.group)
 
+    def tell_end(self) -> None:
+        saved = self.checkpointer.saved_path
+        told = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
+        if self.step < self.steps:
+            self.outcome.end("stopped", reason=self.stop_reason, **told)
+            text = f"saved in {saved}, from which the same command goes on" if saved else "nothing is saved"
+            self.log(f"stopped after step {self.step} by {self.stop_reason}: {text}")
+        else:
+            self.outcome.end("finished", reason="all steps are done", **told)
+
+    def fail(self, reason: str) -> None:
+        self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=self.step, steps=self.steps)
+
     def stop_for(self, reason: TooManySkipped) -> None:
         """Ends the run with what it had before the steps that were skipped."""
         saved = ""
         if self.config.checkpoint.enable:
             self.save()
+            self.checkpointer.finish()
             saved = f"\nthe state before them is saved in {self.checkpointer.folder / f'step-{self.step}'}"
         raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped}){saved}")
 
@@ -322,6 +370,7 @@ class Trainer:
             raise UserError("training.steps = 0: only saves the first weights, which checkpoint.enable = false forbids")
         self.write_options()
         self.checkpointer.save(0, self.about())
+        self.checkpointer.finish()
         self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
 
     def write_options(self) -> None:

@@ -261,6 +261,17 @@ class Checkpoint:
     )
     keep_every_n_steps: int = option(0, "checkpoints of each so many steps are kept too (0: none)", minimum=0)
     save_best: bool = option(False, "the checkpoint with the lowest val/loss is kept too, of those saved with one")
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = option(
+        "disabled",
+        "async: copy what is saved to the host's memory and write it while training goes on; async_with_pinned_mem: "
+        "copy beside the next step too, to page-locked memory that is kept (CUDA; elsewhere as async)",
+    )
+    on_error: Literal["stop", "continue"] = option(
+        "stop", "a checkpoint that cannot be written: stop the run, or warn and train on without it"
+    )
+    max_wall_minutes: float = option(
+        0.0, "save and stop after so many minutes, those of the start included (0: never)", minimum=0
+    )
     allow_changes: bool = option(
         False, "go on from a checkpoint although pattern, block size, seed, length, batch or data differ"
     )

@@ -1,6 +1,7 @@
 """Batches made in the background."""
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ def make_loader(
         num_workers=num_workers,
         # with their parent's memory: a corpus is mapped, and must not be copied
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         # the loader draws a seed for its workers; it must not touch the run's random state
         generator=torch.Generator(),
@@ -67,6 +69,12 @@ def _collate(pattern: Pattern, seed: int, samples: list[tuple[Sample, Row]]) -> 
     seeds = [derive_seed(seed, "pattern", *sample) for sample, _ in samples]
     rows = pattern.layout(tokens, document_ids, loss_mask, seeds)
     return Batch(rows, int((document_ids != PADDING).sum()))
+
+
+def _ignore_signals(worker: int) -> None:
+    """A launcher signals all processes of a rank, which decides for itself when its workers end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

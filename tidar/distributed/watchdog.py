@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 
@@ -28,8 +29,9 @@ class Watchdog:
     Collectives alone would end the run too, but cannot say whose fault it is.
     """
 
-    def __init__(self, world: World, patience: float):
-        """patience: seconds without progress with which all processes end."""
+    def __init__(self, world: World, patience: float, abort: Callable[[str], None]):
+        """patience: seconds without progress with which all processes end. abort: told why before this one does."""
+        self.abort = abort
         self.rank, self.size = world.rank, world.size
         self.progress = (0, "the start", patience, time.monotonic())
         if world.size == 1:
@@ -112,6 +114,8 @@ class Watchdog:
 
     def _end(self, message: str, is_at_fault: bool = False) -> None:
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
+        if message:
+            self.abort(message)
         if is_at_fault:
             print(f"rank {self.rank} hangs here:", file=sys.stderr)
             traceback.print_stack(_main_frame())

@@ -1,7 +1,7 @@
 """One decoder for the Qwen family, its sizes and first values, attention backends, Hugging Face weights in and out."""
 
 from tidar.models.attention import Mask, attention, resolve_backend
-from tidar.models.checkpoint_files import CheckpointReader
+from tidar.models.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
@@ -51,6 +51,7 @@ __all__ = [
     "load_weights",
     "open_weights",
     "read_config_json",
+    "read_metadata",
     "read_model",
     "recorded_model",
     "resolve_backend",

@@ -55,9 +55,7 @@ class BlockPattern(Pattern):
         size, offset = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (sizes, offsets))
         return Blocks(size, offset)
 
-    def block_bounds(
-        self, first: Tensor, place: Tensor, end: Tensor, blocks: Blocks | None
-    ) -> tuple[Tensor, Tensor]:
+    def block_bounds(self, first: Tensor, place: Tensor, end: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
         """First token of each token's block and the one after its last, `[batch, seq_len]` int32.
 
         What is cut into blocks begins at the token `first` and ends before `end`; `place`: of each token in it.

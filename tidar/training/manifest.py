@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ def saved_steps(run: Path) -> dict[int, Path]:
     return dict(sorted(paths.items()))
 
 
-def describe(folder: Path, names: Iterable[str]) -> dict[str, list]:
+def describe(folder: Path, names: Iterable[str], threads: int = 1) -> dict[str, list]:
     """Size and checksum of files of a folder, by name; all that they hold is on the disk when it returns."""
-    found = {}
-    for name in names:
+
+    def one(name: str) -> tuple[str, list]:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
-        found[name] = [(folder / name).stat().st_size, checksum(folder / name)]
-    return found
+        return name, [(folder / name).stat().st_size, checksum(folder / name)]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(pool.map(one, names))
 
 
 def file_names(folder: Path) -> list[str]:
@@ -77,18 +80,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_files(folder: Path, files: dict[str, list]) -> str | None:
+def check_files(folder: Path, files: dict[str, list], threads: int = 1) -> str | None:
     """What is wrong with the first of these files that is not as described, None where all are."""
-    for name, (size, expected) in files.items():
-        path = folder / name
+
+    def problem(name: str) -> str | None:
+        path, (size, expected) = folder / name, files[name]
         try:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if checksum(path) != expected:
-                return f"{name} is altered"
+            return f"{name} is altered" if checksum(path) != expected else None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-    return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        return next(filter(None, pool.map(problem, files)), None)
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

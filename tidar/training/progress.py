@@ -1,5 +1,7 @@
 """How far a run has come, and on which data."""
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,14 @@ class Progress:
         """n_rows: of the training data. data_identity: int64 that stands for the data and its order."""
         self.n_rows = n_rows
         self.data_identity = data_identity
+        self.clock = time.monotonic()
+        # seconds: of all processes that have trained the run, one after the other, their starts included;
         # epoch_sums: weight, nll, right arg-maxes of both losses since the last epoch's end
         self.state: dict[str, Tensor] = {
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
+            "tokens": torch.zeros((), dtype=torch.long, device=device),
+            "seconds": torch.zeros((), dtype=torch.float64),
             "rows": torch.tensor(n_rows),
             "data": torch.tensor(data_identity),
             "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=device),
@@ -35,11 +41,22 @@ class Progress:
         """Epochs done."""
         return self.samples // self.n_rows
 
-    def add_step(self, samples: int, weights: Tensor, sums: Tensor) -> None:
-        """Counts a step of so many samples, and its sums of `tidar.training.scores` where they are finite."""
+    def add_step(self, samples: int, tokens: Tensor, weights: Tensor, sums: Tensor) -> None:
+        """Counts a step of so many samples and tokens, and its sums of `tidar.training.scores` if these are finite."""
         self.state["step"] += 1
         self.state["samples"] += samples
+        self.state["tokens"] += tokens.long()
         self.state["epoch_sums"] += torch.where(sums.isfinite().all(), torch.cat([weights[None], sums]), 0)
+
+    def count_time(self) -> None:
+        """Adds the time since this was called last, or since this process began."""
+        now = time.monotonic()
+        self.state["seconds"] += now - self.clock
+        self.clock = now
+
+    def counts(self) -> dict[str, float]:
+        """Samples, tokens and seconds so far. Waits for the device."""
+        return {name: self.state[name].item() for name in ("samples", "tokens", "seconds")}
 
     def take_epoch_sums(self) -> tuple[list[float], list[list[float]]]:
         """Weights and sums of scores since this was called last."""

@@ -14,8 +14,17 @@ from tidar.patterns import EXPERIMENTS
 from tidar.training.manifest import read_manifest
 
 # options without which the same steps mean something else; the data is compared by what it holds (see Progress)
-COMPARED = ("tidar.pattern", "tidar.block_size", "training.seed", "training.seq_len", "training.global_batch_size")
-COMPARED += ("tidar.clean_ratio", *(f"tidar.{name}" for name in EXPERIMENTS))
+COMPARED = (
+    "tidar.pattern",
+    "tidar.block_size",
+    "tidar.clean_ratio",
+    *(f"tidar.{name}" for name in EXPERIMENTS),
+    "tidar.ar_loss_weight",
+    "tidar.diffusion_loss_weight",
+    "training.seed",
+    "training.seq_len",
+    "training.global_batch_size",
+)
 
 
 def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:
@@ -28,12 +37,12 @@ def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:
 
 
 def about_checkpoint(
-    config: Config, global_batch_size: int, samples: int, devices: int, val_loss: float | None
+    config: Config, global_batch_size: int, counts: dict[str, float], devices: int, val_loss: float | None
 ) -> dict:
-    """What the manifest of a checkpoint says of the run that saves it."""
+    """What the manifest of a checkpoint says of the run that saves it. counts: see `Progress.counts`."""
     return {
         "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "samples": samples,
+        **counts,
         "devices": devices,
         "val_loss": val_loss,
         "compared": compared_options(config, global_batch_size),

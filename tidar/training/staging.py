@@ -1,0 +1,95 @@
+"""Copies of a run's state in the host's memory, which are written while training changes the state."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+# each tensor's place in the pinned buffer begins at a multiple of this
+ALIGNMENT = 64
+
+
+class Staging:
+    """Takes copies of tensors on this rank: how, checkpoint.async_mode says.
+
+    "disabled" takes none: the tensors themselves are written, before training goes on. "async" copies at once.
+    "async_with_pinned_mem" keeps a page-locked buffer and copies on a stream of its own, beside the next forward and
+    backward passes; `before_update` then holds the device, not the host, until all is copied.
+    """
+
+    def __init__(self, mode: str, device: torch.device):
+        self.mode = mode
+        self.overlaps = mode == "async_with_pinned_mem" and device.type == "cuda"
+        self.buffers: dict[str, Tensor] = {}
+        self.copied: torch.cuda.Event | None = None
+        self.waits: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if self.overlaps:
+            self.stream = torch.cuda.Stream()
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, by name, on the host; they may be read after `finish`. The copies of the call
+        before are gone.
+        """
+        if self.mode == "disabled":
+            return tensors
+        if not self.overlaps:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        if not self.buffers:
+            self.buffers, self.whole = _pinned_like(tensors)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for name, tensor in tensors.items():
+                self.buffers[name].copy_(tensor.detach(), non_blocking=True)
+            self.copied = self.stream.record_event()
+        return self.buffers
+
+    def finish(self) -> None:
+        """Waits for the copies. Any thread may."""
+        if self.copied:
+            self.copied.synchronize()
+
+    def before_update(self) -> None:
+        """On the thread that took them, before any of the tensors changes on the device."""
+        if self.copied:
+            stream = torch.cuda.current_stream()
+            self.waits = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.waits[0].record()
+            stream.wait_event(self.copied)
+            self.waits[1].record()
+            self.copied = None
+
+    def device_wait(self) -> float:
+        """Seconds for which `before_update` held the device since this was last asked. Waits for the device."""
+        waits, self.waits = self.waits, None
+        if not waits:
+            return 0.0
+        waits[1].synchronize()
+        return waits[0].elapsed_time(waits[1]) / 1000
+
+    def close(self) -> None:
+        """Gives the buffer back."""
+        if self.buffers:
+            self.stream.synchronize()
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self.whole.data_ptr())))
+            self.buffers = {}
+
+
+def _pinned_like(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Page-locked tensors of these shapes and types, and the buffer that holds them all: torch's own allocator would
+    round each up to a power of two.
+    """
+    offsets, end = {}, 0
+    for name, tensor in tensors.items():
+        offsets[name] = end
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    memory = mmap.mmap(-1, max(end, ALIGNMENT))
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)))
+    buffers = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offsets[name])
+            buffers[name] = flat.view(tensor.shape)
+        else:
+            buffers[name] = torch.empty_like(tensor, device="cpu")
+    return buffers, whole

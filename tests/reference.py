@@ -1,41 +1,87 @@
-"""Slow references in plain loops, written from the paper's rules and not from the code under test."""
+"""Slow references in plain loops, written from the papers' rules and not from the code under test."""
 
 import random
 
 import torch
 
 
-def tidar_mask(document_lengths: list[int], block_size: int) -> torch.Tensor:
-    """Dense mask of one row, one position at a time: clean half first."""
-    seq_len = sum(document_lengths)
+def places(document_lengths: list[int]) -> tuple[list[int], list[int]]:
+    """Number of the document, and place in it, of each token of a row."""
     document, place = [], []
     for number, length in enumerate(document_lengths):
         document += [number] * length
         place += range(length)
-    mask = torch.zeros(2 * seq_len, 2 * seq_len, dtype=torch.bool)
-    for q in range(seq_len):
-        for k in range(seq_len):
+    return document, place
+
+
+def block_of(place: int, block_size: int, offset: int = 0) -> int:
+    """Number of the block in which a place lies, counted one token at a time."""
+    number, left = 0, block_size - offset
+    for _ in range(place):
+        left -= 1
+        if left == 0:
+            number, left = number + 1, block_size
+    return number
+
+
+def pattern_mask(
+    pattern: str,
+    document_lengths: list[int],
+    block_size: int,
+    offset: int = 0,
+    clean_ratio: float = 0.5,
+    shown: list[int] | None = None,
+) -> torch.Tensor:
+    """Dense mask of one row, one pair at a time. shown: the token of each noisy position, -1 for none."""
+    document, place = places(document_lengths)
+    seq_len = len(place)
+    block = [block_of(p, block_size, offset) for p in place]
+    shown = list(range(seq_len)) if shown is None else shown
+    if pattern in ("causal", "tidar_split"):
+        shown = []
+    n_clean = [int(document_lengths[d] * clean_ratio) if pattern == "tidar_split" else seq_len for d in document]
+    # what each position is: (kind, token)
+    positions = [("clean" if place[t] < n_clean[t] else "split", t) for t in range(seq_len)]
+    positions += [("noisy", t) for t in shown]
+    mask = torch.zeros(len(positions), len(positions), dtype=torch.bool)
+    for at_q, (q_kind, q) in enumerate(positions):
+        for at_k, (k_kind, k) in enumerate(positions):
+            if q == -1 or k == -1:
+                mask[at_q, at_k] = at_q == at_k
+                continue
             if document[q] != document[k]:
                 continue
-            i, j = place[q], place[k]
-            block_start = i - i % block_size
-            block_end = block_start + block_size
-            mask[q, k] = j <= i
-            mask[seq_len + q, k] = j < block_start
-            mask[seq_len + q, seq_len + k] = block_start <= j < block_end
+            if (q_kind, k_kind) == ("clean", "clean"):
+                sees = block[k] <= block[q] if pattern == "block_diffusion" else place[k] <= place[q]
+            elif (q_kind, k_kind) == ("noisy", "clean"):
+                sees = block[k] < block[q]
+            elif (q_kind, k_kind) == ("noisy", "noisy"):
+                sees = block[k] == block[q]
+            elif (q_kind, k_kind) == ("split", "clean"):
+                sees = True
+            elif (q_kind, k_kind) == ("split", "split"):
+                blocks = [block_of(place[t] - n_clean[t], block_size, offset) for t in (q, k)]
+                sees = blocks[0] == blocks[1]
+            else:
+                sees = False
+            mask[at_q, at_k] = sees
     return mask
 
 
-def tidar_targets(tokens, document_lengths: list[int], loss_mask, block_size: int):
+def tidar_mask(document_lengths: list[int], block_size: int) -> torch.Tensor:
+    """Dense mask of one row of TiDAR, clean half first."""
+    return pattern_mask("tidar", document_lengths, block_size)
+
+
+def tidar_targets(tokens, document_lengths: list[int], loss_mask, block_size: int, offset: int = 0):
     """(model position, label, weight, place in the block) of each target of one row: for AR, for diffusion."""
-    ar, diffusion, start = [], [], 0
-    for length in document_lengths:
-        for i in range(1, length):
-            t = start + i
-            if loss_mask[t] > 0:
-                ar.append((t - 1, tokens[t], loss_mask[t], i % block_size))
-                diffusion.append((len(tokens) + t, tokens[t], loss_mask[t], i % block_size))
-        start += length
+    ar, diffusion = [], []
+    _, place = places(document_lengths)
+    for t, i in enumerate(place):
+        if i > 0 and loss_mask[t] > 0:
+            in_block = sum(block_of(j, block_size, offset) == block_of(i, block_size, offset) for j in range(i))
+            ar.append((t - 1, tokens[t], loss_mask[t], in_block))
+            diffusion.append((len(tokens) + t, tokens[t], loss_mask[t], in_block))
     return ar, diffusion
 
 

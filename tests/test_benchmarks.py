@@ -37,7 +37,7 @@ def test_profile_tells_every_kind_and_its_floor():
     output = run("profile", *SMALL)
     table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
     times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
-    assert times["products"][0] > times["products"][1] > 0 and times["attention forward"][0] > 0
+    assert min(*times["products"], *times["attention forward"], *times["norm and elementwise"]) > 0
     *parts, whole = times.values()
     assert sum(floor for _, floor in parts) - whole[1] < 0.1
     assert "aten::mm" in output

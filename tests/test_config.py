@@ -63,6 +63,11 @@ BAD_FILES = {
     "[compile]\nenable = 1": ["compile.enable = 1: must be auto|true|false"],
     "[data]\npaths = 'a'": ['data.paths = "a": must be list of texts'],
     "[tidar]\nblock_size = 0": ["tidar.block_size = 0: must be integer >= 1"],
+    "[tidar]\nclean_ratio = 0": ["tidar.clean_ratio = 0: must be number > 0 and < 1"],
+    "[tidar]\nclean_ratio = 1.0": ["tidar.clean_ratio = 1.0: must be number > 0 and < 1"],
+    "[tidar]\ndiffusion_share = 1.1": ["tidar.diffusion_share = 1.1: must be number > 0 and <= 1"],
+    "[tidar]\nblock_sizes = [4, 1.5]": ["tidar.block_sizes = [4, 1.5]: must be list of integers >= 1"],
+    "[tidar]\nblock_sizes = [4, 65]\n[training]\nseq_len = 64": ["block_sizes = [4, 65]: must be at most"],
     "[tidar]\nblock_size = 65\n[training]\nseq_len = 64": ["block_size = 65: must be at most training.seq_len = 64"],
     "[tidar]\nar_loss_weight = 0\ndiffusion_loss_weight = 0": ["tidar.ar_loss_weight", "one of them must be above 0"],
     "[parallelism]\ngradient_reduction = 'step'\nfsdp_reshard_after_forward = 'always'": [
@@ -95,6 +100,7 @@ BAD_ARGUMENTS = {
     ("--validation.steps", "0"): "validation.steps = 0: must be integer >= 1, or -1",
     ("--optimizer.lr", "-1e-3"): "optimizer.lr = -1e-3: must be number > 0",
     ("--training.steps",): "argument --training.steps: expected one argument",
+    ("--tidar.block_sizes", "4", "x"): 'tidar.block_sizes = ["4", "x"]: must be list of integers >= 1',
     ("steps=3",): "unexpected argument steps=3",
     ("--training.deterministic", "yes"): "training.deterministic = yes: must be true|false",
 }

@@ -113,22 +113,22 @@ def test_a_shuffle_is_a_permutation():
 
 def test_every_cut_of_a_batch_sees_the_same_samples():
     """Steps of 12 samples from sample 8 on, over the ends of epochs of 31 rows."""
-    expected = [row for batch in take(TrainingOrder(31, 5, 0, 1, 0, 1), 140) for row in batch]
+    expected = [sample for batch in take(TrainingOrder(31, 5, 0, 1, 0, 1), 140) for sample in batch]
     for epoch in range(4):
-        assert sorted(expected[31 * epoch : 31 * (epoch + 1)]) == list(range(31))
-    assert expected[:31] != expected[31:62]
-    assert take(TrainingOrder(31, 6, 0, 1, 0, 1), 31) != [[row] for row in expected[:31]]
+        assert sorted(expected[31 * epoch : 31 * (epoch + 1)]) == [(epoch, row) for row in range(31)]
+    assert [row for _, row in expected[:31]] != [row for _, row in expected[31:62]]
+    assert take(TrainingOrder(31, 6, 0, 1, 0, 1), 31) != [[sample] for sample in expected[:31]]
     for local_batch_size, world_size in ((12, 1), (3, 1), (6, 2), (2, 2), (1, 3), (4, 3)):
         micro_batches = 12 // (local_batch_size * world_size)
         ranks = [
             take(TrainingOrder(31, 5, 8, local_batch_size, rank, world_size), 10 * micro_batches)
             for rank in range(world_size)
         ]
-        seen = [row for micro_batch in zip(*ranks) for rows in micro_batch for row in rows]
+        seen = [sample for micro_batch in zip(*ranks) for samples in micro_batch for sample in samples]
         assert seen == expected[8:128]
 
 
-def take(order, n: int) -> list[list[int]]:
+def take(order, n: int) -> list[list[tuple[int, int]]]:
     iterator = iter(order)
     return [next(iterator) for _ in range(n)]
 
@@ -137,7 +137,9 @@ def test_validation_sees_every_row_once():
     for n_rows, local_batch_size, world_size in ((10, 2, 2), (7, 3, 1), (3, 2, 3), (8, 2, 2)):
         ranks = [validation_order(n_rows, -1, local_batch_size, rank, world_size) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
-        rows = [row for batches in ranks for batch in batches for row in batch]
+        samples = [sample for batches in ranks for batch in batches for sample in batch]
+        rows = [row for epoch, row in samples]
+        assert all(epoch == 0 for epoch, _ in samples)
         assert sorted(row for row in rows if row >= 0) == list(range(n_rows))
         assert [len(batches) for batches in validation_orders_of_two(n_rows, local_batch_size, world_size)] == [
             min(2, len(ranks[0]))
@@ -187,11 +189,24 @@ def test_python_source(tmp_path):
 def test_background_workers_change_nothing():
     rows = PackedRows([random_corpus(random.Random(3), 16)], 16)
     pattern = get_pattern("tidar", block_size=4, mask_token_id=0)
-    order = [[0, 1], [2, -1]]
+    order = [[(0, 0), (0, 1)], [(1, 2), (0, -1)]]
     state = torch.get_rng_state()
-    for here, there in zip(make_loader(rows, order, pattern, 0, False), make_loader(rows, order, pattern, 2, False)):
+    loaders = [make_loader(rows, order, pattern, 0, workers, pin_memory=False) for workers in (0, 2)]
+    for here, there in zip(*loaders):
         assert here.rows.input_ids.equal(there.rows.input_ids)
         assert here.rows.targets["ar"].index.equal(there.rows.targets["ar"].index)
-        assert here.allowed_pairs == there.allowed_pairs == pattern.allowed_pairs(here.rows.documents.lengths())
     assert there.n_tokens == sum(length for _, length in rows.pieces(2)[1])
     assert torch.get_rng_state().equal(state)
+
+
+def test_what_is_drawn_for_a_row_follows_seed_epoch_and_row():
+    rows = PackedRows([random_corpus(random.Random(3), 16)], 16)
+    pattern = get_pattern("tidar_random", block_size=4, mask_token_id=0)
+
+    def laid_out(seed: int, *samples: tuple[int, int]) -> list[list[int]]:
+        (batch,) = make_loader(rows, [list(samples)], pattern, seed, num_workers=0, pin_memory=False)
+        return batch.rows.input_ids.tolist()
+
+    first, second = laid_out(5, (3, 0), (3, 1))
+    assert laid_out(5, (2, 7), (3, 1), (3, 0))[1:] == [second, first]
+    assert len({str(laid_out(seed, (epoch, 0))) for seed in (5, 6) for epoch in range(4)}) > 4

@@ -8,24 +8,35 @@ from functools import partial
 import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
-from reference import ids_of, random_lengths, tidar_mask
+from reference import ids_of, random_lengths
 from results import read_metrics
+from test_block_masks import listed
+from test_patterns import expected_mask, random_pattern
 
 from tidar.config import load_config
+from tidar.data import Batch
 from tidar.distributed import leave_world
-from tidar.models import Decoder, MaskBuilder, attention, decoder_config, initialize, size_config
+from tidar.models import (
+    Decoder,
+    MaskBuilder,
+    attention,
+    block_mask_of_points,
+    build_block_mask,
+    count_pairs,
+    decoder_config,
+    initialize,
+    size_config,
+)
 from tidar.objective import Objective, _fused_score_logits, _score_logits
-from tidar.patterns import Documents, get_pattern
+from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-def dense_reference(lengths, block_size, q, k, v):
-    """Output and gradients in float64, with SDPA under the mask made by plain loops."""
-    dense = tidar_mask(lengths, block_size)[None, None].to(CUDA)
-    return output_and_gradients((q, k, v), dense, torch.float64)
+def on_cuda(documents: Documents) -> Documents:
+    return Batch(documents, n_tokens=0).to(CUDA).rows
 
 
 def output_and_gradients(inputs, mask, kind, **options):
@@ -39,29 +50,37 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_flex_equals_the_dense_loops(dtype, rounding):
+def test_flex_equals_the_dense_loops(dtype, rounding, name):
     """One attention, forward and backward, against SDPA in float64 under the mask made by plain loops."""
+    torch._dynamo.reset()
     rng = random.Random(0)
     for seq_len in (128, 77, 300):
-        lengths, block_size = random_lengths(rng, seq_len), rng.randint(1, 20)
-        q, k, v = (torch.randn(1, heads, 2 * seq_len, 32, device=CUDA, dtype=dtype) for heads in (6, 2, 2))
-        documents = Documents.from_ids(ids_of(lengths).to(CUDA))
-        block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flex")(documents)
-        expected = dense_reference(lengths, block_size, q, k, v)
+        lengths = random_lengths(rng, seq_len)
+        pattern = random_pattern(name, rng, rng.randint(1, 20))
+        documents = pattern.documents(ids_of(lengths), [seq_len])
+        dense = expected_mask(name, pattern, documents, 0, lengths)[None, None].to(CUDA)
+        q, k, v = (torch.randn(1, heads, dense.shape[-1], 32, device=CUDA, dtype=dtype) for heads in (6, 2, 2))
+        block_mask = MaskBuilder(pattern, "flex")(on_cuda(documents))
+        expected = output_and_gradients((q, k, v), dense, torch.float64)
         for pair in zip(output_and_gradients((q, k, v), block_mask, dtype), expected):
             assert relative(*pair) < rounding
 
 
-def test_flash_equals_the_dense_loops():
+@pytest.mark.parametrize("name", PATTERNS)
+def test_flash_equals_the_dense_loops(name):
     """The same with FlashAttention-4's kernels: documents that share a row, and one that fills it."""
     pytest.importorskip("flash_attn.cute")
-    block_size = 8
+    torch._dynamo.reset()
+    pattern = random_pattern(name, random.Random(0), 8)
     for lengths in ([700], [40, 500, 1, 159]):
-        q, k, v = (torch.randn(1, heads, 1400, 128, device=CUDA, dtype=torch.bfloat16) for heads in (6, 2, 2))
-        documents = Documents.from_ids(ids_of(lengths).to(CUDA))
-        block_mask = MaskBuilder(get_pattern("tidar", block_size=block_size), "flash")(documents)
-        expected = dense_reference(lengths, block_size, q, k, v)
+        documents = pattern.documents(ids_of(lengths), [1])
+        dense = expected_mask(name, pattern, documents, 0, lengths)[None, None].to(CUDA)
+        shape = dense.shape[-1], 128
+        q, k, v = (torch.randn(1, heads, *shape, device=CUDA, dtype=torch.bfloat16) for heads in (6, 2, 2))
+        block_mask = MaskBuilder(pattern, "flash")(on_cuda(documents))
+        expected = output_and_gradients((q, k, v), dense, torch.float64)
         found = output_and_gradients((q, k, v), block_mask, torch.bfloat16, flash=True)
         errors = [relative(*pair) for pair in zip(found, expected)]
         print(lengths, errors)
@@ -137,10 +156,18 @@ class Watched(Trainer):
         self.compiled.append(self.graphs["unique_graphs"])
 
 
-def test_training_compiles_once(tmp_path):
-    """Packed rows with ever different numbers of targets: nothing compiles after step 2 but the first validation."""
+@pytest.mark.parametrize(
+    "experiments",
+    ["", "--tidar.block_sizes 4 8 --tidar.random_block_offset --tidar.diffusion_share 0.5"],
+    ids=["plain", "mixed blocks"],
+)
+def test_training_compiles_once(tmp_path, experiments):
+    """Packed rows with ever different numbers of targets: nothing compiles after step 2 but the first validation.
+
+    Nor where block sizes, offsets and the blocks that are trained differ from row to row.
+    """
     torch._dynamo.reset()
-    options = "--data.source uneven --validation.share 0.17 --training.seq_len 128"
+    options = f"{experiments} --data.source uneven --validation.share 0.17 --training.seq_len 128"
     options += " --training.local_batch_size 4 --training.steps 16"
     options += " --training.loss_chunk_size 50 --validation.freq 8 --metrics.log_freq 8"
     options += f" --checkpoint.enable false --job.dump_folder {tmp_path}"
@@ -155,6 +182,49 @@ def test_training_compiles_once(tmp_path):
     assert after_steps[0] > 0
     assert len(set(after_steps[1:])) == 1
     assert len(after_validation) == 10 and len(set(after_validation)) == 1
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_direct_block_mask_equals_the_evaluated_one(name):
+    """On the device: tiles, their order, pairs; and it is built without a wait for the device."""
+    torch._dynamo.reset()
+    rng = random.Random(5)
+    for number in range(4):
+        lengths = [random_lengths(rng, 1000) for _ in range(2)]
+        pattern = random_pattern(name, rng, rng.randint(1, 300))
+        pattern.diffusion_share = 1.0
+        documents = on_cuda(pattern.documents(torch.cat([ids_of(row) for row in lengths]), [number, number + 1]))
+        mask_mod, positions = pattern.mask_mod(documents), pattern.model_positions(1000)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            direct = build_block_mask(pattern.mask_mod(documents), 2, positions, CUDA)
+            pairs = count_pairs(mask_mod, 2, positions, CUDA)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        evaluated = block_mask_of_points(mask_mod, 2, positions, CUDA)
+        for of in ("kv", "full_kv", "q", "full_q"):
+            assert listed(direct, of) == listed(evaluated, of)
+        del mask_mod.key_ranges  # as a user's mask is counted
+        assert pairs == count_pairs(mask_mod, 2, positions, CUDA)
+
+
+def test_another_pattern_compiles_at_most_once():
+    """Rows of ever new documents and blocks under each pattern, in batches of one shape, forward and backward."""
+    torch._dynamo.reset()
+    rng = random.Random(6)
+    graphs = Watched.graphs
+    q, k, v = (torch.randn(2, heads, 256, 32, device=CUDA, requires_grad=True) for heads in (6, 2, 2))
+    for name in PATTERNS:
+        seq_len = 128 if name in ("tidar", "tidar_random", "block_diffusion") else 256
+        before = graphs["unique_graphs"]
+        for number in range(5):
+            options = {"block_sizes": [4, 8, rng.randint(1, 30)], "random_block_offset": True}
+            pattern = get_pattern(name, **({} if name == "causal" else options))
+            ids = torch.cat([ids_of(random_lengths(rng, seq_len)) for _ in range(2)])
+            mask = MaskBuilder(pattern, "flex")(on_cuda(pattern.documents(ids, [number, -number])))
+            attention(q, k, v, mask).sum().backward()
+        print(name, graphs["unique_graphs"] - before)
+        assert graphs["unique_graphs"] - before <= 1
 
 
 def test_deterministic_runs_repeat_bit_for_bit(tmp_path):

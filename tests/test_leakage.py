@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from reference import ids_of, random_lengths, tidar_mask
+from test_patterns import expected_mask, random_pattern
 
 from tidar.models import Decoder, DecoderConfig, MaskBuilder, initialize
-from tidar.patterns import Documents, get_pattern
-from tidar.patterns.tidar import Tidar
+from tidar.patterns import PATTERNS, Documents, Pattern, Tidar, get_pattern
 
 VOCAB, MASK_TOKEN = 32, 31
 
@@ -33,13 +33,14 @@ def make_model(n_layers: int) -> Decoder:
     return model
 
 
-def influence(pattern: Tidar, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def influence(pattern: Pattern, lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Which input (column) moves which output (row) of a one-layer model: embeddings, and values of the attention.
 
     Both `[positions, positions]` bool. The second sees what a position's own residual stream hides in the first.
     """
     model = make_model(n_layers=1)
-    batch = pattern.layout(torch.randint(0, 30, (1, sum(lengths))), ids_of(lengths), torch.ones(1, sum(lengths)))
+    tokens = torch.randint(0, 30, (1, sum(lengths)))
+    batch = pattern.layout(tokens, ids_of(lengths), torch.ones(1, sum(lengths)), [seed])
     inputs = []
     for module in (model.embed_tokens, model.layers[0].self_attn.v_proj):
         module.register_forward_hook(lambda module, args, output: inputs.append(output))
@@ -61,12 +62,23 @@ def layouts():
         yield lengths, rng.randint(1, 6)
 
 
-def test_gradients_flow_exactly_where_the_mask_allows():
-    for lengths, block_size in layouts():
-        pattern = get_pattern("tidar", block_size=block_size, mask_token_id=MASK_TOKEN)
-        expected = tidar_mask(lengths, block_size)
-        of_embeddings, of_values = influence(pattern, lengths)
-        assert of_embeddings.equal(expected) and of_values.equal(expected), (lengths, block_size)
+def patterns(name: str):
+    """Plain, and with what its options draw."""
+    rng = random.Random(7)
+    for seed, (lengths, block_size) in enumerate(layouts()):
+        options = {} if name == "causal" else {"block_size": block_size, "mask_token_id": MASK_TOKEN}
+        yield get_pattern(name, **options), lengths, seed
+        pattern = random_pattern(name, rng, block_size)
+        pattern.mask_token_id = MASK_TOKEN
+        yield pattern, lengths, seed
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_gradients_flow_exactly_where_the_mask_allows(name):
+    for pattern, lengths, seed in patterns(name):
+        expected = expected_mask(name, pattern, pattern.documents(ids_of(lengths), [seed]), 0, lengths)
+        of_embeddings, of_values = influence(pattern, lengths, seed)
+        assert of_embeddings.equal(expected) and of_values.equal(expected), (pattern, lengths)
 
 
 # each bound of the mask, shifted by one: (query half, key half, what is seen instead), i and j places in the document
@@ -106,6 +118,30 @@ def test_a_shifted_bound_is_seen(shift):
     assert not of_values.equal(expected)
     # a position always sees itself through the residual stream
     assert shift == "clean sees not itself" or not of_embeddings.equal(expected)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_token_changes_no_prediction_of_itself(name):
+    """Through four layers, changed in whichever half it stands; it does move others, so the test is not blind."""
+    model = make_model(n_layers=4)
+    moved_elsewhere = 0
+    for pattern, lengths, seed in patterns(name):
+        seq_len = sum(lengths)
+        # the row as it is, then with each of its tokens changed
+        tokens = torch.randint(0, 30, (1, seq_len)).repeat(seq_len + 1, 1)
+        tokens[1:] = (tokens[1:] + torch.eye(seq_len, dtype=torch.long)) % 30
+        ids = ids_of(lengths).repeat(seq_len + 1, 1)
+        batch = pattern.layout(tokens, ids, torch.ones_like(tokens), [seed] * (seq_len + 1))
+        with torch.no_grad():
+            logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+        moved = ((logits - logits[0]).abs() > 1e-12).any(dim=-1)
+        for targets in batch.targets.values():
+            row, position = targets.index // logits.shape[1], targets.index % logits.shape[1]
+            by_row = targets.labels.view(seq_len + 1, -1)
+            is_own = (by_row != by_row[0]).flatten()
+            assert is_own.sum() <= seq_len and not moved[row[is_own], position[is_own]].any(), (pattern, lengths)
+            moved_elsewhere += moved[row[~is_own], position[~is_own]].sum()
+    assert moved_elsewhere > 0
 
 
 def test_a_token_changes_only_what_may_see_it():

@@ -429,7 +429,7 @@ def test_warnings_tell_what_is_left_to_do(convert):
     script = changed(SCRIPT, tidar_clean_ratio=0.75, existing_key=1, qwen_model_path=str(ROOT))
     deepspeed = changed(FP16, train_batch_size=..., gradient_accumulation_steps=2, fp16__gradient_cliping=1)
     ratio, batch, script_key, deepspeed_key = convert(script, deepspeed).warnings
-    assert "train_config.json: tidar_clean_ratio = 0.75" in ratio
+    assert "train_config.json: tidar_clean_ratio = 0.75: is of tidar.pattern = tidar_split" in ratio
     assert "training.global_batch_size" in batch and "4 x 2 x devices" in batch
     assert "train_config.json: existing_key = 1: not known" in script_key
     assert "ds_config.json: fp16.gradient_cliping = 1: not known" in deepspeed_key
@@ -442,6 +442,7 @@ REFUSED = [
     ({"start_epoch": 100}, {}, "start_epoch = 100: must be less than num_epochs = 100"),
     ({"run_mode": "eval"}, {}, 'run_mode = "eval": must be "train"'),
     ({"max_len": "4096"}, {}, 'max_len = "4096": must be integer >= 4'),
+    ({"tidar_clean_ratio": 1}, {}, "= 1: becomes tidar.clean_ratio = 1.0: must be number > 0 and < 1"),
     ({"max_len": 8}, {}, "tidar.block_size = 8: must be at most training.seq_len = 4"),
     ({"num_workers": -1}, {}, "num_workers = -1: becomes data.num_workers = -1: must be integer >= 0"),
     ({}, {"train_batch_size": 30}, "train_batch_size = 30: must be a multiple of train_micro_batch_size_per_gpu = 4"),

@@ -68,7 +68,7 @@ def test_two_steps_and_a_validation_by_hand(tmp_path):
     order = iter(TrainingOrder(len(trainer.training_rows), 0, 0, 1, 0, 1))
     moments = {}
     for step in range(1, STEPS + 1):
-        scores = [score_row(model, trainer.training_rows[next(order)[0]]) for _ in range(6)]
+        scores = [score_row(model, trainer.training_rows[row]) for ((_, row),) in itertools.islice(order, 6)]
         means = {}
         for loss in ("ar", "diffusion"):
             targets = [target for row in scores for target in row[loss]]

@@ -25,7 +25,7 @@ from tidar.config import (
 )
 from tidar.distributed import check_device_count, check_offload, logging_ranks, resolve_degrees
 from tidar.models import Decoder, check_weights, open_weights, resolve_backend
-from tidar.patterns import get_pattern
+from tidar.patterns import checked_pattern, loss_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.manifest import saved_steps
 from tidar.training.run_lock import RunLock
@@ -47,7 +47,7 @@ def main() -> None:
         check_offload(config)
         resolve_global_batch_size(config, processes * nodes)
         resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        get_pattern(config.tidar.pattern)
+        loss_weights(config, checked_pattern(config, mask_token_id=0))
         folder = make_dump_folder(config)
         answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"
         if node:

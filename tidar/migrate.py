@@ -74,10 +74,10 @@ def convert_script(script: Keys, recipe: Recipe) -> None:
     halves = "counted both halves" + ("; the odd position is left out" if length % 2 else "")
     recipe.convert(script, "max_len", "training.seq_len", length // 2, halves)
 
-    ratio = script.take("tidar_clean_ratio", float, 0.5, minimum=0, maximum=1)
-    doubled = "has no effect yet: a row is doubled, so that there are as many masked as clean positions"
-    recipe.leave(script.said("tidar_clean_ratio", 0.5), doubled)
-    recipe.warnings += [f"{script.file}: tidar_clean_ratio = {ratio}: {doubled}"] if ratio != 0.5 else []
+    ratio = script.take("tidar_clean_ratio", float, 0.5)
+    split = "of tidar.pattern = tidar_split; the pattern tidar doubles a row, and has as many masked as clean positions"
+    recipe.convert(script, "tidar_clean_ratio", "tidar.clean_ratio", ratio, split)
+    recipe.warnings += [f"{script.file}: tidar_clean_ratio = {ratio}: is {split}"] if ratio != 0.5 else []
     if script.values.get("run_mode") not in (None, "train"):
         script.refuse("run_mode", '"train"')
     recipe.leave(script.said("run_mode", "train"), "tidar.train trains")

@@ -39,7 +39,7 @@ from tidar.distributed import (
 )
 from tidar.models import Decoder, MaskBuilder, resolve_backend
 from tidar.objective import Objective, TokenScores
-from tidar.patterns import ModelBatch, get_pattern
+from tidar.patterns import LOSSES, ModelBatch, Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint import Checkpointer
 from tidar.training.epoch_export import export_parameters
 from tidar.training.first_weights import set_first_weights
@@ -86,9 +86,6 @@ class Trainer:
             self.log(inputs.warning)
         self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
         self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
-        self.pattern = get_pattern(
-            config.tidar.pattern, block_size=config.tidar.block_size, mask_token_id=self.spec.mask_token_id
-        )
         self.dtype = dtype = arithmetic_dtype(config, self.device)
         backend = resolve_backend(
             config.model.attention_backend,
@@ -97,7 +94,12 @@ class Trainer:
             self.spec.decoder.head_dim,
             config.training.deterministic,
         )
-        self.mask_builder = MaskBuilder(self.pattern, backend)
+        self.pattern = checked_pattern(config, self.spec.mask_token_id)
+        self.validation_pattern = configured_pattern(config, self.spec.mask_token_id, training=False)
+        self.mask_builder, self.validation_mask_builder = (
+            MaskBuilder(pattern, backend) for pattern in (self.pattern, self.validation_pattern)
+        )
+
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
@@ -107,7 +109,7 @@ class Trainer:
         self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
 
-        self.loss_weights = {"ar": config.tidar.ar_loss_weight, "diffusion": config.tidar.diffusion_loss_weight}
+        self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
         self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
 
@@ -255,6 +257,7 @@ class Trainer:
             self.passes(f"step {number}: micro-batch {place}")
             prepare_backward(self.model, config, self.world.shard_group.size(), is_last=place == self.micro_batches)
             loss, scores = self.forward(batch.rows, weights)
+            self.throughput.count_pairs(self.mask_builder.allowed_pairs(batch.rows.documents))
             self.updates.backward(loss)
             self.updates.skipped.note(batch.rows, scores)
             sums += score_sums(batch.rows.targets, scores)
@@ -281,11 +284,12 @@ class Trainer:
 
     def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
         """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
-        denominators = dict(zip(self.loss_weights, weights))
+        denominators = dict(zip(LOSSES, weights))
+        build_mask = self.mask_builder if torch.is_grad_enabled() else self.validation_mask_builder
         return self.model(
             rows.input_ids,
             rows.position_ids,
-            self.mask_builder(rows.documents),
+            build_mask(rows.documents),
             head=lambda hidden, weight: self.objective(hidden, weight, rows.targets, denominators),
         )
 
@@ -306,9 +310,9 @@ class Trainer:
         self.passes("validation", config.comm.init_timeout_seconds)
         with self.throughput.paused():
             scalars = validate(
-                self.loader(self.held_out_rows, order),
+                self.loader(self.held_out_rows, order, self.validation_pattern),
                 score,
-                block_size=config.tidar.block_size,
+                block_size=self.validation_pattern.block_size,
                 loss_weights=self.loss_weights,
                 device=self.device,
             )
@@ -390,15 +394,16 @@ class Trainer:
 
     def training_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands, without an end."""
-        return iter(self.loader(self.training_rows, self.training_order(self.progress.samples)))
+        return iter(self.loader(self.training_rows, self.training_order(self.progress.samples), self.pattern))
 
     def training_order(self, first_sample: int) -> TrainingOrder:
         training, world = self.config.training, self.world
         n_rows = len(self.training_rows)
         return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
 
-    def loader(self, rows: PackedRows, order) -> DataLoader:
-        return make_loader(rows, order, self.pattern, self.config.data.num_workers, self.device.type == "cuda")
+    def loader(self, rows: PackedRows, order, pattern: Pattern) -> DataLoader:
+        options, pins = self.config, self.device.type == "cuda"
+        return make_loader(rows, order, pattern, options.training.seed, options.data.num_workers, pins)
 
     def end_first_step(self) -> None:
         """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""

@@ -16,7 +16,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
 from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.models import Mask, MaskBuilder, attention, resolve_backend
-from tidar.patterns import Documents
 from tidar.train import Trainer
 
 REPEATS = 10
@@ -39,16 +38,15 @@ def median_ms(work: Callable[[], object], device: torch.device) -> float:
 def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
     """Masks by name, and the pairs that each allows."""
     (batch,) = first_batches(trainer, 1)
-    rows, seq_len = batch.rows.documents.index.shape
-    positions = batch.rows.input_ids.shape[1]
+    rows, positions = batch.rows.input_ids.shape
     build = MaskBuilder(trainer.pattern, backend)
-    whole = Documents.from_ids(torch.zeros_like(batch.rows.documents.index))
+    packed, whole = batch.rows.documents, trainer.pattern.documents(torch.zeros_like(batch.rows.documents.index))
     causal = None
     if backend != "sdpa":
         causal = create_block_mask(_causal, None, None, positions, positions, device=trainer.device)
     return {
-        "packed rows": (build(batch.rows.documents), batch.allowed_pairs),
-        "one document": (build(whole), trainer.pattern.allowed_pairs(torch.full((rows,), seq_len))),
+        "packed rows": (build(packed), int(build.allowed_pairs(packed))),
+        "one document": (build(whole), int(build.allowed_pairs(whole))),
         "plain causal": (causal, rows * positions * (positions + 1) // 2),
     }
 

@@ -67,7 +67,8 @@ class TimedTrainer(Trainer):
 
     def count(self, batch: Batch) -> Batch:
         self.work[-1][0] += batch.n_tokens
-        self.work[-1][1] += batch_flops(self.spec.decoder, batch.rows, batch.allowed_pairs)
+        pairs = int(self.mask_builder.allowed_pairs(batch.rows.documents))
+        self.work[-1][1] += batch_flops(self.spec.decoder, batch.rows, pairs)
         return batch
 
     def measured(self) -> list[Step]:

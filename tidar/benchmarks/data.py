@@ -67,7 +67,7 @@ def start(folder: Path) -> str:
     training, held_out = make_rows(config, load_data(config, None))
     order = TrainingOrder(len(training), 0, 0, 8, 0, 1)
     pattern = get_pattern("tidar", block_size=8, mask_token_id=1000)
-    next(iter(make_loader(training, order, pattern, num_workers=1, pin_memory=False)))
+    next(iter(make_loader(training, order, pattern, seed=0, num_workers=1, pin_memory=False)))
     padding = 1 - training.n_tokens / len(training) / 2048
     return (
         f"{training.n_documents:,} documents in {len(training):,} rows of 2048 ({padding:.3%} padding), "

@@ -173,6 +173,8 @@ def _from_text(text: Any, kind: Any) -> Any:
             return kind(text)
         if kind == list[float]:
             return [float(item) for item in text]
+        if kind == list[int]:
+            return [int(item) for item in text]
     except ValueError:
         return text
     if kind is bool or typing.get_origin(kind) is typing.Literal:
@@ -191,7 +193,7 @@ def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
 
 
 def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
-    minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
+    minimum, maximum, above, below = (field.metadata[bound] for bound in ("minimum", "maximum", "above", "below"))
     if field.metadata["beside"] is not None and value == field.metadata["beside"]:
         return True
     return (
@@ -199,18 +201,26 @@ def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
         and (minimum is None or value >= minimum)
         and (maximum is None or value <= maximum)
         and (above is None or value > above)
+        and (below is None or value < below)
     )
 
 
 def _allowed(field: dataclasses.Field) -> str:
     if typing.get_origin(field.type) is typing.Literal:
         return "|".join(_show(choice) for choice in typing.get_args(field.type))
-    words = {int: "integer", float: "number", bool: "true|false", str: "text", list[float]: "list of numbers"}.get(
-        field.type, "list of texts"
-    )
-    minimum, maximum, above = (field.metadata[bound] for bound in ("minimum", "maximum", "above"))
+    words = {
+        int: "integer",
+        float: "number",
+        bool: "true|false",
+        str: "text",
+        list[float]: "list of numbers",
+        list[int]: "list of integers",
+    }.get(field.type, "list of texts")
+    minimum, maximum, above, below = (field.metadata[bound] for bound in ("minimum", "maximum", "above", "below"))
     if above is not None:
         words += f" > {above}"
+        words += f" and < {below}" if below is not None else ""
+        words += f" and <= {maximum}" if maximum is not None else ""
     if minimum is not None:
         words += f" {in_range(minimum, maximum)}"
     if field.metadata["beside"] is not None:
@@ -260,6 +270,8 @@ def _check_together(config: Config) -> None:
     block_size, seq_len = config.tidar.block_size, config.training.seq_len
     if block_size > seq_len:
         raise UserError(f"tidar.block_size = {block_size}: must be at most training.seq_len = {seq_len}")
+    if max(config.tidar.block_sizes, default=0) > seq_len:
+        raise UserError(f"tidar.block_sizes = {config.tidar.block_sizes}: must be at most training.seq_len = {seq_len}")
     if config.tidar.ar_loss_weight + config.tidar.diffusion_loss_weight == 0:
         raise UserError("tidar.ar_loss_weight = tidar.diffusion_loss_weight = 0: one of them must be above 0")
     parallelism = config.parallelism

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, beside=None) -> Any:
-    """A field with its meaning and its range: minimum <= value <= maximum, value > above; or value == beside."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "beside": beside}
+def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, below=None, beside=None) -> Any:
+    """A field, its meaning, its range: minimum <= value <= maximum and above < value < below, or value == beside."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "beside": beside}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,8 +39,11 @@ class Model:
 class Tidar:
     """The method: which positions see which, and how the two losses are weighed."""
 
-    pattern: str = option("tidar", "attention pattern, one of those in tidar/patterns")
+    pattern: str = option(
+        "tidar", "tidar, tidar_split, tidar_random, block_diffusion, causal, or your own: my_package.my_file:MyPattern"
+    )
     block_size: int = option(8, "tokens drafted together (at most training.seq_len)", minimum=1)
+    clean_ratio: float = option(0.5, "tidar_split: share of a document's tokens that stays clean", above=0, below=1)
     mask_token_id: int = option(
         -1,
         "token of masked positions (-1: the first id after the tokenizer's last; the vocabulary grows if it must)",
@@ -54,6 +57,30 @@ class Tidar:
     )
     ar_loss_weight: float = option(1.0, "weight of the autoregressive loss", minimum=0)
     diffusion_loss_weight: float = option(1.0, "weight of the diffusion loss", minimum=0)
+    block_sizes: list[int] = option(
+        [],
+        "experiment: each row takes one of these in place of block_size, drawn anew in every epoch; a validation keeps "
+        "block_size",
+        minimum=1,
+    )
+    random_block_offset: bool = option(
+        False,
+        "experiment: the first block of all documents of a row is shorter, by a number drawn anew in every epoch; not "
+        "in a validation",
+    )
+    place_weights: list[float] = option(
+        [],
+        "experiment: weight of each place of a block in the diffusion loss, one number for each place of the largest "
+        "block; all alike in a validation",
+        minimum=0,
+    )
+    diffusion_share: float = option(
+        1.0,
+        "experiment: share of a row's tokens that the diffusion loss trains, in whole blocks drawn anew each epoch; "
+        "other blocks are not part of the model's input; all of them in a validation",
+        above=0,
+        maximum=1,
+    )
 
 
 @dataclass

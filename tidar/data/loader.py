@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tidar.config import derive_seed
+from tidar.data.order import Sample
 from tidar.data.packing import PackedRows, Row
 from tidar.patterns import PADDING, ModelBatch, Pattern
 
 
 @dataclass
 class Batch:
-    """A micro-batch: what the model sees, and how much it is.
-
-    n_tokens: tokens of documents, padding not counted. allowed_pairs: query-key pairs of the mask.
-    """
+    """A micro-batch: what the model sees, and how many tokens of documents it is, padding not counted."""
 
     rows: ModelBatch
     n_tokens: int
-    allowed_pairs: int
 
     def pin_memory(self) -> "Batch":
         return _map_tensors(self, Tensor.pin_memory)
@@ -34,12 +32,28 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_loader(dataset: PackedRows, order, pattern: Pattern, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of `dataset` laid out by `pattern`, in `order`, prepared by `num_workers` background processes."""
+class _Samples:
+    """Rows by (epoch, row), which are given out with them."""
+
+    def __init__(self, rows: PackedRows):
+        self.rows = rows
+
+    def __getitem__(self, sample: Sample) -> tuple[Sample, Row]:
+        return sample, self.rows[sample[1]]
+
+
+def make_loader(
+    dataset: PackedRows, order, pattern: Pattern, seed: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """Batches of `dataset` laid out by `pattern`, in `order`, prepared by `num_workers` background processes.
+
+    order: an iterable of lists of samples. seed: all that is random about a sample is a function of it, the sample's
+    epoch and its row.
+    """
     return DataLoader(
-        dataset,
+        _Samples(dataset),
         batch_sampler=order,
-        collate_fn=partial(_collate, pattern),
+        collate_fn=partial(_collate, pattern, seed),
         num_workers=num_workers,
         # with their parent's memory: a corpus is mapped, and must not be copied
         multiprocessing_context="fork" if num_workers else None,
@@ -50,10 +64,11 @@ def make_loader(dataset: PackedRows, order, pattern: Pattern, num_workers: int, 
     )
 
 
-def _collate(pattern: Pattern, samples: list[Row]) -> Batch:
-    tokens, document_ids, loss_mask = (torch.stack(column) for column in zip(*samples))
-    rows = pattern.layout(tokens, document_ids, loss_mask)
-    return Batch(rows, int((document_ids != PADDING).sum()), pattern.allowed_pairs(rows.documents.lengths()))
+def _collate(pattern: Pattern, seed: int, samples: list[tuple[Sample, Row]]) -> Batch:
+    tokens, document_ids, loss_mask = (torch.stack(column) for column in zip(*(row for _, row in samples)))
+    seeds = [derive_seed(seed, "pattern", *sample) for sample, _ in samples]
+    rows = pattern.layout(tokens, document_ids, loss_mask, seeds)
+    return Batch(rows, int((document_ids != PADDING).sum()))
 
 
 def _ignore_signals(worker: int) -> None:

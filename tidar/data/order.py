@@ -10,14 +10,16 @@ import numpy as np
 from tidar.config import derive_seed
 from tidar.data.packing import EMPTY_ROW
 
+Sample = tuple[int, int]  # epoch, row
+
 
 class TrainingOrder:
     """The endless order of samples: every epoch holds each row once, shuffled by (seed, epoch).
 
-    Yields the rows of this rank's micro-batches, from sample number `first_sample` of the run on. An optimizer step
-    takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does not depend on how
-    these three make up their product: micro-batch m of rank r takes slice m * world_size + r. The row of a sample is
-    computed from its number, so there is no list of them to hold or to save.
+    Yields epoch and row of each sample of this rank's micro-batches, from sample number `first_sample` of the run on.
+    An optimizer step takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does
+    not depend on how these three make up their product: micro-batch m of rank r takes slice m * world_size + r. The row
+    of a sample is computed from its number, so there is no list of them to hold or to save.
     """
 
     def __init__(self, n_rows: int, seed: int, first_sample: int, local_batch_size: int, rank: int, world_size: int):
@@ -28,20 +30,20 @@ class TrainingOrder:
         self.rank = rank
         self.world_size = world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         sample = self.first_sample + self.rank * self.local_batch_size
         while True:
-            yield [self.row(number) for number in range(sample, sample + self.local_batch_size)]
+            yield [self.sample(number) for number in range(sample, sample + self.local_batch_size)]
             sample += self.local_batch_size * self.world_size
 
     def first_rows(self, micro_batches: int) -> list[int]:
         """The rows of the first so many micro-batches, in order."""
-        return [row for rows in islice(self, micro_batches) for row in rows]
+        return [row for samples in islice(self, micro_batches) for _, row in samples]
 
-    def row(self, sample: int) -> int:
-        """The row that is sample number `sample` of the run."""
-        epoch, position = divmod(sample, self.n_rows)
-        return shuffled(position, self.n_rows, f"{self.seed}/order/{epoch}")
+    def sample(self, number: int) -> Sample:
+        """Epoch and row of sample number `number` of the run."""
+        epoch, position = divmod(number, self.n_rows)
+        return epoch, shuffled(position, self.n_rows, f"{self.seed}/order/{epoch}")
 
 
 def shuffled(position: int, n: int, key: str) -> int:
@@ -63,17 +65,20 @@ def shuffled(position: int, n: int, key: str) -> int:
 
 def validation_order(
     n_rows: int, max_batches: int, local_batch_size: int, rank: int, world_size: int
-) -> list[list[int]]:
-    """Rows of this rank's validation batches: all in turn, or those of the first `max_batches` (-1: all).
+) -> list[list[Sample]]:
+    """Samples of this rank's validation batches: all rows in turn, or those of the first `max_batches` (-1: all).
 
-    Ranks get equally many batches of equal size, the last of them filled up with EMPTY_ROW.
+    They are of epoch 0 whenever they are seen, so that what is drawn for a row repeats. Ranks get equally many batches
+    of equal size, the last of them filled up with EMPTY_ROW.
     """
     stride = local_batch_size * world_size
     n_batches = -(-n_rows // stride)
     if max_batches != -1:
         n_batches = min(n_batches, max_batches)
     firsts = [batch * stride + rank * local_batch_size for batch in range(n_batches)]
-    return [[row if row < n_rows else EMPTY_ROW for row in range(first, first + local_batch_size)] for first in firsts]
+    return [
+        [(0, row if row < n_rows else EMPTY_ROW) for row in range(first, first + local_batch_size)] for first in firsts
+    ]
 
 
 def held_out_documents(n_documents: int, share: float, seed: int) -> np.ndarray:

@@ -4,18 +4,15 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidar.config import UserError
-from tidar.patterns import Documents, Pattern
 
 Mask = BlockMask | Tensor | None
 
-# FlexAttention fuses only when compiled, and so does the evaluation of a mask at all pairs. Shapes stay static: a block
-# size that becomes symbolic cannot be traced through create_block_mask (torch 2.11)
+# FlexAttention fuses only when compiled
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
-_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 # where FlashAttention-4's kernels under FlexAttention were seen to be right: types, size of heads, generation of GPUs
@@ -84,34 +81,3 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, det
     if deterministic:
         return "training.deterministic = true: its backward pass does not repeat bit for bit"
     return None
-
-
-class MaskBuilder:
-    """The mask of each batch as `backend` ("flex" or "sdpa") wants it, to be shared by all layers.
-
-    Built once per batch where rows are packed, and once per shape where every row is one document.
-    """
-
-    def __init__(self, pattern: Pattern, backend: str):
-        self.pattern = pattern
-        self.backend = backend
-        self.unpacked: dict[tuple[int, int], Mask] = {}
-
-    def __call__(self, documents: Documents) -> Mask:
-        batch, seq_len = documents.index.shape
-        if documents.packed:
-            return self._build(documents)
-        if (batch, seq_len) not in self.unpacked:
-            self.unpacked[batch, seq_len] = self._build(documents)
-        return self.unpacked[batch, seq_len]
-
-    @torch.no_grad()
-    def _build(self, documents: Documents) -> Mask:
-        device = documents.index.device
-        batch, seq_len = documents.index.shape
-        positions = self.pattern.model_positions(seq_len)
-        mask_mod = self.pattern.mask_mod(documents)
-        if self.backend == "sdpa":
-            return create_mask(mask_mod, batch, None, positions, positions, device=device)
-        create = _compiled_create_block_mask if device.type == "cuda" else create_block_mask
-        return create(mask_mod, batch, None, positions, positions, device=device)

@@ -1,17 +1,61 @@
 """The TiDAR idea: layout, mask and targets; one short file per pattern, and their registry."""
 
-from tidar.config import UserError
-from tidar.patterns.base import PADDING, Documents, MaskMod, ModelBatch, Pattern, Targets
+from tidar.patterns.base import (
+    LOSSES,
+    PADDING,
+    Blocks,
+    Documents,
+    KeyRange,
+    MaskMod,
+    ModelBatch,
+    Pattern,
+    Targets,
+    dense_pieces,
+    in_either,
+    in_range,
+    key_ranges,
+)
+from tidar.patterns.block_diffusion import BlockDiffusion
+from tidar.patterns.causal import Causal
+from tidar.patterns.checks import check_pattern
+from tidar.patterns.registry import (
+    EXPERIMENTS,
+    PATTERNS,
+    checked_pattern,
+    configured_pattern,
+    experiments,
+    get_pattern,
+    loss_weights,
+)
 from tidar.patterns.tidar import Tidar
+from tidar.patterns.tidar_random import TidarRandom
+from tidar.patterns.tidar_split import TidarSplit
 
-PATTERNS: dict[str, type[Pattern]] = {"tidar": Tidar}
-
-
-def get_pattern(name: str, **options) -> Pattern:
-    """The pattern of that name, made with its options. Raises UserError for an unknown name."""
-    if name not in PATTERNS:
-        raise UserError(f"tidar.pattern = {name}: must be one of {', '.join(PATTERNS)}")
-    return PATTERNS[name](**options)
-
-
-__all__ = ["PADDING", "PATTERNS", "Documents", "MaskMod", "ModelBatch", "Pattern", "Targets", "get_pattern"]
+__all__ = [
+    "EXPERIMENTS",
+    "LOSSES",
+    "PADDING",
+    "PATTERNS",
+    "BlockDiffusion",
+    "Blocks",
+    "Causal",
+    "Documents",
+    "KeyRange",
+    "MaskMod",
+    "ModelBatch",
+    "Pattern",
+    "Targets",
+    "Tidar",
+    "TidarRandom",
+    "TidarSplit",
+    "check_pattern",
+    "checked_pattern",
+    "configured_pattern",
+    "dense_pieces",
+    "experiments",
+    "get_pattern",
+    "in_either",
+    "in_range",
+    "key_ranges",
+    "loss_weights",
+]

@@ -5,6 +5,8 @@ import torch
 from tidar.models import DecoderConfig
 from tidar.patterns import ModelBatch
 
+# of a layer for each allowed query-key pair and query dimension: 4 forward, 8 backward
+ATTENTION_FLOPS = 12
 # dense bf16 rates of the datasheets, FLOP/s, by the first words of the device's name
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
@@ -20,17 +22,21 @@ PEAK_FLOPS = {
 def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pairs: int) -> float:
     """Forward and backward of `positions` model positions, `scored` of them projected to logits.
 
-    6 per matrix weight of the layers and position, 6 * vocab * dim per scored position, and per layer 12 per allowed
-    query-key pair and query dimension. Embedding look-ups and recomputation do not count.
+    6 per matrix weight of the layers and position, 6 * vocab * dim per scored position, and `attention_flops`.
+    Embedding look-ups and recomputation do not count.
     """
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     layer_weights = config.dim * heads + 3 * config.dim * config.hidden_dim
-    attention = 12 * allowed_pairs * config.n_heads * config.head_dim
     return (
         6 * config.n_layers * layer_weights * positions
-        + config.n_layers * attention
+        + attention_flops(config, allowed_pairs)
         + 6 * config.vocab_size * config.dim * scored
     )
+
+
+def attention_flops(config: DecoderConfig, allowed_pairs: int) -> float:
+    """Forward and backward."""
+    return ATTENTION_FLOPS * config.n_layers * allowed_pairs * config.n_heads * config.head_dim
 
 
 def batch_flops(config: DecoderConfig, rows: ModelBatch, allowed_pairs: int) -> float:

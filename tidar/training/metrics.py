@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from tidar.patterns import LOSSES
+
 
 class MetricWriter:
     """Writes scalars by step to <folder>/metrics.jsonl and <folder>/tb; every process but rank 0 writes nothing.
@@ -73,21 +75,22 @@ def step_line(step: int, steps: int, scalars: dict[str, float], seconds_left: fl
 
 def validation_lines(scalars: dict[str, float]) -> str:
     """Console lines for a validation: the means, then the drafts by place in the block."""
-    lines = [
-        f"validation  {_losses(scalars, 'val/')}  accuracy {scalars['val/accuracy']:.3f}, "
-        f"drafts {scalars['val/accuracy_diff']:.3f}"
-    ]
+    names = {"accuracy": "val/accuracy", "drafts": "val/accuracy_diff"}
+    accuracies = [f"{title} {scalars[name]:.3f}" for title, name in names.items() if name in scalars]
+    lines = [f"validation  {_losses(scalars, 'val/')}  {', '.join(accuracies)}"]
     if "val/accepted_prefix" in scalars:
         lines[0] += f"  accepted prefix {scalars['val/accepted_prefix']:.3f}"
     for title, name in (("diffusion loss", "val/diffusion_loss_at/"), ("draft accuracy", "val/accuracy_diff_at/")):
         values = [f"{value:.3f}" for key, value in scalars.items() if key.startswith(name)]
-        lines.append(f"  {title} by place in the block: {' '.join(values)}")
+        if values:
+            lines.append(f"  {title} by place in the block: {' '.join(values)}")
     return "\n".join(lines)
 
 
 def _losses(scalars: dict[str, float], prefix: str) -> str:
-    loss, ar_loss, diffusion_loss = (scalars[prefix + name] for name in ("loss", "ar_loss", "diffusion_loss"))
-    return f"loss {loss:.4f} (ar {ar_loss:.4f}, diffusion {diffusion_loss:.4f})"
+    parts = {loss: f"{prefix}{loss}_loss" for loss in LOSSES}
+    texts = [f"{loss} {scalars[name]:.4f}" for loss, name in parts.items() if name in scalars]
+    return f"loss {scalars[prefix + 'loss']:.4f} ({', '.join(texts)})"
 
 
 def format_duration(seconds: float) -> str:

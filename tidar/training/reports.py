@@ -40,7 +40,7 @@ class Reports:
     def epoch(self, step: int, epoch: int, weights: list[float], sums: list[list[float]]) -> None:
         """Of epoch number `epoch`, which ends with the step that takes its last row."""
         means = mean_scores(weights, sums, self.loss_weights)
-        scalars = {f"train/epoch_{name}": means[name] for name in ("loss", "ar_loss", "diffusion_loss")}
+        scalars = {f"train/epoch_{name}": value for name, value in means.items() if name.endswith("loss")}
         self.metrics.write(step, scalars)
         texts = [f"{name} {value:.4f}" for name, value in scalars.items()]
         self.log(f"epoch {epoch} ends  {'  '.join(texts)}")

@@ -10,12 +10,15 @@ import torch
 from tidar import __version__
 from tidar.config import Config, UserError
 from tidar.models import recorded_model
+from tidar.patterns import EXPERIMENTS
 from tidar.training.manifest import read_manifest
 
 # options without which the same steps mean something else; the data is compared by what it holds (see Progress)
 COMPARED = (
     "tidar.pattern",
     "tidar.block_size",
+    "tidar.clean_ratio",
+    *(f"tidar.{name}" for name in EXPERIMENTS),
     "tidar.ar_loss_weight",
     "tidar.diffusion_loss_weight",
     "training.seed",

@@ -4,35 +4,39 @@ import torch
 from torch import Tensor
 
 from tidar.objective import TokenScores
-from tidar.patterns import Targets
+from tidar.patterns import LOSSES, Targets
 
-LOSSES = ("ar", "diffusion")
+# names of the arg-max accuracies
+ACCURACIES = {"ar": "accuracy", "diffusion": "accuracy_diff"}
 
 
 def target_weights(targets: dict[str, Targets]) -> Tensor:
-    """Sum of the target weights of each of LOSSES, `[2]` float64."""
-    return torch.stack([targets[loss].weights.double().sum() for loss in LOSSES])
+    """Sum of the target weights of each of LOSSES, `[2]` float64; 0 for one that the pattern does not have."""
+    sums = {loss: target.weights.double().sum() for loss, target in targets.items()}
+    none = torch.zeros_like(next(iter(sums.values())))
+    return torch.stack([sums.get(loss, none) for loss in LOSSES])
 
 
 def score_sums(targets: dict[str, Targets], scores: dict[str, TokenScores]) -> Tensor:
     """Weighted sums of nll (first row) and of right arg-maxes (second row) of each of LOSSES, `[2, 2]` float64."""
-    columns = []
-    for loss in LOSSES:
-        weights = targets[loss].weights.double()
-        columns.append(torch.stack([scores[loss].nll.double() @ weights, scores[loss].correct.double() @ weights]))
-    return torch.stack(columns, dim=1)
+    columns = {}
+    for loss, target in targets.items():
+        weights = target.weights.double()
+        columns[loss] = torch.stack([scores[loss].nll.double() @ weights, scores[loss].correct.double() @ weights])
+    none = torch.zeros_like(next(iter(columns.values())))
+    return torch.stack([columns.get(loss, none) for loss in LOSSES], dim=1)
 
 
 def mean_scores(weights: list[float], sums: list[list[float]], loss_weights: dict[str, float]) -> dict[str, float]:
-    """loss, ar_loss, diffusion_loss, accuracy, accuracy_diff of the sums; 0 where there was no target."""
-    (ar_loss, diffusion_loss), (accuracy, accuracy_diff) = (
-        [total / weight if weight else 0.0 for total, weight in zip(row, weights)] for row in sums
-    )
-    loss = (loss_weights["ar"] * ar_loss + loss_weights["diffusion"] * diffusion_loss) / sum(loss_weights.values())
-    return {
-        "loss": loss,
-        "ar_loss": ar_loss,
-        "diffusion_loss": diffusion_loss,
-        "accuracy": accuracy,
-        "accuracy_diff": accuracy_diff,
-    }
+    """loss, and of each of the pattern's losses its mean and its accuracy; 0 where there was no target.
+
+    loss_weights: of the losses that the pattern has. The names of one that it does not have are absent.
+    """
+    means, accuracies = {}, {}
+    for loss, weight, *totals in zip(LOSSES, weights, *sums):
+        if loss in loss_weights:
+            means[f"{loss}_loss"], accuracies[ACCURACIES[loss]] = (
+                total / weight if weight else 0.0 for total in totals
+            )
+    total = sum(weight * means[f"{loss}_loss"] for loss, weight in loss_weights.items())
+    return {"loss": total / sum(loss_weights.values())} | means | accuracies

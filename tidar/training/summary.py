@@ -5,8 +5,8 @@ import torch
 from tidar.config import Config
 from tidar.data import PackedRows
 from tidar.distributed import reshards_after_forward, resolve_degrees
-from tidar.models import Decoder
-from tidar.patterns import Pattern
+from tidar.models import Decoder, count_pairs
+from tidar.patterns import Pattern, experiments
 from tidar.training.flops import batch_flops
 
 
@@ -32,7 +32,9 @@ def summarize(
     rows = config.training.local_batch_size * micro_batches * world_size
     row = torch.zeros(1, seq_len, dtype=torch.long)
     batch = pattern.layout(row, row, torch.ones_like(row))
-    flops = batch_flops(model.config, batch, pattern.allowed_pairs(torch.tensor([seq_len])))
+    positions = pattern.model_positions(seq_len)
+    pairs = count_pairs(pattern.mask_mod(batch.documents), 1, positions, row.device)
+    flops = batch_flops(model.config, batch, int(pairs))
     padding = 1 - training_rows.n_tokens / (len(training_rows) * seq_len)
     long = training_rows.n_long / max(training_rows.n_documents, 1)
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
@@ -43,13 +45,14 @@ def summarize(
     if n_left_out:
         long_documents += f", {n_left_out:,} bad or empty ones left out"
     name = config.model.hf_path or config.model.name
+    blocks = [f"blocks of {config.tidar.block_size}"] if "diffusion" in pattern.losses else []
+    drawn = [f"{name} {value}" for name, value in experiments(config).items()]
     lines = {
         "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",
         "data": f"{config.data.source}, {training_rows.n_tokens:,} tokens of {training_rows.n_documents:,} documents "
         f"in {len(training_rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
         f"{len(held_out_rows):,} rows held out",
-        "pattern": f"{config.tidar.pattern}, blocks of {config.tidar.block_size}, "
-        f"{batch.input_ids.numel()} model positions a row",
+        "pattern": ", ".join([config.tidar.pattern, *blocks, *drawn, f"{positions} model positions a row"]),
         "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
         f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",

@@ -33,6 +33,8 @@ def validate(
         scores = score(rows)
         weights += target_weights(rows.targets)
         sums += score_sums(rows.targets, scores)
+        if "diffusion" not in rows.targets:
+            continue
         targets, drafts = rows.targets["diffusion"], scores["diffusion"]
         scored = torch.stack([torch.ones_like(drafts.nll), drafts.nll, drafts.correct]).double()
         by_place.index_add_(1, targets.place, scored * targets.weights)

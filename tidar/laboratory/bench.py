@@ -1,0 +1,138 @@
+"""How fast attention runs under a pattern's mask, on each backend, and whether it is right."""
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+from tidar.models import Mask, attention, block_mask_of_points, build_block_mask, count_pairs
+from tidar.patterns import Documents, Pattern, key_ranges
+from tidar.training.flops import ATTENTION_FLOPS
+
+# tokens of the row on which results are compared, and how far from float64 bfloat16 may be: relative, in the 2-norm
+CHECKED, TOLERANCE = 512, 2e-2
+REPEATS = 20
+HEADER = f"{'backend':<8} {'forward':>19} {'backward':>21}   error against dense float64"
+
+_flash = torch.compile(flex_attention, dynamic=False)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """FlexAttention's FLASH backend."""
+    return _flash(q, k, v, block_mask=mask, enable_gqa=True, kernel_options={"BACKEND": "FLASH"})
+
+
+def bench(
+    pattern: Pattern, lengths: list[int], rows: int, heads: int, kv_heads: int, head_dim: int
+) -> tuple[list[str], list[str]]:
+    """A table's lines for `rows` rows with documents of these lengths, and the backends whose results are wrong.
+
+    TFLOP/s count allowed pairs only. Runs on the current CUDA device, in bfloat16.
+    """
+    device = torch.device("cuda")
+    shape = heads, kv_heads, head_dim
+    documents, positions = _documents(pattern, lengths, rows, device)
+    mask_mod = pattern.mask_mod(documents)
+    pairs = int(count_pairs(mask_mod, rows, positions, device))
+    lines = [*_build_times(pattern, documents, positions), "", HEADER]
+    wrong = []
+    for name, attend in {"flex": attention, "flash": flash_attention, "sdpa": attention}.items():
+        if name == "flash" and find_spec("flash_attn") is None:
+            lines.append(f"{name:<8} is not installed (the package flash-attn-4)")
+            continue
+        try:
+            error = _error(name, attend, pattern, lengths, shape, device)
+            mask = _mask(name, pattern, documents, positions)
+            forward, backward = _times(attend, mask, rows, positions, shape, device)
+        except Exception as failure:  # a kernel that this device or torch does not have, or its memory
+            torch.cuda.empty_cache()
+            lines.append(f"{name:<8} fails: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:90]}")
+            continue
+        wrong += [name] if error > TOLERANCE else []
+        cells = []
+        for seconds, share in ((forward, 1 / 3), (backward, 2 / 3)):
+            rate = pairs * ATTENTION_FLOPS * share * heads * head_dim / seconds / 1e12
+            cells.append(f"{seconds * 1e3:8.3f} ms {rate:5.0f} TFLOP/s")
+        lines.append(f"{name:<8} {cells[0]} {cells[1]}   {error:.1e}")
+    return lines, wrong
+
+
+def _documents(pattern: Pattern, lengths: list[int], rows: int, device: torch.device) -> tuple[Documents, int]:
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].repeat(rows, 1)
+    return pattern.documents(ids.to(device), range(rows)), pattern.model_positions(sum(lengths))
+
+
+def _mask(backend: str, pattern: Pattern, documents: Documents, positions: int) -> Mask:
+    rows, device = len(documents.index), documents.index.device
+    if backend == "sdpa":
+        return create_mask(pattern.mask_mod(documents), rows, None, positions, positions, device=device)
+    return build_block_mask(pattern.mask_mod(documents), rows, positions, device)
+
+
+def _build_times(pattern: Pattern, documents: Documents, positions: int) -> list[str]:
+    rows, device = len(documents.index), documents.index.device
+
+    def milliseconds(build: Callable) -> str:
+        def timed() -> float:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            build(pattern.mask_mod(documents), rows, positions, device)
+            torch.cuda.synchronize()
+            return (time.perf_counter() - started) * 1e3
+
+        first = timed()
+        return f"{median(timed() for _ in range(REPEATS)):8.3f} ms (the first time {first:.0f} ms)"
+
+    lines = []
+    if key_ranges(pattern.mask_mod(documents)) is not None:
+        lines.append(f"block mask, from ranges {milliseconds(build_block_mask)}")
+    return [*lines, f"block mask, all points  {milliseconds(block_mask_of_points)}"]
+
+
+def _inputs(rows: int, positions: int, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
+    heads, kv_heads, head_dim = shape
+    random = torch.Generator(device).manual_seed(0)
+    sizes = [(rows, n, positions, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(size, generator=random, device=device, dtype=torch.bfloat16) for size in sizes]
+
+
+def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], shape, device: torch.device) -> float:
+    """Largest of output and gradients, on rows of at most CHECKED tokens, cut from the others."""
+    cut, left = [], CHECKED
+    for length in lengths:
+        cut, left = cut + [min(length, left)], left - min(length, left)
+    documents, positions = _documents(pattern, [length for length in cut if length], 2, device)
+    *inputs, d_out = _inputs(2, positions, shape, device)
+    results = []
+    for kind, backend, function in ((torch.float64, "sdpa", attention), (torch.bfloat16, name, attend)):
+        tensors = [tensor.to(kind).requires_grad_() for tensor in inputs]
+        out = function(*tensors, _mask(backend, pattern, documents, positions))
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, d_out.to(kind))])
+    return max(float((found.double() - exact).norm() / exact.norm()) for exact, found in zip(*results))
+
+
+def _times(attend: Callable, mask: Mask, rows: int, positions: int, shape, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward and of a backward pass, medians."""
+    *inputs, d_out = _inputs(rows, positions, shape, device)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    out = attend(*inputs, mask)
+    return (
+        _median_seconds(lambda: attend(*inputs, mask)),
+        _median_seconds(lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)),
+    )
+
+
+def _median_seconds(call: Callable) -> float:
+    for _ in range(3):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) / 1e3

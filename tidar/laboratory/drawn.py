@@ -1,0 +1,54 @@
+"""The mask of one row, and where its parts, documents and blocks begin."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar.patterns import Pattern
+
+# what begins at a position, the least first
+NOTHING, BLOCK, DOCUMENT, PART = range(4)
+
+
+@dataclass
+class DrawnMask:
+    """mask: `[positions, positions]` bool. parts: names and lengths. labels: of each position, x and its place, or M
+    where the model sees the mask token. begins: what begins at each position, one of NOTHING, BLOCK, DOCUMENT, PART.
+    title: one line about it.
+    """
+
+    mask: Tensor
+    parts: dict[str, int]
+    labels: list[str]
+    begins: list[int]
+    title: str
+
+
+def draw_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, mask_token_id: int) -> DrawnMask:
+    """Of a row with documents of these lengths, whose tokens are 0.
+
+    seed: of what the pattern draws. mask_token_id: the pattern's, not 0.
+    """
+    seq_len = sum(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    rows = pattern.layout(torch.zeros_like(ids), ids, torch.ones(1, seq_len), [seed])
+    mask = pattern.dense_mask(seq_len, ids, [seed])[0]
+    position, is_masked = rows.position_ids[0].tolist(), (rows.input_ids[0] == mask_token_id).tolist()
+    parts = pattern.parts(seq_len)
+    begins = [NOTHING] * len(mask)
+    # queries of one block see the same keys, or the pattern has no blocks here
+    same = [True, *(mask[1:] == mask[:-1]).all(dim=1).tolist(), False]
+    for at in range(1, len(mask)):
+        if not same[at] and (same[at + 1] or (at > 1 and same[at - 1])):
+            begins[at] = BLOCK
+        if position[at] == 0:
+            begins[at] = DOCUMENT
+    first = 0
+    for length in parts.values():
+        begins[first], first = PART, first + length
+    allowed, pairs = int(mask.sum()), mask.numel()
+    title = (
+        f"{name}: {seq_len} tokens, {len(mask)} model positions, {allowed:,} of {pairs:,} pairs ({allowed / pairs:.0%})"
+    )
+    return DrawnMask(mask, parts, [f"{'M' if m else 'x'}{p}" for p, m in zip(position, is_masked)], begins, title)

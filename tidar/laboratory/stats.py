@@ -1,0 +1,51 @@
+"""What a mask costs: its allowed pairs, its tiles and its FLOPs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tidar.models import TILE, count_tiles
+from tidar.patterns import Pattern
+from tidar.training.flops import ATTENTION_FLOPS
+
+SEQ_LENS = [512 * 2**n for n in range(7)]
+HEADER = (
+    f"{'S':>6} {'positions':>9} {'allowed pairs':>15} {'of dense':>8}   "
+    f"{'full':>6} {'partial':>7} {'empty':>6}   {'useful':>9} {'computed':>9} {'dense':>9}"
+)
+
+
+@dataclass
+class MaskStats:
+    """Of one row. full, partial, empty: tiles of TILE x TILE by how many of their pairs are allowed, those at the
+    ragged end as well.
+    """
+
+    seq_len: int
+    positions: int
+    allowed: int
+    full: int
+    partial: int
+    empty: int
+
+    def line(self, heads: int, head_dim: int) -> str:
+        """Under HEADER: the last three are TFLOPs of one layer, forward and backward."""
+        tiles, dense = self.full + self.partial + self.empty, self.positions**2
+        per_pair = ATTENTION_FLOPS * heads * head_dim / 1e12
+        computed = (self.full + self.partial) * TILE**2
+        shares = [f"{count / tiles:.1%}" for count in (self.full, self.partial, self.empty)]
+        flops = [f"{pairs * per_pair:9.4f}" for pairs in (self.allowed, computed, dense)]
+        return (
+            f"{self.seq_len:>6} {self.positions:>9} {self.allowed:>15,} {self.allowed / dense:>8.1%}   "
+            f"{shares[0]:>6} {shares[1]:>7} {shares[2]:>6}   {' '.join(flops)}"
+        )
+
+
+def mask_stats(pattern: Pattern, lengths: list[int], seed: int, device: torch.device) -> MaskStats:
+    """Of a row with documents of these lengths. Memory grows with the tiles, not with the pairs."""
+    seq_len = sum(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(device)
+    positions = pattern.model_positions(seq_len)
+    counts = count_tiles(pattern.mask_mod(pattern.documents(ids, [seed])), 1, positions, device)
+    full, empty = int((counts == TILE**2).sum()), int((counts == 0).sum())
+    return MaskStats(seq_len, positions, int(counts.sum()), full, counts.numel() - full - empty, empty)

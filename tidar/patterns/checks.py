@@ -1,0 +1,104 @@
+"""What a pattern must keep, so that a mistake of a user's is an error at the start and not NaN at the first step."""
+
+import torch
+from torch import Tensor
+
+from tidar.config import UserError
+from tidar.patterns.base import LOSSES, PADDING, Documents, MaskMod, ModelBatch, Pattern, dense_pieces, key_ranges
+
+# longest row whose mask is evaluated at all its points
+LONGEST = 2048
+
+
+def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
+    """Lays out rows of at most `seq_len` tokens, whole and packed ones, and looks at each query of their masks.
+
+    name: of the pattern, for messages. Raises UserError for what does not fit together: model input, targets, a mask
+    that is no bool, a query that sees no key.
+    """
+    seq_len = min(seq_len, LONGEST)
+    ids = torch.zeros(2, seq_len, dtype=torch.long)
+    # documents of 1, 2, 3 … tokens, and padding
+    lengths = torch.arange(seq_len) + 1
+    ids[1] = torch.repeat_interleave(lengths, lengths)[:seq_len]
+    ids[1, seq_len - seq_len // 8 :] = PADDING
+    about = f"tidar.pattern = {name}"
+    try:
+        rows = pattern.layout(torch.zeros_like(ids), ids, torch.ones(2, seq_len), [0, 1])
+        mask_mod = pattern.mask_mod(rows.documents)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        raise UserError(f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_named(error)})") from None
+    _check_rows(about, pattern, rows, seq_len)
+    _check_value(about, mask_mod, rows.documents)
+    positions = rows.input_ids.shape[1]
+    for row, query in _blind_queries(about, mask_mod, positions, rows.documents):
+        kind = "document of all its tokens" if row == 0 else "packed row"
+        raise UserError(
+            f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN\n"
+            "each must see one at least, itself for example: `| (q == k)`"
+        )
+
+
+def _check_rows(about: str, pattern: Pattern, rows: ModelBatch, seq_len: int) -> None:
+    positions = pattern.model_positions(seq_len)
+    for what in ("input_ids", "position_ids"):
+        tensor = getattr(rows, what)
+        if tensor.shape != (2, positions) or tensor.dtype != torch.long:
+            raise UserError(
+                f"{about}: layout gives {what} of {_kind(tensor)} for 2 rows of {seq_len} tokens: "
+                f"must be int64 of [2, {positions}], as parts says"
+            )
+    if tuple(rows.targets) != tuple(pattern.losses) or not set(pattern.losses) <= set(LOSSES) or not pattern.losses:
+        raise UserError(
+            f"{about}: layout gives targets of {', '.join(rows.targets) or 'no loss'}, and losses = {pattern.losses}: "
+            f"must be the same, of {', '.join(LOSSES)}, in this order"
+        )
+    for loss, targets in rows.targets.items():
+        columns = vars(targets)
+        if len({tuple(column.shape) for column in columns.values()}) != 1 or targets.index.ndim != 1:
+            shapes = ", ".join(f"{key} {list(column.shape)}" for key, column in columns.items())
+            raise UserError(f"{about}: targets of {loss} have the shapes {shapes}: must be one and the same, [n]")
+        highs = {"index": 2 * positions, "place": pattern.block_size}
+        for key, high in highs.items():
+            if len(columns[key]) and not 0 <= columns[key].min() <= columns[key].max() < high:
+                found = f"{columns[key].min()} to {columns[key].max()}"
+                raise UserError(f"{about}: {key} of {loss} targets is {found}: must be from 0 to {high - 1}")
+
+
+def _check_value(about: str, mask_mod: MaskMod, documents: Documents) -> None:
+    """FlexAttention asks for one query and one key at a time."""
+    zero = torch.zeros((), dtype=torch.long, device=documents.index.device)
+    try:
+        value = mask_mod(zero, zero, zero, zero)
+    except Exception as error:  # whatever a user's code raises
+        raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({_named(error)})") from None
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim != 0:
+        raise UserError(
+            f"{about}: mask_mod returns {_kind(value)} for one query and one key: must be one bool tensor without "
+            "dimensions, such as `q >= k`"
+        )
+
+
+def _blind_queries(about: str, mask_mod: MaskMod, positions: int, documents: Documents):
+    """(row, query) of those that see no key."""
+    batch, device = len(documents.index), documents.index.device
+    ranges = key_ranges(mask_mod)
+    if ranges is not None:
+        sees = torch.stack([end > start for start, end in ranges]).any(dim=0)
+    else:
+        try:
+            pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, device)]
+        except Exception as error:  # whatever a user's code raises
+            raise UserError(f"{about}: mask_mod fails ({_named(error)})") from None
+        sees = torch.cat(pieces, dim=1)
+    yield from (~sees).nonzero().tolist()
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

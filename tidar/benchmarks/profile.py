@@ -90,10 +90,10 @@ def kind_of(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in bfloat16, and bytes/s, read and written, of a large copy."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes/s, read and written, of a large copy."""
     n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
     return 2 * n**3 / _seconds(lambda: a @ b, device), 8 * x.numel() / _seconds(lambda: y.copy_(x), device)
@@ -147,7 +147,7 @@ def main() -> None:
         n_steps = arguments.steps
         options = [*case_options(arguments.case), "--training.steps", str(WARM_UP + n_steps), *others]
         with running(options, ProfiledTrainer) as trainer:
-            rates = ceilings(trainer.device)
+            rates = ceilings(trainer.device, trainer.dtype)
             trainer.train()
             found = kernels(trainer.profiler)
             report(trainer, found, n_steps, rates, arguments.top)

@@ -19,11 +19,11 @@ def run(name: str, *arguments: str) -> str:
     return process.stdout
 
 
-SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--steps", "2", "--data.num_workers", "0")
+SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--data.num_workers", "0")
 
 
 def test_train_step_measures_a_case_its_baseline_and_its_start():
-    output = run("train_step", "--case", "debug", *SMALL, "--baseline", "--overhead", "--start")
+    output = run("train_step", "--case", "debug", *SMALL, "--steps", "2", "--baseline", "--overhead", "--start")
     (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
     assert result["case"] == "debug" and result["torch"] == torch.__version__
     assert result["ratio"] == result["tokens_per_second"] / result["baseline_tokens_per_second"]
@@ -34,7 +34,7 @@ def test_train_step_measures_a_case_its_baseline_and_its_start():
 
 
 def test_profile_tells_every_kind_and_its_floor():
-    output = run("profile", *SMALL)
+    output = run("profile", *SMALL, "--steps", "2")
     table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
     times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
     assert min(*times["products"], *times["attention forward"], *times["norm and elementwise"]) > 0
@@ -57,7 +57,7 @@ def test_training_writes_traces(tmp_path):
 
 
 def test_attention_compares_masks():
-    output = run("attention", *(argument for argument in SMALL if argument not in ("--steps", "2")))
+    output = run("attention", *SMALL)
     rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]
     assert len(rows) == 3 and all(float(number) > 0 for row in rows for number in row[-4:-3])
     assert "flash    model.attention_backend = flash: has no backward pass without CUDA" in output

@@ -169,11 +169,11 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
     floors = floors_ms(trainer.spec.decoder, parameters, positions, 2 * tokens, flops, rates)
     print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.engine}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
-    print(f"{'kind':22}{'ms a step':>10}{'floor':>8}{'times':>7}")
+    print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'times':>7}")
     for kind in [*KINDS, "idle"]:
-        times = f"{by_kind[kind] / floors[kind]:7.2f}" if floors[kind] else ""
-        print(f"{kind:22}{by_kind[kind]:10.2f}{floors[kind]:8.2f}{times}")
-    print(f"{'a step':22}{wall:10.2f}{sum(floors.values()):8.2f}{wall / sum(floors.values()):7.2f}")
+        times = f" {by_kind[kind] / floors[kind]:7.2f}" if floors[kind] else ""
+        print(f"{kind:22}{by_kind[kind]:10.2f} {floors[kind]:8.2f}{times}")
+    print(f"{'a step':22}{wall:10.2f} {sum(floors.values()):8.2f} {wall / sum(floors.values()):7.2f}")
     print("\nlongest kernels: ms a step, calls a step, kind, name")
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(times) / n_steps:8.2f} {len(times) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")

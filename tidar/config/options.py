@@ -181,8 +181,10 @@ class ActivationCheckpoint:
         "only the layer's input",
     )
     layers: int = option(
-        -1, "layers, counted from the first, that mode is applied to; others keep all (-1: all layers)",
-        minimum=0, beside=-1,
+        -1,
+        "layers, counted from the first, that mode is applied to; the others keep all (-1: all layers)",
+        minimum=0,
+        beside=-1,
     )
 
 

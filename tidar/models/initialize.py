@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tidar.config import derive_seed
 from tidar.models.decoder import Decoder
 
-THREADS = 8  # that draw at one time, each a parameter, which are held meanwhile
+# that draw at one time, each a parameter of its own, which is held meanwhile
+THREADS = 8
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def initialize(model: Decoder, seed: int) -> None:
             parameter.fill_(1)
         else:
             matrices.append((name, parameter))
-    # one is drawn by one core
+    # a parameter is drawn by one core
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(matrices), threads):

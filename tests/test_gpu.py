@@ -68,7 +68,7 @@ def test_flex_equals_the_dense_loops(dtype, rounding, name):
             assert relative(*pair) < rounding
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", ["tidar", "causal"])  # one for each form of mask: two ranges of keys, and one
 def test_flash_equals_the_dense_loops(name):
     """The same with FlashAttention-4's kernels: documents that share a row, and one that fills it."""
     pytest.importorskip("flash_attn.cute")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
@@ -51,12 +52,12 @@ class BareTrainer(TimedTrainer):
         pass
 
 
-def measure(name: str, options: list[str], steps: int) -> dict:
+def measure(options: list[str], steps: int) -> dict:
     """The medians of `steps` steps after the warm-up, and the peak of memory."""
     with running([*options, "--training.steps", str(WARM_UP + steps)]) as trainer:
         trainer.train()
-        result = {"case": name, "device": device_name(trainer.device), "torch": torch.__version__}
-        result |= {"engine": trainer.engine} | medians(trainer.measured(), trainer.throughput.peak_flops)
+        result = {"device": device_name(trainer.device), "torch": torch.__version__, "engine": trainer.engine}
+        result |= medians(trainer.measured(), trainer.throughput.peak_flops)
         result["peak_gib"] = peak_memory_gib(trainer.device)
     return result
 
@@ -119,6 +120,8 @@ def table(results: list[dict]) -> str:
         "baseline_tokens_per_second": ("baseline tokens/s", "{:,.0f}".format),
         "baseline_peak_gib": ("its GiB", "{:.1f}".format),
         "ratio": ("ratio", "{:.2f}".format),
+        "error": ("error", str),
+        "baseline_error": ("baseline's error", str),
         "overhead": ("overhead", "{:.2%}".format),
         "start_cold_s": ("start cold s", "{:.1f}".format),
         "start_warm_s": ("warm s", "{:.1f}".format),
@@ -128,6 +131,21 @@ def table(results: list[dict]) -> str:
     cells += [[show(result[key]) if key in result else "" for key, (_, show) in columns.items()] for result in results]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
+
+
+def measure_all(options: list[str], arguments: Namespace) -> dict:
+    """Everything that was asked for of one case."""
+    free_memory()
+    # while this process holds no memory of the device
+    result = measure_start(options) if arguments.start else {}
+    result |= measure(options, arguments.steps)
+    if arguments.overhead:
+        result["overhead"] = measure_overhead(options, arguments.steps)
+    if arguments.baseline:
+        result |= measure_baseline(options, arguments.steps)
+        if "baseline_error" not in result:
+            result["ratio"] = result["tokens_per_second"] / result["baseline_tokens_per_second"]
+    return result
 
 
 def main() -> None:
@@ -143,16 +161,11 @@ def main() -> None:
         results = []
         for case in arguments.case:
             for change in SWEEPS[arguments.sweep] if arguments.sweep else [""]:
-                options = [*case_options(case), *change.split(), *others]
-                result = measure(" ".join([case, *change.split()[:2]]), options, arguments.steps)
-                if arguments.overhead:
-                    result["overhead"] = measure_overhead(options, arguments.steps)
-                if arguments.baseline:
-                    result |= measure_baseline(options, arguments.steps)
-                    if "baseline_error" not in result:
-                        result["ratio"] = result["tokens_per_second"] / result["baseline_tokens_per_second"]
-                if arguments.start:
-                    result |= measure_start(options)
+                result = {"case": " ".join([case, *change.split()[:2]])}
+                try:
+                    result |= measure_all([*case_options(case), *change.split(), *others], arguments)
+                except torch.OutOfMemoryError:
+                    result["error"] = "out of memory"
                 print(json.dumps(result), flush=True)
                 results.append(result)
         print(table(results))

@@ -2,9 +2,10 @@
 
 Each trial trains the debug model on one rank or two, saving synchronously or not, and is killed: most often in a chosen
 phase of a save, else anywhere. With two ranks both are killed at once, as by a power cut, or one is, and the other gets
-SIGTERM, as from torchrun. At times the newest checkpoint is damaged after that. Started again, once or more, it must come to the very state and curve of a run that was left
-alone, from a checkpoint no older than the last that was committed. Ranks are forked from this process, which has
-imported all and computed nothing, so that a trial takes seconds. Exits with 1 if any trial failed.
+SIGTERM, as from torchrun. At times the newest checkpoint is damaged after that. Started again, once or more, the run
+must come to the very state and curve of one that was left alone, from a checkpoint no older than the last that was
+committed. Ranks are forked from this process, which has imported all and computed nothing, so that a trial takes
+seconds. Exits with 1 if any trial failed.
 """
 
 import argparse

@@ -18,7 +18,7 @@ if __name__ == "__main__":
         while not done.wait(0.001):
             peak = max(peak, anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     export(Path(sys.argv[1]), Path(sys.argv[2]), torch.bfloat16)
     done.set()

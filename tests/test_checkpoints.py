@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from results import read_metrics
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
-from tidar.export import list_checkpoints
+from tidar.export import export, list_checkpoints
 from tidar.train import Trainer
 from tidar.training.manifest import read_manifest
 
@@ -68,8 +69,18 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, train):
             assert trainer.checkpointer.newest() == before, path
             assert warnings.pop().startswith(f"warning: {newest} is not whole, and left out: ") and not warnings
     assert trainer.checkpointer.newest() == newest
+    # killed while it was written again: the name was taken from the old one, and not given to the new one yet
+    newest.rename(newest.with_name("step-4.replaced"))
+    assert trainer.checkpointer.newest() == newest and not warnings
     leave_world()
     next(damages(newest / "__0_0.distcp"))
+    for act in (
+        lambda: export(newest, tmp_path / "out", torch.float32),
+        lambda: train(tmp_path / "new", "--training.steps", "1", "--checkpoint.initial_load_path", str(newest)),
+    ):
+        with pytest.raises(UserError, match="step-4: is not whole: __0_0.distcp has"):
+            act()
+        leave_world()
     first, second = list_checkpoints(tmp_path)
     holds = r"model 1,624,384 float32  optimizer 3,248,768 float32  random state of 1 rank"
     assert re.fullmatch(rf"step +2 +0\.\d+ GiB  whole  \d{{4}}-.*  4 samples  \d+ tokens  {holds}", first), first

@@ -1,5 +1,6 @@
 """Saving while training goes on, and what comes of saves that fail."""
 
+import errno
 import gc
 import logging
 import os
@@ -133,6 +134,31 @@ def test_a_full_disk(tmp_path, uneven_data, capsys, mode, on_error):
     steps = saved_steps(tmp_path)
     assert list(steps) == ([2, 4, 6] if on_error == "stop" else [2, 6]) and all(map(is_whole, steps.values()))
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {path.name for path in steps.values()}
+
+
+def test_the_last_save_must_be_whole(tmp_path, uneven_data):
+    """The run has nothing to show for its end without it, whatever checkpoint.on_error says."""
+
+    class Full(Trainer):
+        def save(self):
+            with file_limit(1_000_000):
+                super().save()
+
+    options = [*uneven_data.split(), "--training.steps", "2", "--checkpoint.on_error", "continue"]
+    with pytest.raises(UserError, match="step-2: could not be saved: see above\nthe run has no whole one yet"):
+        train(tmp_path, *options, kind=Full)
+    assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()
+
+
+def test_what_cannot_be_removed_stays(tmp_path, uneven_data, capsys, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr("tidar.training.checkpoint.remove_folder", refuse)
+    options = [*uneven_data.split(), "--training.steps", "3", "--checkpoint.interval", "1"]
+    train(tmp_path, *options, "--checkpoint.keep_latest_k", "2")
+    assert f"warning: {tmp_path / 'checkpoint' / 'step-1'}: cannot be removed (Device or" in capsys.readouterr().out
+    assert list(saved_steps(tmp_path)) == [1, 2, 3] and '"finished"' in (tmp_path / "outcome.json").read_text()
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

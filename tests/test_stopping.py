@@ -13,7 +13,7 @@ import pytest
 from results import read_metrics
 
 from tidar.check import signal_options
-from tidar.config import load_config
+from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.train import Trainer
 
@@ -108,6 +108,19 @@ def test_without_checkpoints_nothing_is_saved(tmp_path, uneven_data, capsys):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    wait = "import time; from tidar import train; train.load_inputs = lambda *_, **__: time.sleep(60); train.main()"
+    command = [sys.executable, "-c", wait, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "outcome.json").exists, process)
+        time.sleep(0.5)
+        process.terminate()
+        output = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in output
+    assert outcome(tmp_path)["outcome"] == "failed"
+
+
 def test_an_error_is_the_outcome(tmp_path, uneven_data):
     class Broken(Trainer):
         def train_step(self, batches):
@@ -120,3 +133,7 @@ def test_an_error_is_the_outcome(tmp_path, uneven_data):
         finally:
             leave_world()
     assert outcome(tmp_path)["outcome"] == "failed" and outcome(tmp_path)["reason"] == "rank 0: something broke"
+    with pytest.raises(UserError):
+        Trainer(load_config([*options, "--checkpoint.initial_load_path", str(tmp_path)]))
+    leave_world()
+    assert outcome(tmp_path)["outcome"] == "failed" and "must be a Hugging Face folder" in outcome(tmp_path)["reason"]

@@ -72,6 +72,7 @@ def test_an_export_holds_few_rows(tmp_path):
     dcp.save(saved, checkpoint_id=step, no_dist=True)
     (step / "huggingface").mkdir()
     (step / "huggingface" / "config.json").write_text(json.dumps(size_config("debug") | {"vocab_size": 160_000}))
+    write_manifest(step, describe(step, file_names(step)), {"step": 1})
     command = [sys.executable, "tests/export_memory.py", str(step), str(tmp_path / "out")]
     output = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(output)
@@ -311,10 +312,15 @@ def test_tensors_of_a_checkpoint_run_no_code(tmp_path):
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     run_of_no_steps(tmp_path / "run")
     step = tmp_path / "run" / "checkpoint" / "step-0"
-    (data,) = step.glob("*.distcp")
+    data = min(step.glob("*.distcp"))
     whole = data.read_bytes()
+    manifest = (step / "manifest.json").read_text()
     for content in (None, whole[:2000], bytes(len(whole))):
+        (step / "manifest.json").write_text(manifest)
         data.unlink() if content is None else data.write_bytes(content)
+        with pytest.raises(UserError, match="is not whole"):
+            export(step, tmp_path / "out", torch.bfloat16)
+        write_manifest(step, describe(step, file_names(step)), {"step": 0})
         with pytest.raises(UserError, match="cannot be read from it"):
             export(step, tmp_path / "out", torch.bfloat16)
         assert not list(tmp_path.glob("out*"))

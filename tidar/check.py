@@ -69,7 +69,7 @@ def main() -> None:
 def signal_options(config: Config) -> str:
     """torchrun's options for the signals that it passes on, and for how long the processes may save after one."""
     options = f"--signals_to_handle {SIGNALS}"
-    if "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}:  # torch 2.12 has none
+    if "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}:  # torch 2.11 has none
         options += f" --shutdown_timeout {config.comm.save_timeout_seconds}"
     return options
 

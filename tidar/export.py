@@ -23,7 +23,7 @@ from tidar.models import (
     read_metadata,
     write_huggingface_folder,
 )
-from tidar.training.manifest import check_files, read_manifest, saved_steps
+from tidar.training.manifest import check_files, check_whole, read_manifest, saved_steps
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -33,6 +33,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     """
     if not (checkpoint / ".metadata").is_file() or not (checkpoint / ASSETS).is_dir():
         raise UserError(f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>")
+    check_whole(checkpoint, f"--checkpoint {checkpoint}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder")
     with torch.device("meta"):
@@ -58,7 +59,10 @@ def list_checkpoints(run: Path) -> list[str]:
         raise UserError(f"--list {run}: holds no checkpoint/step-<n>; must be a run's job.dump_folder")
     lines = []
     for step, path in steps.items():
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
+        try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
+        except FileNotFoundError:
+            continue  # a run that lives has removed it
         try:
             manifest = read_manifest(path)
             problem, about = check_files(path, manifest["files"]), manifest["about"]
@@ -71,7 +75,8 @@ def list_checkpoints(run: Path) -> list[str]:
 
 def _contents(step: Path, about: dict[str, Any]) -> list[str]:
     """What a checkpoint says of itself, and which tensors it has; nothing of what cannot be read."""
-    known = [about["saved"], f"{about['samples']:,} samples", f"{about['tokens']:,} tokens"] if about else []
+    known = [str(about["saved"])] if "saved" in about else []
+    known += [f"{about[name]:,} {name}" for name in ("samples", "tokens") if name in about]
     known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
     try:
         tensors = read_metadata(step).state_dict_metadata

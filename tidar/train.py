@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from tidar.objective import Objective, TokenScores
 from tidar.patterns import LOSSES, ModelBatch, Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint import Checkpointer
 from tidar.training.epoch_export import export_parameters
-from tidar.training.first_weights import set_first_weights
+from tidar.training.first_weights import check_first_weights, set_first_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, validation_lines
 from tidar.training.outcome import Outcome
@@ -76,6 +77,21 @@ class Trainer:
         )
         self.lock = hold_folder(self.folder, self.world, self.group, self.log)
         self.outcome = Outcome(self.folder)
+        if self.world.rank == 0:
+            self.outcome.begin()
+        minutes = config.checkpoint.max_wall_minutes
+        deadline = self.started + 60 * minutes if minutes else None
+        self.stops = StopRequests(self.world, self.group, deadline, self.fail)
+        try:
+            self.prepare(save_group)
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            self.stops.close()
+            raise
+
+    def prepare(self, save_group: dist.ProcessGroup) -> None:
+        """Data, model, optimizer, and the state to begin with. save_group: of all ranks, on the CPU, for saving."""
+        config = self.config
         make_deterministic(config)
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
@@ -135,6 +151,7 @@ class Trainer:
             seconds = time.perf_counter() - restoring
             self.start = f"goes on from {self.checkpoint}, checked and restored in {seconds:.1f} s"
         else:
+            rank_zero_first(self.world, lambda is_first: is_first and check_first_weights(config))
             self.start = set_first_weights(self.model, self.spec, config)
         self.val_losses: dict[int, float] = {}
         self.steps = config.training.steps
@@ -143,8 +160,29 @@ class Trainer:
             self.steps = self.step + max(0, math.ceil(samples_left / self.global_batch_size))
 
     def train(self) -> None:
-        config = self.config
-        if not config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
+        try:
+            self.tell_start()
+            if self.step < self.steps:
+                self.run()
+            elif not self.checkpoint:
+                self.save_first_weights()
+            else:
+                if self.world.rank == 0:
+                    self.checkpointer.clean_up()
+                self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
+                self.log("to train anew, choose another job.dump_folder or remove this one")
+            self.tell_end()
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            raise
+        finally:
+            self.stops.close()
+            self.checkpointer.close()
+            if self.lock:
+                self.lock.release()
+
+    def tell_start(self) -> None:
+        if not self.config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
             raise UserError(
                 f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
             )
@@ -164,32 +202,16 @@ class Trainer:
             )
         )
         self.log(self.start)
-        if self.world.rank == 0:
-            self.outcome.begin(step=self.step, steps=self.steps)
-            self.checkpointer.clean_up()
-        try:
-            if self.step < self.steps:
-                self.run()
-            elif not self.checkpoint:
-                self.save_first_weights()
-            else:
-                self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
-                self.log("to train anew, choose another job.dump_folder or remove this one")
-            self.tell_end()
-        except BaseException as error:
-            self.fail(str(error) or type(error).__name__)
-            raise
-        finally:
-            self.checkpointer.close()
-            if self.lock:
-                self.lock.release()
 
     def run(self) -> None:
         """All steps that are left."""
         config = self.config
+        if self.world.rank == 0:
+            self.checkpointer.clean_up()
+        self.checkpointer.reserve()
         self.write_options()
         first_step = self.step + 1
-        self.metrics = MetricWriter(self.folder, first_step, enabled=self.world.rank == 0)
+        self.metrics = MetricWriter(self.folder, first_step, self.world.rank == 0, self.log)
         self.reports = Reports(self.metrics, self.throughput, self.loss_weights, self.device, self.log)
         if config.training.gc_freq:
             # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
@@ -200,9 +222,7 @@ class Trainer:
         self.throughput.restart()
         self.patience = config.comm.init_timeout_seconds
         self.watchdog = Watchdog(self.world, self.patience, self.fail)
-        minutes = config.checkpoint.max_wall_minutes
-        deadline = self.started + 60 * minutes if minutes else None
-        self.stops = StopRequests(self.world, self.group, deadline, self.fail)
+        self.stops.begin()
         batches = self.training_batches()
         try:
             while self.step < self.steps:
@@ -225,13 +245,13 @@ class Trainer:
                 if self.stop_reason:
                     break
             self.passes("the checkpoint", config.comm.save_timeout_seconds)
-            self.checkpointer.finish()
+            if config.checkpoint.enable:
+                self.checkpointer.finish_last(self.step)
             self.wait_for_all("the end")
         except TooManySkipped as skipped:
             self.stop_for(skipped)
         finally:
             traces.stop()
-            self.stops.close()
             self.watchdog.stop()
             gc.enable()
             gc.unfreeze()
@@ -354,24 +374,32 @@ class Trainer:
 
     def tell_end(self) -> None:
         saved = self.checkpointer.saved_path
-        told = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
+        outcome, reason = "finished", "all steps are done"
         if self.step < self.steps:
-            self.outcome.end("stopped", reason=self.stop_reason, **told)
+            outcome, reason = "stopped", self.stop_reason
             text = f"saved in {saved}, from which the same command goes on" if saved else "nothing is saved"
-            self.log(f"stopped after step {self.step} by {self.stop_reason}: {text}")
-        else:
-            self.outcome.end("finished", reason="all steps are done", **told)
+            self.log(f"stopped after step {self.step} by {reason}: {text}")
+        if self.world.rank == 0:
+            told = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
+            self.outcome.end(outcome, reason=reason, **told)
 
     def fail(self, reason: str) -> None:
-        self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=self.step, steps=self.steps)
+        """Any rank, and any of its threads, may tell of it."""
+        step = self.step if hasattr(self, "progress") else None
+        self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
 
     def stop_for(self, reason: TooManySkipped) -> None:
         """Ends the run with what it had before the steps that were skipped."""
         saved = ""
         if self.config.checkpoint.enable:
-            self.save()
-            self.checkpointer.finish()
-            saved = f"\nthe state before them is saved in {self.checkpointer.folder / f'step-{self.step}'}"
+            try:
+                self.checkpointer.finish()
+                if self.checkpointer.saved_step != self.step:
+                    self.save()
+                self.checkpointer.finish_last(self.step)
+                saved = f"\nthe state before them is saved in {self.checkpointer.saved_path}"
+            except UserError as error:
+                saved = f"\n{str(error).splitlines()[0]}"
         raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped}){saved}")
 
     def save_first_weights(self) -> None:
@@ -379,13 +407,16 @@ class Trainer:
         if not self.config.checkpoint.enable:
             raise UserError("training.steps = 0: only saves the first weights, which checkpoint.enable = false forbids")
         self.write_options()
+        self.checkpointer.reserve()
         self.checkpointer.save(0, self.about())
-        self.checkpointer.finish()
+        self.checkpointer.finish_last(0)
         self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
 
     def write_options(self) -> None:
         if self.world.rank == 0:
-            (self.folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+            partial = self.folder / "config.toml.partial"
+            partial.write_text(to_toml(self.config), encoding="utf-8")
+            os.replace(partial, self.folder / "config.toml")
 
     def write_assets(self, folder: Path) -> None:
         """What makes weights a model of Hugging Face's: config.json, tokenizer."""

@@ -123,4 +123,3 @@ def medians(steps: list[Step], peak_flops: float | None) -> dict[str, float]:
     if peak_flops:
         result["mfu"] = result["tflops"] * 1e12 / peak_flops
     return result
-

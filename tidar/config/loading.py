@@ -75,8 +75,8 @@ def make_dump_folder(config: Config) -> Path:
     folder = Path(config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a disk may be full")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"job.dump_folder = {_show(str(folder))}: cannot be written ({reason})") from None

@@ -46,10 +46,16 @@ def _enum_member(kind: Any, name: str) -> Any:
     return kind[name]
 
 
+def _path(*parts: str) -> Path:
+    return Path(*parts)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
+        if module.startswith("pathlib") and name in ADMITTED.get(module, ()):
+            return _path  # a class could be given attributes
         if name in ADMITTED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")

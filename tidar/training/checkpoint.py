@@ -1,7 +1,8 @@
 """Distributed checkpoints: <dump folder>/checkpoint/step-<n>/, in DCP's format, each with its manifest."""
 
+import math
 import os
-import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Checkpointer:
         self.thread: threading.Thread | None = None
         self.failure: tuple[int, Exception] | None = None
         self.saved_step: int | None = None
+        self.damaged: set[int] = set()
         self.stall: float | None = None
 
     def save(self, step: int, about: dict[str, Any]) -> None:
@@ -81,15 +83,24 @@ class Checkpointer:
         started = time.perf_counter()
         self.finish()
         live = self._state() | self._random_state()
-        staged = self._stage(live)
+        arguments = (step, about, live, *self._stage(live))
         if self.options.async_mode == "disabled":
-            self._save(step, about, live, staged)
+            self._save(*arguments)
+            self.check()
         else:
-            arguments = (step, about, live, staged)
             self.thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
             self.thread.start()
-        self.stall = time.perf_counter() - started
-        self.check()
+        self.stall = max(self.stall or 0.0, time.perf_counter() - started)
+
+    def reserve(self) -> None:
+        """Takes the memory that saving needs all along. Raises UserError where there is too little of it."""
+        self.staging.reserve(_local(self._state() | self._random_state()))
+
+    def finish_last(self, step: int) -> None:
+        """Waits for the save of the step that training ends with. Raises UserError where that is not whole."""
+        self.finish()
+        if self.saved_step != step:
+            raise UserError(self._failure_text(step, "see above"))
 
     def before_update(self) -> None:
         """Before parameters and moments change: what is being saved must be copied by then."""
@@ -132,13 +143,22 @@ class Checkpointer:
             self.thread.join()
         self.staging.close()
 
-    def _save(self, step: int, about: dict[str, Any], live: dict[str, Tensor], staged: dict[str, Tensor]) -> None:
+    def _save(
+        self,
+        step: int,
+        about: dict[str, Any],
+        live: dict[str, Tensor],
+        staged: dict[str, Tensor],
+        copied: torch.cuda.Event | None,
+    ) -> None:
         """All of a save but staging. Keeps an error for the main thread, or tells of it."""
         try:
-            self.staging.finish()
+            if copied:
+                copied.synchronize()
             files = self._write(step, live, staged)
             self._commit(step, files, about)
             self.saved_step = step
+            self.damaged.discard(step)
             self._remove_old(step)
         except SaveError as failure:
             self.writer.give_up(step)
@@ -148,16 +168,16 @@ class Checkpointer:
                 self.failure = (step, failure)
         except Exception as error:  # this rank's alone: another one has died, say
             self.failure = (step, error)
+            print(f"error: rank {self.world.rank}: {self._failure_text(step, error)}", file=sys.stderr, flush=True)
 
-    def _failure_text(self, step: int, failure: Exception) -> str:
+    def _failure_text(self, step: int, failure: Exception | str) -> str:
         saved = f"the last whole one is {self.saved_path}" if self.saved_path else "the run has no whole one yet"
         return f"{self.folder / f'step-{step}'}: could not be saved: {failure}\n{saved}"
 
     # the phases of a save, in their order
 
-    def _stage(self, live: dict[str, Tensor]) -> dict[str, Tensor]:
-        local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in live.items()}
-        return self.staging.take(local)
+    def _stage(self, live: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        return self.staging.take(_local(live))
 
     def _write(self, step: int, live: dict[str, Tensor], staged: dict[str, Tensor]) -> dict[str, list]:
         return self.writer.write(step, live, staged, self.write_assets)
@@ -167,7 +187,8 @@ class Checkpointer:
 
     def _remove_old(self, step: int) -> None:
         """The newest, of step number `step`, is whole by now."""
-        self.writer.together(lambda: self.world.rank == 0 and self._remove_unkept(step))
+        if self.world.rank == 0:
+            self._remove_unkept(step)
 
     def _remove_unkept(self, newest: int) -> None:
         options, losses = self.options, {}
@@ -178,22 +199,23 @@ class Checkpointer:
                 losses[step] = read_manifest(path)["about"].get("val_loss")
             except ValueError:
                 continue  # damaged ones are left for the user to look at
-        # so are those of later steps: had they been whole, the run had gone on from them
-        losses = {step: loss for step, loss in losses.items() if step <= newest}
+        # so are those that a start found damaged, or that are later: had these been whole, it had gone on from them
+        losses = {step: loss for step, loss in losses.items() if step <= newest and step not in self.damaged}
         kept = set(sorted(losses)[-options.keep_latest_k :])
         if options.keep_every_n_steps:
             kept |= {step for step in losses if step % options.keep_every_n_steps == 0}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
+        known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         if options.save_best and known:
             kept.add(min(known, key=known.get))
         for step in losses.keys() - kept:
-            remove_folder(self.folder / f"step-{step}")
+            try:
+                remove_folder(self.folder / f"step-{step}")
+            except OSError as error:
+                self.log(f"warning: {self.folder / f'step-{step}'}: cannot be removed ({error.strerror})")
 
     def clean_up(self) -> None:
         """Removes what a killed run has left half written, half removed or not yet removed. For rank 0."""
-        for pattern in ("step-*.partial", "step-*.removed"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        self.writer.clean_up()
         if self.saved_step is not None:
             self._remove_unkept(self.saved_step)
 
@@ -202,6 +224,8 @@ class Checkpointer:
 
         Raises UserError where a rank does not find what rank 0 found.
         """
+        if self.world.rank == 0:
+            self.writer.clean_up()
         steps = [list(saved_steps(self.dump_folder))]
         dist.broadcast_object_list(steps, src=0, group=self.group)
         for step in reversed(steps[0]):
@@ -214,6 +238,7 @@ class Checkpointer:
             if not problem:
                 self.saved_step = step
                 return path
+            self.damaged.add(step)
             self.log(f"warning: {path} is not whole, and left out: {problem}")
         return None
 
@@ -269,3 +294,8 @@ class Checkpointer:
     def _set_random_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
             (torch.cuda.set_rng_state if name.endswith(".cuda") else torch.set_rng_state)(tensor)
+
+
+def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of them."""
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}

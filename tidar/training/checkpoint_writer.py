@@ -42,8 +42,8 @@ class CheckpointWriter:
         live: the tensors by name, as they are sharded; staged: this rank's values of them. Raises SaveError.
         """
         partial = self._partial(step)
-        self.together(lambda: self.rank == 0 and shutil.rmtree(partial, ignore_errors=True))
-        writer = _Writer(partial, self.threads)
+        self.together(lambda: self.rank == 0 and self._make_room(partial))
+        writer = _Writer(partial, self.threads, on_host=not any(tensor.is_cuda for tensor in staged.values()))
         try:
             dcp.save(live, storage_writer=writer, planner=_StagedPlanner(staged), process_group=self.group)
         except dcp.CheckpointException as error:
@@ -72,12 +72,27 @@ class CheckpointWriter:
         def name_it() -> None:
             if self.rank == 0:
                 write_manifest(partial, files, {"step": step} | about)
-                # a run that was started again from an older step writes its steps anew
-                remove_folder(final)
+                # one of that step is there where it was not whole, or was gone on from no more
+                replaced = final.with_name(f"{final.name}.replaced")
+                if final.exists():
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    os.replace(final, replaced)
                 os.replace(partial, final)
                 flush_folder(self.folder)
+                shutil.rmtree(replaced, ignore_errors=True)
 
         self.together(name_it)
+
+    def clean_up(self) -> None:
+        """Removes what a killed run has left half written or half removed, and gives back a name that one had taken
+        away to replace what bore it. For rank 0.
+        """
+        for path in self.folder.glob("step-*.replaced"):
+            if not path.with_suffix("").exists():
+                os.replace(path, path.with_suffix(""))
+        for pattern in ("step-*.partial", "step-*.removed", "step-*.replaced"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def give_up(self, step: int) -> None:
         """Frees the space of what could not be written."""
@@ -97,17 +112,22 @@ class CheckpointWriter:
             raise SaveError(problems[0] if len(parts) > 1 else parts[0][1])
         return [value for value, _ in parts]
 
+    def _make_room(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+            flush_folder(folder)
+
     def _partial(self, step: int) -> Path:
         return self.folder / f"step-{step}.partial"
 
 
 def remove_folder(path: Path) -> None:
-    """Takes the name away first, so that what bears it is never half removed."""
-    if path.exists():
-        doomed = path.with_name(f"{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+    """Takes the name away first, so that what bears it is never half removed. Raises OSError where that fails."""
+    doomed = path.with_name(f"{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
@@ -155,8 +175,9 @@ class _FileSystem(FileSystem):
 
 
 class _Writer(dcp.FileSystemWriter):
-    def __init__(self, path: Path, threads: int):
-        super().__init__(path, thread_count=threads)
+    def __init__(self, path: Path, threads: int, on_host: bool):
+        """on_host: nothing is on a GPU, where the writing thread would have streams to choose."""
+        super().__init__(path, thread_count=threads, **({"per_thread_copy_ahead": 0} if on_host else {}))
         self.fs = _FileSystem()
 
     def write_data(self, plan: Any, planner: Any) -> Any:

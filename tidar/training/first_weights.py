@@ -1,9 +1,18 @@
 """The weights that a new run starts from."""
 
 import time
+from pathlib import Path
 
 from tidar.config import Config, UserError
 from tidar.models import Decoder, ModelSpec, fill_new_rows, initialize, load_weights, open_weights
+from tidar.training.manifest import check_whole
+
+
+def check_first_weights(config: Config) -> None:
+    """Raises UserError where checkpoint.initial_load_path is a checkpoint's folder that is not whole."""
+    path = Path(config.checkpoint.initial_load_path)
+    if config.checkpoint.initial_load_path and (path / ".metadata").exists():
+        check_whole(path, f"checkpoint.initial_load_path = {path}")
 
 
 def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> str:

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tidar.config import UserError
+
 NAME = "manifest.json"
 CHUNK = 2**22
 
@@ -94,6 +96,16 @@ def check_files(folder: Path, files: dict[str, list], threads: int = 1) -> str |
 
     with ThreadPoolExecutor(threads) as pool:
         return next(filter(None, pool.map(problem, files)), None)
+
+
+def check_whole(folder: Path, origin: str) -> None:
+    """Raises UserError, with `origin` before it, where a checkpoint is not as its manifest says. Reads all of it."""
+    try:
+        problem = check_files(folder, read_manifest(folder)["files"], threads=4)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"{origin}: is not whole: {problem}")
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

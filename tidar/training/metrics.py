@@ -4,11 +4,14 @@ import json
 import math
 import os
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from tidar.config import UserError
 from tidar.patterns import LOSSES
 
 
@@ -18,25 +21,43 @@ class MetricWriter:
     metrics.jsonl holds one JSON object a line: "step" and the scalars by name, null where one is not finite.
     """
 
-    def __init__(self, folder: Path, first_step: int, enabled: bool):
-        """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again."""
+    def __init__(self, folder: Path, first_step: int, enabled: bool, log: Callable[[str], None]):
+        """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again.
+
+        Raises UserError where nothing can be written.
+        """
         self.enabled = enabled
+        self.log = log
         if enabled:
-            self.file = _truncated(folder / "metrics.jsonl", first_step)
-            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            try:
+                self.file = _truncated(folder / "metrics.jsonl", first_step)
+                self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            except OSError as error:
+                raise UserError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self.enabled:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-            self.file.write(json.dumps({"step": step} | finite) + "\n")
-            self.file.flush()
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with self._tolerant():
+                self.file.write(json.dumps({"step": step} | finite) + "\n")
+                self.file.flush()
+            with self._tolerant():
+                for name, value in scalars.items():
+                    self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self.enabled:
-            self.file.close()
-            self.tensorboard.close()
+            for file in (self.file, self.tensorboard):
+                with self._tolerant():
+                    file.close()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """What cannot be written, on a full disk say, is no reason to end a run: it is told."""
+        try:
+            yield
+        except OSError as error:
+            self.log(f"warning: metrics cannot be written ({error.strerror})")
 
 
 def _truncated(path: Path, first_step: int):

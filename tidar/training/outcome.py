@@ -38,7 +38,10 @@ class Outcome:
         content |= {"process": os.getpid(), "host": socket.gethostname()}
         partial = self.folder / f"{NAME}.{os.getpid()}"
         try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, self.folder / NAME)
         except OSError:
             partial.unlink(missing_ok=True)  # a full disk: what ends the run is told on the console

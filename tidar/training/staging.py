@@ -5,6 +5,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from tidar.config import UserError
+
 # each tensor's place in the pinned buffer begins at a multiple of this
 ALIGNMENT = 64
 
@@ -26,35 +28,39 @@ class Staging:
         if self.overlaps:
             self.stream = torch.cuda.Stream()
 
-    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, by name, on the host; they may be read after `finish`. The copies of the call
-        before are gone.
+    def reserve(self, tensors: dict[str, Tensor]) -> None:
+        """Makes the buffer for such tensors. Raises UserError where the host has no memory for it."""
+        if self.overlaps:
+            try:
+                self.buffers, self.whole = _pinned_like(tensors)
+            except (OSError, RuntimeError) as error:
+                gib = sum(tensor.nbytes for tensor in tensors.values()) / 2**30
+                raise UserError(
+                    f"checkpoint.async_mode = async_with_pinned_mem: {gib:.1f} GiB of the host's memory cannot be "
+                    f"page-locked for each device ({error}); use async or disabled"
+                ) from None
+
+    def take(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The tensors as they are now, by name, and the event after which they may be read, by any thread; None for at
+        once. What the call before has returned is overwritten.
         """
         if self.mode == "disabled":
-            return tensors
+            return tensors, None
         if not self.overlaps:
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        if not self.buffers:
-            self.buffers, self.whole = _pinned_like(tensors)
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for name, tensor in tensors.items():
                 self.buffers[name].copy_(tensor.detach(), non_blocking=True)
             self.copied = self.stream.record_event()
-        return self.buffers
-
-    def finish(self) -> None:
-        """Waits for the copies. Any thread may."""
-        if self.copied:
-            self.copied.synchronize()
+        return self.buffers, self.copied
 
     def before_update(self) -> None:
         """On the thread that took them, before any of the tensors changes on the device."""
         if self.copied:
-            stream = torch.cuda.current_stream()
             self.waits = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.waits[0].record()
-            stream.wait_event(self.copied)
+            torch.cuda.current_stream().wait_event(self.copied)
             self.waits[1].record()
             self.copied = None
 
@@ -69,8 +75,8 @@ class Staging:
     def close(self) -> None:
         """Gives the buffer back."""
         if self.buffers:
-            self.stream.synchronize()
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self.whole.data_ptr())))
+            # whatever it answers: an error of the device's is told where it occurred
+            torch.cuda.cudart().cudaHostUnregister(self.whole.data_ptr())
             self.buffers = {}
 
 

@@ -24,15 +24,19 @@ LAST = 0
 class StopRequests:
     """What asks the ranks of a run to stop, and the step at which all of them do.
 
-    The first SIGTERM or SIGUSR1 on any rank asks, a second one ends its process at once. A SIGTERM that comes because
-    another rank has died asks for nothing: it ends the process. checkpoint.max_wall_minutes asks when it is over, and
-    so does whatever the caller adds.
+    The first SIGTERM or SIGUSR1 on any rank asks, a second one ends its process at once; so does the first one before
+    `begin`, when there is nothing to save, and a SIGTERM that comes because another rank has died.
+    checkpoint.max_wall_minutes asks when it is over, and so does whatever the caller adds.
     """
 
     def __init__(self, world: World, group: dist.ProcessGroup, deadline: float | None, abort: Callable[[str], None]):
         """group: of all ranks, on the CPU. deadline: of time.monotonic(), None for none. abort: told why before the
         process ends; any thread may call it.
         """
+        while _current:
+            _current[-1].close()
+        self.trains = False
+        self.rank = world.rank
         self.group = group
         self.deadline = deadline
         self.abort = abort
@@ -52,8 +56,14 @@ class StopRequests:
         self.thread.start()
         _current.append(self)
 
+    def begin(self) -> None:
+        """From here on `agreed` is called."""
+        self.trains = True
+
     def close(self) -> None:
         """Signals do again what they did before."""
+        if self not in _current:
+            return
         _current.remove(self)
         signal.set_wakeup_fd(self.wakeup)
         for number, handler in self.handlers.items():
@@ -101,6 +111,8 @@ class StopRequests:
             if dead:
                 self._end(f"rank {dead[0]} has died", 1)
         self.signal = number
+        if not self.trains:
+            self._end(f"{signal.Signals(number).name} before the first step", 128 + number)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
 
@@ -112,7 +124,7 @@ class StopRequests:
 
     def _end(self, reason: str, code: int) -> None:
         self.abort(reason)
-        sys.stderr.flush()
+        print(f"error: {reason}: rank {self.rank} ends at once", file=sys.stderr, flush=True)
         os._exit(code)
 
 

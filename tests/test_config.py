@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     check_device_count(2)
     assert "NGPU = 3: this machine has 2 GPUs" in refusal(lambda: check_device_count(3))
     for backend in ("flex", "flash"):
-        assert "has no backward pass without CUDA" in refusal(lambda: resolve_backend(backend, torch.device("cpu")))
+        assert "has no backward pass" in refusal(partial(resolve_backend, backend, torch.device("cpu")))
 
 
 def refusal(call) -> str:

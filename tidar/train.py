@@ -1,163 +1,33 @@
 """Trains a TiDAR model: python -m tidar.train --job.config_file FILE [--section.option value ...]"""
 
 import gc
-import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import DataLoader
 
-from tidar.config import (
-    Config,
-    UserError,
-    load_config,
-    make_dump_folder,
-    resolve_global_batch_size,
-    to_toml,
-    user_errors_exit,
-)
-from tidar.data import Batch, PackedRows, TrainingOrder, make_loader, make_rows, validation_order
-from tidar.distributed import (
-    Pace,
-    Watchdog,
-    arithmetic_dtype,
-    compile_seconds,
-    join_world,
-    leave_world,
-    make_deterministic,
-    parallelize,
-    prepare_backward,
-    rank_zero_first,
-    shorten_timeout,
-)
-from tidar.models import Decoder, MaskBuilder, resolve_backend
-from tidar.objective import Objective, TokenScores
-from tidar.patterns import LOSSES, ModelBatch, Pattern, checked_pattern, configured_pattern, loss_weights
-from tidar.training.checkpoint import Checkpointer
+from tidar.config import UserError, load_config, user_errors_exit
+from tidar.data import Batch, validation_order
+from tidar.distributed import Watchdog, compile_seconds, leave_world, prepare_backward, shorten_timeout
+from tidar.objective import TokenScores
+from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.epoch_export import export_parameters
-from tidar.training.first_weights import check_first_weights, set_first_weights
-from tidar.training.inputs import load_inputs
 from tidar.training.metrics import MetricWriter, format_duration, validation_lines
-from tidar.training.outcome import Outcome
 from tidar.training.profiling import StepTraces
-from tidar.training.progress import Progress
 from tidar.training.reports import Reports
-from tidar.training.resume import about_checkpoint, check_model, check_options, compared_options
-from tidar.training.run_lock import hold_folder
+from tidar.training.run import Run
 from tidar.training.scores import score_sums, target_weights
 from tidar.training.skipping import TooManySkipped
-from tidar.training.stopping import StopRequests
 from tidar.training.summary import summarize
-from tidar.training.throughput import Throughput
-from tidar.training.updates import Updates
 from tidar.training.validation import validate
 
 
-class Trainer:
-    """A run: made from its options, then trained to its last step, from its newest checkpoint if there is one."""
-
-    def __init__(self, config: Config):
-        """Raises UserError for options that this machine, the data or the dump folder cannot serve."""
-        self.config = config
-        self.folder = make_dump_folder(config)
-        self.started = time.monotonic()
-        self.world = join_world(config)
-        self.device = self.world.device
-        self.group, save_group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.save_timeout_seconds))
-            for _ in range(2)
-        )
-        self.lock = hold_folder(self.folder, self.world, self.group, self.log)
-        self.outcome = Outcome(self.folder)
-        if self.world.rank == 0:
-            self.outcome.begin()
-        minutes = config.checkpoint.max_wall_minutes
-        deadline = self.started + 60 * minutes if minutes else None
-        self.stops = StopRequests(self.world, self.group, deadline, self.fail)
-        try:
-            self.prepare(save_group)
-        except BaseException as error:
-            self.fail(str(error) or type(error).__name__)
-            self.stops.close()
-            raise
-
-    def prepare(self, save_group: dist.ProcessGroup) -> None:
-        """Data, model, optimizer, and the state to begin with. save_group: of all ranks, on the CPU, for saving."""
-        config = self.config
-        make_deterministic(config)
-        self.global_batch_size = resolve_global_batch_size(config, self.world.size)
-        self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
-
-        inputs = rank_zero_first(self.world, lambda is_first: load_inputs(config, prepares=is_first))
-        self.spec = inputs.spec
-        if inputs.warning:
-            self.log(inputs.warning)
-        self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
-        self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
-        self.dtype = dtype = arithmetic_dtype(config, self.device)
-        backend = resolve_backend(
-            config.model.attention_backend,
-            self.device,
-            dtype,
-            self.spec.decoder.head_dim,
-            config.training.deterministic,
-        )
-        self.pattern = checked_pattern(config, self.spec.mask_token_id)
-        self.validation_pattern = configured_pattern(config, self.spec.mask_token_id, training=False)
-        self.mask_builder, self.validation_mask_builder = (
-            MaskBuilder(pattern, backend) for pattern in (self.pattern, self.validation_pattern)
-        )
-
-        compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
-        if dtype == torch.float16 and self.device.type == "cpu":
-            self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
-        with torch.device("meta"):
-            self.model = Decoder(self.spec.decoder, flash=backend == "flash")
-        parallelize(self.model, self.world.mesh, config, dtype, compile)
-        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
-        self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
-
-        self.loss_weights = loss_weights(config, self.pattern)
-        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
-        self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
-
-        self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
-        self.checkpointer = Checkpointer(
-            self.folder,
-            config.checkpoint,
-            self.model,
-            self.updates.optimizer,
-            self.progress.state | self.updates.state,
-            self.world,
-            self.group,
-            save_group,
-            self.write_assets,
-            self.log,
-        )
-        self.pace = Pace(self.device)
-        self.throughput = Throughput(self.model.config, self.device)
-        restoring = time.perf_counter()
-        self.checkpoint = self.checkpointer.newest() if config.checkpoint.enable else None
-        if self.checkpoint:
-            self.go_on()
-            seconds = time.perf_counter() - restoring
-            self.start = f"goes on from {self.checkpoint}, checked and restored in {seconds:.1f} s"
-        else:
-            rank_zero_first(self.world, lambda is_first: is_first and check_first_weights(config))
-            self.start = set_first_weights(self.model, self.spec, config)
-        self.val_losses: dict[int, float] = {}
-        self.steps = config.training.steps
-        if config.training.epochs:
-            samples_left = config.training.epochs * len(self.training_rows) - self.progress.samples
-            self.steps = self.step + max(0, math.ceil(samples_left / self.global_batch_size))
+class Trainer(Run):
+    """Trains a run to its last step."""
 
     def train(self) -> None:
         try:
@@ -362,11 +232,6 @@ class Trainer:
         with self.throughput.paused():
             self.checkpointer.save(self.step, self.about())
 
-    def about(self) -> dict[str, object]:
-        self.progress.count_time()
-        counts, val_loss = self.progress.counts(), self.val_losses.get(self.step)
-        return about_checkpoint(self.config, self.global_batch_size, counts, self.world.size, val_loss)
-
     def wait_for_all(self, place: str) -> None:
         """Before and after what only some ranks do, which may take long."""
         self.passes(place, self.config.comm.save_timeout_seconds)
@@ -382,11 +247,6 @@ class Trainer:
         if self.world.rank == 0:
             told = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
             self.outcome.end(outcome, reason=reason, **told)
-
-    def fail(self, reason: str) -> None:
-        """Any rank, and any of its threads, may tell of it."""
-        step = self.step if hasattr(self, "progress") else None
-        self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
 
     def stop_for(self, reason: TooManySkipped) -> None:
         """Ends the run with what it had before the steps that were skipped."""
@@ -412,29 +272,9 @@ class Trainer:
         self.checkpointer.finish_last(0)
         self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
 
-    def write_options(self) -> None:
-        if self.world.rank == 0:
-            partial = self.folder / "config.toml.partial"
-            partial.write_text(to_toml(self.config), encoding="utf-8")
-            os.replace(partial, self.folder / "config.toml")
-
-    def write_assets(self, folder: Path) -> None:
-        """What makes weights a model of Hugging Face's: config.json, tokenizer."""
-        tidar = self.config.tidar
-        self.spec.write(folder, {"pattern": tidar.pattern, "block_size": tidar.block_size})
-
     def training_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands, without an end."""
         return iter(self.loader(self.training_rows, self.training_order(self.progress.samples), self.pattern))
-
-    def training_order(self, first_sample: int) -> TrainingOrder:
-        training, world = self.config.training, self.world
-        n_rows = len(self.training_rows)
-        return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
-
-    def loader(self, rows: PackedRows, order, pattern: Pattern) -> DataLoader:
-        options, pins = self.config, self.device.type == "cuda"
-        return make_loader(rows, order, pattern, options.training.seed, options.data.num_workers, pins)
 
     def end_first_step(self) -> None:
         """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
@@ -447,33 +287,9 @@ class Trainer:
         """Tells the watchdog where this rank is, and how many seconds it may stay there."""
         self.watchdog.passes(place, patience or self.patience)
 
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return self.progress.step
-
     def is_due(self, every: int) -> bool:
         """What happens every so many steps, if any, and after the last."""
         return self.step == self.steps or (every > 0 and self.step % every == 0)
-
-    def go_on(self) -> None:
-        """Restores the run from its newest checkpoint. Raises UserError where going on would mix up two runs."""
-        check_model(self.folder, self.checkpoint, self.spec.decoder.vocab_size, self.spec.mask_token_id)
-        found = check_options(self.checkpoint, compared_options(self.config, self.global_batch_size))
-        self.checkpointer.load(self.checkpoint)
-        found += self.progress.differences()
-        if found and not self.config.checkpoint.allow_changes:
-            raise UserError(
-                f"{self.folder} was trained otherwise: {'; '.join(found)}\n"
-                "go on with the same, allow it (checkpoint.allow_changes), or choose another job.dump_folder"
-            )
-        for difference in found:
-            self.log(f"warning: goes on with other options: {difference}")
-        self.updates.skipped.forgive()
-
-    def log(self, text: str) -> None:
-        if self.world.logs:
-            print(text, flush=True)
 
 
 @record

@@ -1,8 +1,8 @@
 """What attention costs: python -m tidar.benchmarks.attention [--case NAME] [--section.option value ...]
 
-One layer's attention of a case of tidar.benchmarks.train_step on its first batch, forward and backward, with each backend
-that this machine has and each of these masks: that of the packed rows, that of rows of one document, and plain causal
-attention of as many positions, the ceiling. Rates are of allowed pairs. Further options go to the trainer.
+One layer's attention of a case of tidar.benchmarks.train_step on its first batch, forward and backward, with each
+backend that this machine has and each of these masks: that of the packed rows, that of rows of one document, and plain
+causal attention of as many positions, the ceiling. Rates are of allowed pairs. Further options go to the trainer.
 """
 
 import statistics
@@ -24,7 +24,7 @@ REPEATS = 10
 def median_ms(work: Callable[[], object], device: torch.device) -> float:
     """Of REPEATS calls, after three that are not counted."""
     times = []
-    for number in range(3 + REPEATS):
+    for _ in range(3 + REPEATS):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()

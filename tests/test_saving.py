@@ -197,7 +197,7 @@ def growth(tmp_path: Path, uneven_data: str, saves: int) -> None:
 
 
 def test_saves_leave_nothing_behind(tmp_path, uneven_data):
-    growth(tmp_path, uneven_data, saves=40)
+    growth(tmp_path, uneven_data, saves=24)
 
 
 @pytest.mark.long
@@ -238,4 +238,4 @@ def torture(*arguments: str) -> None:
 
 
 def test_killed_anywhere_it_ends_the_same():
-    torture("--trials", "4")
+    torture("--trials", "3")

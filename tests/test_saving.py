@@ -161,6 +161,19 @@ def test_what_cannot_be_removed_stays(tmp_path, uneven_data, capsys, monkeypatch
     assert list(saved_steps(tmp_path)) == [1, 2, 3] and '"finished"' in (tmp_path / "outcome.json").read_text()
 
 
+def test_an_error_ends_the_process(tmp_path):
+    """And the workers that prepare its batches."""
+    script = "import resource, uneven; from tidar import train; "
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); train.main()"
+    options = ["--data.source", "uneven", "--data.num_workers", "2", "--training.steps", "2", *TINY]
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *options, "--job.dump_folder", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert finished.returncode == 1 and "step-2: could not be saved: File too large" in finished.stderr
+
+
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_disk_that_is_full_for_one_rank(tmp_path, ranks, uneven_data, mode):
     options = [*TINY, *uneven_data.split(), "--training.steps", "4", "--checkpoint.interval", "2"]

@@ -1,6 +1,9 @@
 """Batches made in the background."""
 
+import atexit
 import dataclasses
+import mmap
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +18,11 @@ from tidar.config import derive_seed
 from tidar.data.order import Sample
 from tidar.data.packing import PackedRows, Row
 from tidar.patterns import PADDING, ModelBatch, Pattern
+
+# shared with workers, and set when the process that has forked them ends: only then they heed the SIGTERM by which
+# multiprocessing ends them
+_parent_ends = mmap.mmap(-1, 1)
+atexit.register(_parent_ends.__setitem__, 0, 1)
 
 
 @dataclass
@@ -73,8 +81,13 @@ def _collate(pattern: Pattern, seed: int, samples: list[tuple[Sample, Row]]) -> 
 
 def _ignore_signals(worker: int) -> None:
     """A launcher signals all processes of a rank, which decides for itself when its workers end."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent(*_: Any) -> None:
+        if _parent_ends[0]:
+            os._exit(0)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_with_parent)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -1,13 +1,14 @@
 """No position learns what the table does not allow it to see: tested on the model, against the loops."""
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
 from reference import ids_of, random_lengths, tidar_mask
 from test_patterns import expected_mask, random_pattern
 
-from tidar.models import Decoder, DecoderConfig, MaskBuilder, initialize
+from tidar.models import Decoder, DecoderConfig, MaskBuilder, attention, initialize
 from tidar.patterns import PATTERNS, Documents, Pattern, Tidar, get_pattern
 
 VOCAB, MASK_TOKEN = 32, 31
@@ -42,9 +43,14 @@ def influence(pattern: Pattern, lengths: list[int], seed: int = 0) -> tuple[torc
     tokens = torch.randint(0, 30, (1, sum(lengths)))
     batch = pattern.layout(tokens, ids_of(lengths), torch.ones(1, sum(lengths)), [seed])
     inputs = []
-    for module in (model.embed_tokens, model.layers[0].self_attn.v_proj):
-        module.register_forward_hook(lambda module, args, output: inputs.append(output))
-    logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+    model.embed_tokens.register_forward_hook(lambda module, args, output: inputs.append(output))
+
+    def watched(q, k, v, *rest):
+        inputs.append(v.transpose(1, 2).flatten(2))
+        return attention(q, k, inputs[-1].unflatten(2, (v.shape[1], -1)).transpose(1, 2), *rest)
+
+    with patch("tidar.models.decoder.attention", watched):
+        logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
     rows = []
     for position in range(logits.shape[1]):
         direction = torch.randn(VOCAB, dtype=torch.double)

@@ -8,8 +8,8 @@ from small_models import make_model
 
 
 def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
-    """Saved at a random step on 1, 2 and 3 ranks, continued on 1, 2, 3 and 4, with other micro-batches, over an epoch's
-    end: all samples of all steps are those of the run that was not interrupted, in its order.
+    """Saved at a random step on 1, 2 and 3 ranks, continued on two of 1 to 4 each, with other micro-batches, over an
+    epoch's end: all samples of all steps are those of the run that was not interrupted, in its order.
     """
     rng = random.Random(0)
     make_model("qwen3").save_pretrained(tmp_path / "model")
@@ -31,7 +31,7 @@ def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
     for size in (1, 2, 3):
         saved_at = rng.randint(1, steps - 1)
         assert seen(tmp_path / f"{size}", size, saved_at) == expected[: saved_at * batch]
-        for others in (1, 2, 3, 4):
+        for others in rng.sample((1, 2, 3, 4), 2) if size < 3 else (1, 4):
             folder = tmp_path / f"{size}-{others}"
             shutil.copytree(tmp_path / f"{size}", folder)
             assert seen(folder, others, steps) == expected[saved_at * batch :]

@@ -40,6 +40,7 @@ class Watchdog:
         self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
         self.store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
         self.looks = 0
+        self._share()  # a rank that stops at once has been seen
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()

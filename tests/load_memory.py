@@ -24,7 +24,7 @@ def main(folder: str) -> None:
     kept = Path(folder) / ASSETS
     with torch.device("meta"):
         model = Decoder(decoder_config(read_config_json(kept if kept.is_dir() else Path(folder))))
-    parallelize(model, world.mesh, config, torch.float32, compile=False)
+    parallelize(model, world, config, torch.float32, compile=False)
     baseline = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -35,7 +35,6 @@ def main(folder: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model.to_empty(device="cpu")
     load_weights(model, open_weights(folder))
     done.set()
     watcher.join()

@@ -65,6 +65,7 @@ class RankPool:
 def main() -> None:
     import torch
     import uneven  # noqa: F401  (registers the source)
+    from results import whole
 
     from tidar.config import UserError, load_config
     from tidar.distributed import leave_world
@@ -129,9 +130,9 @@ def main() -> None:
             error = str(raised)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         if case["weights"]:
-            whole = {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
+            weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
             if trainer.world.rank == 0:
-                torch.save(whole, case["weights"])
+                torch.save(weights, case["weights"])
         leave_world()
         size = config.training.local_batch_size
         rows = [rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -14,3 +15,8 @@ def read_metrics(folder: Path) -> list[dict]:
 def read_weights(path: Path) -> torch.Tensor:
     """All that a pool's run has saved of its parameters, flat."""
     return torch.cat([tensor.flatten() for tensor in torch.load(path, weights_only=True).values()])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, or what belongs to one, whether it is sharded or not."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import uneven
-from results import read_metrics
+from results import read_metrics, whole
 from safetensors.torch import load_file
 from small_models import make_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,8 +107,8 @@ def test_trained_and_exported_it_generates_the_same(published, tmp_path):
     ours = from_pretrained(run / "checkpoint" / "step-3")
     exported = from_pretrained(out)
     for name, parameter in trainer.model.named_parameters():
-        assert parameter.full_tensor().equal(dict(ours.named_parameters())[name])
-        assert parameter.full_tensor().equal(dict(exported.named_parameters())[name])
+        assert whole(parameter).equal(dict(ours.named_parameters())[name])
+        assert whole(parameter).equal(dict(exported.named_parameters())[name])
     prompt = torch.tensor([[72, 101, 108, 108, 111]])
     expected = greedy(ours, prompt, 200)
     assert len(set(expected[0].tolist())) > 3
@@ -181,11 +181,11 @@ def test_a_full_vocabulary_grows(tmp_path, capfd):
     # trained on from the export: it keeps its rows and its mask token
     again = train(tmp_path / "again", "--model.hf_path", str(out), "--training.steps", "0")
     assert again.spec.mask_token_id == TOKENS and again.spec.decoder.vocab_size == 320
-    assert again.model.embed_tokens.weight.full_tensor().equal(after["model.embed_tokens.weight"])
+    assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
     # and from the first run's checkpoint, though model.hf_path names the folder before it grew
     options = ["--checkpoint.initial_load_path", str(run / "checkpoint" / "step-0"), "--training.steps", "0"]
     again = train(tmp_path / "third", "--model.hf_path", str(folder), *options)
-    assert again.model.embed_tokens.weight.full_tensor().equal(after["model.embed_tokens.weight"])
+    assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("init, row", [("auto", "mean"), ("mean", "mean"), ("keep", "kept")])
@@ -198,7 +198,7 @@ def test_first_value_of_the_mask_row(init, row, mask_token_id, tmp_path):
     write_tokenizer(folder)
     options = ["--tidar.mask_token_init", init, "--tidar.mask_token_id", str(mask_token_id), "--training.steps", "0"]
     trainer = train(tmp_path / "run", "--model.hf_path", str(folder), *options)
-    embedding, before = trainer.model.embed_tokens.weight.full_tensor(), model.model.embed_tokens.weight
+    embedding, before = whole(trainer.model.embed_tokens.weight), model.model.embed_tokens.weight
     number = TOKENS if mask_token_id == -1 else mask_token_id
     kept = row == "kept" or (init == "auto" and mask_token_id == 5)
     expected = before[number] if kept else before[:TOKENS].double().mean(dim=0).float()
@@ -244,7 +244,7 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
     ]
     trainer = train(tmp_path / "run", *options, "--training.steps", "0")
     for name, parameter in trainer.model.named_parameters():
-        assert parameter.full_tensor().equal(trained.state_dict()[f"model.{name}"].float())
+        assert whole(parameter).equal(trained.state_dict()[f"model.{name}"].float())
     trainer = train(tmp_path / "next", "--model.hf_path", str(folder), "--training.steps", "2", *options[2:])
     moments = trainer.updates.optimizer.state[trainer.model.norm.weight]
     # weights alone from a step of that run

@@ -55,8 +55,8 @@ def test_deepspeeds_schedules(schedule, warmup_type):
         assert learning_rate(step, 1000, high, options) == pytest.approx(expected, rel=1e-12), step
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_a_recipe_in_deepspeeds_arithmetic(state_dtype):
+@pytest.mark.parametrize("state_dtype, copied", [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_a_recipe_in_deepspeeds_arithmetic(state_dtype, copied):
     """Steps of its fused Adam with adam_w_mode, bias correction and clipping by norm + 1e-6, in float64."""
     torch.manual_seed(1)
     model = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in ((300, 7), (40,), (5, 5))])
@@ -64,15 +64,21 @@ def test_a_recipe_in_deepspeeds_arithmetic(state_dtype):
         lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decay_params="all", state_dtype=state_dtype
     )
     schedule = LRScheduler(schedule="WarmupDecayLR", warmup_steps=5, total_steps=20, warmup_min_lr_factor=0.3)
-    optimizer = make_optimizer(model, recipe)
+    copies = {parameter: nn.Parameter(parameter.detach().bfloat16()) for parameter in model} if copied else None
+    optimizer = make_optimizer(model, recipe, copies=copies)
     expected = [parameter.detach().double() for parameter in model]
     first, second = ([torch.zeros_like(value) for value in expected] for _ in range(2))
     for step in range(1, 16):
         gradients = [torch.randn_like(parameter) for parameter in model]
+        if copied:
+            gradients = [gradient.bfloat16().float() for gradient in gradients]
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         lr = learning_rate(step, 100, recipe.lr, schedule)
         for parameter, gradient in zip(model, gradients):
-            parameter.grad = gradient * 1024  # a loss scale of 1024
+            if copied:
+                copies[parameter].grad = gradient.bfloat16() * 1024
+            else:
+                parameter.grad = gradient * 1024  # a loss scale of 1024
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.grad_scale = torch.clamp((norm + 1e-6) / 1.0, min=1.0) * 1024
@@ -84,6 +90,8 @@ def test_a_recipe_in_deepspeeds_arithmetic(state_dtype):
             second[i] = 0.999 * second[i] + 0.001 * gradient**2
             update = (first[i] / (1 - 0.9**step)) / ((second[i] / (1 - 0.999**step)).sqrt() + 1e-8)
             expected[i] = expected[i] - lr * (update + 0.01 * expected[i])
+    for parameter, copy in (copies or {}).items():
+        assert copy.equal(parameter.bfloat16())
     moved = torch.cat([parameter.detach().flatten().double() for parameter in model])
     wanted = torch.cat([value.flatten() for value in expected])
     assert (moved - wanted).norm() / wanted.norm() < (1e-6 if state_dtype == "float32" else 5e-4)

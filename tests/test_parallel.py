@@ -102,3 +102,27 @@ def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, unev
         curves.append([line[name] for line in lines for name in names if name in line])
     assert len(curves[0]) == 10 * 5 + 2 * 3
     assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_one_device_trains_as_under_fsdp(tmp_path, ranks, uneven_data, micro_batches):
+    """In bfloat16: the first step's losses and gradients exactly, and later ones, with a restart, closely."""
+    options = f"{uneven_data} --training.seq_len 64 --training.steps 6 --checkpoint.interval 3 --metrics.log_freq 1"
+    options += " --training.mixed_precision_param bfloat16 --validation.freq 3 --validation.share 0.17"
+    options += f" --training.local_batch_size {12 // micro_batches} --training.global_batch_size 12"
+    curves, weights = {}, {}
+    for name, reshards in (("plain", "never"), ("fsdp", "always"), ("plain", "never")):
+        folder, path = tmp_path / name, tmp_path / f"{name}.pt"
+        if folder.is_dir():
+            shutil.rmtree(folder / "checkpoint" / "step-6")
+        extra = f"--parallelism.fsdp_reshard_after_forward {reshards} --job.dump_folder {folder}"
+        ranks.run(1, *options.split(), *extra.split(), weights=path)
+        lines = [line for line in read_metrics(folder) if "train/batch_loss" in line or "val/loss" in line]
+        curve = [
+            line[key] for line in lines for key in ("train/batch_loss", "train/grad_norm", "val/loss") if key in line
+        ]
+        assert name not in curves or curve == curves[name] and weights[name].equal(read_weights(path))
+        curves[name], weights[name] = curve, read_weights(path)
+    assert curves["plain"][:2] == curves["fsdp"][:2]
+    assert curves["plain"] == pytest.approx(curves["fsdp"], rel=2e-3)
+    assert (weights["plain"] - weights["fsdp"]).norm() < 2e-3 * weights["fsdp"].norm()

@@ -1,6 +1,5 @@
 """From hidden states to both losses, without ever holding the logits of all positions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ class Objective:
         """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
-        self.score_logits = _fused_score_logits if compile else _score_logits
+        self.compile = compile
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -51,7 +50,7 @@ class Objective:
             torch.cat([target.labels for target in targets.values()]),
             torch.cat(coefficients),
             self.chunk_size,
-            self.score_logits,
+            self.compile,
             torch.is_grad_enabled(),
         )
         sizes = [len(target.labels) for target in targets.values()]
@@ -70,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,  # [n]
         coefficients: Tensor,  # [n], at least float32
         chunk_size: int,
-        score_logits: Callable,
+        compile: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
@@ -81,7 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.empty_like(labels, dtype=torch.bool)
         if with_gradient:
             d_hidden = torch.empty_like(hidden)
-            d_weight = torch.zeros_like(weight, dtype=coefficients.dtype)
+            d_weight = torch.empty_like(weight, dtype=coefficients.dtype)
+        score_logits = _fused_score_logits if compile else _score_logits
         n_chunks = -(-len(labels) // chunk_size)
         for number in range(n_chunks):
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
@@ -90,11 +90,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             if with_gradient:
                 torch.mm(d_logits, weight, out=d_hidden[chunk])
-                _add_product(d_weight, d_logits.T, hidden[chunk])
+                _add_product(d_weight, d_logits.T, hidden[chunk], anew=number == 0)
             del d_logits  # before the next chunk's logits
         if with_gradient:
+            if n_chunks == 0:
+                d_weight.zero_()
             ctx.save_for_backward(d_hidden, d_weight, scale)
-            ctx.weight_dtype = weight.dtype
+            ctx.weight_dtype, ctx.compile = weight.dtype, compile
         ctx.mark_non_differentiable(nll, correct)
         return (coefficients * nll).sum(), nll, correct
 
@@ -102,15 +104,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_value: Tensor, *_):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
-        # scaled and rounded in one pass
-        narrow = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
-        return d_hidden * scale, torch.mul(d_weight, scale, out=narrow), *[None] * 5
+        scale_weight = _compiled_scaled if ctx.compile and d_weight.is_cuda else _scaled
+        return d_hidden * scale, scale_weight(d_weight, scale, ctx.weight_dtype), *[None] * 5
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in the dtype of `total`, which is that of the matrices or wider."""
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * scale).to(dtype)
+
+
+_compiled_scaled = torch.compile(_scaled, dynamic=False)  # in one pass
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
+    """total += a @ b, or = where `anew`, summed in the dtype of `total`, which is that of the matrices or wider."""
     if total.is_cuda and total.dtype == torch.float32 != a.dtype:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        if anew:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif anew:
+        total.copy_(a @ b)
     else:
         total += a @ b
 

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from tidar.config import UserError, load_config, user_errors_exit
 from tidar.data import Batch, validation_order
-from tidar.distributed import Watchdog, compile_seconds, leave_world, prepare_backward, shorten_timeout
+from tidar.distributed import Watchdog, compile_seconds, leave_world, shorten_timeout
 from tidar.objective import TokenScores
 from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.epoch_export import export_parameters
@@ -145,10 +145,10 @@ class Trainer(Run):
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
         for place, batch in enumerate(micro_batches, start=1):
             self.passes(f"step {number}: micro-batch {place}")
-            prepare_backward(self.model, config, self.world.shard_group.size(), is_last=place == self.micro_batches)
-            loss, scores = self.forward(batch.rows, weights)
-            self.throughput.count_pairs(self.mask_builder.allowed_pairs(batch.rows.documents))
-            self.updates.backward(loss)
+            with self.parallel.training(is_last=place == self.micro_batches):
+                loss, scores = self.forward(batch.rows, weights)
+                self.throughput.count_pairs(self.mask_builder.allowed_pairs(batch.rows.documents))
+                self.updates.backward(loss)
             self.updates.skipped.note(batch.rows, scores)
             sums += score_sums(batch.rows.targets, scores)
             self.pace()
@@ -198,7 +198,7 @@ class Trainer(Run):
 
         # its first batch may have to be compiled
         self.passes("validation", config.comm.init_timeout_seconds)
-        with self.throughput.paused():
+        with self.throughput.paused(), self.parallel.validating():
             scalars = validate(
                 self.loader(self.held_out_rows, order, self.validation_pattern),
                 score,
@@ -206,9 +206,6 @@ class Trainer(Run):
                 loss_weights=self.loss_weights,
                 device=self.device,
             )
-            # a forward pass without a backward pass leaves parameters gathered
-            for module in (*self.model.layers, self.model):
-                module.reshard()
         self.val_losses[self.step] = scalars["val/loss"]
         self.metrics.write(self.step, scalars)
         self.log(validation_lines(scalars))

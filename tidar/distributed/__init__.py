@@ -1,7 +1,8 @@
 """The world of processes, and what is done to a model to train it there."""
 
+from tidar.distributed.one_device import OneDevice
 from tidar.distributed.pace import Pace
-from tidar.distributed.parallelize import compile_seconds, parallelize, prepare_backward, reshards_after_forward
+from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
@@ -17,7 +18,9 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
+    "OneDevice",
     "Pace",
+    "Sharded",
     "Watchdog",
     "World",
     "arithmetic_dtype",
@@ -28,8 +31,8 @@ __all__ = [
     "leave_world",
     "logging_ranks",
     "make_deterministic",
+    "needs_fsdp",
     "parallelize",
-    "prepare_backward",
     "rank_zero_first",
     "reshards_after_forward",
     "resolve_degrees",

@@ -1,18 +1,20 @@
 """The techniques applied to a model, each in its place: activation checkpointing, compile, then FSDP2."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
+from tidar.distributed.one_device import OneDevice
+from tidar.distributed.world import World
 
 aten = torch.ops.aten
 # what selective checkpointing keeps: results of matrix products and of attention, which are dear to compute again
@@ -28,12 +30,28 @@ KEPT = {
 }
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype, compile: bool) -> None:
-    """Makes a decoder on the meta device ready to be trained over `mesh`, in place; arithmetic in `param_dtype`."""
+def parallelize(
+    model: nn.Module, world: World, config: Config, param_dtype: torch.dtype, compile: bool
+) -> "Sharded | OneDevice":
+    """Makes a decoder on the meta device ready to be trained, in place, with memory for its parameters.
+
+    param_dtype: of the arithmetic; parameters and sums of gradients are float32.
+    """
     apply_activation_checkpointing(model, config.activation_checkpoint)
     if compile:
         apply_compile(model)
-    apply_fsdp(model, mesh, config, param_dtype)
+    if not needs_fsdp(config, world.size):
+        model.to_empty(device=world.device)
+        return OneDevice(model, param_dtype, accumulates=_micro_batches_of_one_device(config) > 1)
+    sharded = Sharded(model, world, config, param_dtype)
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
+    return sharded
+
+
+def needs_fsdp(config: Config, world_size: int) -> bool:
+    """One device needs it where memory is saved: parameters on the host, or gathered for a moment only."""
+    parallelism = config.parallelism
+    return world_size > 1 or config.training.enable_cpu_offload or parallelism.fsdp_reshard_after_forward == "always"
 
 
 def apply_activation_checkpointing(model: nn.Module, options: ActivationCheckpoint) -> None:
@@ -84,27 +102,56 @@ def compile_seconds() -> float:
     return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: Config, param_dtype: torch.dtype) -> None:
-    """One group per layer, and one of the rest. Parameters and reductions in float32.
+class Sharded:
+    """A model under FSDP2: one group per layer, and one of the rest. Parameters and reductions in float32.
 
     A mesh of one dimension shards over it; one of two replicates over the first and shards over the second.
     """
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
-    }
-    for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=reshards_after_forward(config, mesh.size(-1)), **options)
-    fully_shard(model, **options)
-    for module in (*model.layers, model):
-        if mesh.size() > 1:
-            # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
-            # gloo knows sums only
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        elif _keeps_what_it_reduces(config):
-            module.set_custom_reduce_scatter(_InPlaceReduceScatter())
+
+    def __init__(self, model: nn.Module, world: World, config: Config, param_dtype: torch.dtype):
+        self.model = model
+        self.reduces_each = config.parallelism.gradient_reduction == "micro_batch"
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}  # FSDP2's own are no business of the optimizer
+        mesh = world.mesh
+        self.reshards = reshards_after_forward(config, mesh.size(-1))
+        options = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
+        }
+        for layer in model.layers:
+            fully_shard(layer, reshard_after_forward=self.reshards, **options)
+        fully_shard(model, **options)
+        for module in (*model.layers, model):
+            if mesh.size() > 1:
+                # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
+                # gloo knows sums only
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+            elif _keeps_what_it_reduces(config):
+                module.set_custom_reduce_scatter(_InPlaceReduceScatter())
+
+    @contextmanager
+    def training(self, is_last: bool) -> Iterator[None]:
+        """For the forward and backward pass of one micro-batch. is_last: of its step."""
+        self.model.set_requires_gradient_sync(is_last or self.reduces_each)
+        # replicas are added up once a step in any case: what they keep until then is no more than their shards
+        self.model.set_requires_all_reduce(is_last)
+        # what stays gathered for the backward pass may as well stay for the next micro-batch
+        self.model.set_reshard_after_backward(is_last or self.reshards)
+        yield
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """For forward passes alone."""
+        yield
+        # without a backward pass they leave parameters gathered
+        for module in (*self.model.layers, self.model):
+            module.reshard()
+
+
+def _micro_batches_of_one_device(config: Config) -> int:
+    return resolve_global_batch_size(config, 1) // config.training.local_batch_size
 
 
 def _keeps_what_it_reduces(config: Config) -> bool:
@@ -112,8 +159,7 @@ def _keeps_what_it_reduces(config: Config) -> bool:
 
     Then its memory may be that of FSDP2's main stream, which otherwise could use it again too early.
     """
-    once = config.parallelism.gradient_reduction == "step"
-    once = once or resolve_global_batch_size(config, 1) == config.training.local_batch_size
+    once = config.parallelism.gradient_reduction == "step" or _micro_batches_of_one_device(config) == 1
     return once and not config.training.enable_cpu_offload
 
 
@@ -144,13 +190,3 @@ def reshards_after_forward(config: Config, shards: int) -> bool:
         # with whole gradients on each device the parameters are kept as well, as ZeRO-1 does
         return shards > 1 and parallelism.gradient_reduction == "micro_batch"
     return parallelism.fsdp_reshard_after_forward == "always"
-
-
-def prepare_backward(model: nn.Module, config: Config, shards: int, is_last: bool) -> None:
-    """Before each micro-batch of a step: says what of it is to be added up and freed. is_last: of the step."""
-    parallelism = config.parallelism
-    model.set_requires_gradient_sync(is_last or parallelism.gradient_reduction == "micro_batch")
-    # replicas are added up once a step in any case: what they keep until then is no more than their shards
-    model.set_requires_all_reduce(is_last)
-    # what stays gathered for the backward pass may as well stay for the next micro-batch
-    model.set_reshard_after_backward(is_last or reshards_after_forward(config, shards))

@@ -1,5 +1,9 @@
 """AdamW, with moments in float32 or bfloat16."""
 
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -7,16 +11,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tidar.config import derive_seed
 from tidar.config.options import Optimizer
+from tidar.training.gradients import local_gradient
 
 # elements of a parameter that are updated at one time where nothing fuses the update: bounds what it holds meanwhile
 EAGER_ELEMENTS = 2**24
 
 
-def make_optimizer(model: nn.Module, options: Optimizer, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    options: Optimizer,
+    seed: int = 0,
+    copies: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    in_one_kernel: bool = False,
+) -> torch.optim.Optimizer:
     """AdamW over all parameters; weight decay on those that optimizer.decay_params names.
 
     Its `step` divides gradients by the attribute `grad_scale` and changes nothing where the attribute `found_inf` is 1,
-    both scalar float32 tensors. seed, compile: of `BFloat16AdamW`.
+    both scalar float32 tensors. seed, copies, in_one_kernel: of `MixedAdamW`.
     """
     decayed, plain = [], []
     for parameter in model.parameters():
@@ -27,90 +38,133 @@ def make_optimizer(model: nn.Module, options: Optimizer, seed: int = 0, compile:
         {"params": plain, "weight_decay": 0.0},
     ]
     common = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
-    if options.state_dtype == "float32":
+    if options.state_dtype == "float32" and not copies and not in_one_kernel:
         return torch.optim.AdamW(groups, **common, fused=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return BFloat16AdamW(groups, names, seed, compile, **common)
+    dtype = getattr(torch, options.state_dtype)
+    return MixedAdamW(groups, names, copies or {}, dtype, seed, in_one_kernel, **common)
 
 
-class BFloat16AdamW(torch.optim.Optimizer):
-    """AdamW whose moments are bfloat16. They are updated in float32, and so rounded stochastically.
+class MixedAdamW(torch.optim.Optimizer):
+    """AdamW for what torch's is not made for: moments in bfloat16, and copies of the parameters in 16 bits, which have
+    the gradients and are written anew with each update. All arithmetic is float32.
 
-    Rounded to nearest, a second moment never decays where 1 - beta2 is below bfloat16's precision. How an element is
-    rounded is a function of (seed, name of its parameter, its place in it, step), and so depends neither on the
-    sharding nor on a restart.
+    Moments in bfloat16 are rounded stochastically: rounded to nearest, a second moment never decays where 1 - beta2 is
+    below bfloat16's precision. How an element is rounded is a function of (seed, name of its parameter, its place in
+    it, step), and so depends neither on the sharding nor on a restart.
     """
 
-    def __init__(self, groups: list[dict], names: dict[nn.Parameter, str], seed: int, compile: bool, **defaults):
+    def __init__(
+        self,
+        groups: list[dict],
+        names: dict[nn.Parameter, str],
+        copies: Mapping[nn.Parameter, nn.Parameter],
+        state_dtype: torch.dtype,
+        seed: int,
+        in_one_kernel: bool,
+        **defaults,
+    ):
+        """in_one_kernel: all parameters of a group at once, on CUDA, in place of one after the other."""
         super().__init__(groups, defaults)
+        self.copies = copies
+        self.state_dtype = state_dtype
         self.keys = {parameter: derive_seed(seed, f"rounding/{name}") % 2**31 for parameter, name in names.items()}
         self.first_elements = {parameter: _first_element(parameter) for parameter in names}
-        self.update = torch.compile(_update, dynamic=True, fullgraph=True) if compile else _update_in_pieces
+        self.in_one_kernel = in_one_kernel
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state |= _new_state(parameter, torch.bfloat16)
-                values = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-                local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-                if not local[0].numel():
-                    continue
-                device = local[0].device
-                self.update(
-                    *(value.view(-1) for value in local),
-                    state["step"],
-                    torch.full((), group["lr"], device=device),
-                    group["betas"],
-                    group["eps"],
-                    group["weight_decay"],
-                    self.grad_scale,
-                    self.found_inf,
-                    torch.full((), self.keys[parameter], dtype=torch.int64, device=device),
-                    torch.full((), self.first_elements[parameter], dtype=torch.int64, device=device),
-                )
-                state["step"] += 1 - self.found_inf
+            if parameters := group["params"]:
+                self._update(group, parameters, [self._state(parameter) for parameter in parameters])
+
+    def _update(self, group: dict, parameters: list[nn.Parameter], states: list[dict[str, Tensor]]) -> None:
+        # all parameters have made the same steps
+        steps = states[0]["step"]
+        device = steps.device
+        beta1, beta2 = group["betas"]
+        number = steps.double() + 1
+        lr = torch.full((), group["lr"], dtype=torch.double, device=device)
+        rate, correction = lr / (1 - beta1**number), 1 - beta2**number
+        values = (lr * group["weight_decay"], rate, correction, self.grad_scale, self.found_inf)
+        scalars = torch.stack([value.to(device).float() for value in values])
+        keys = torch.tensor([self.keys[parameter] for parameter in parameters], device=device)
+        salts = _mixed((keys + 0x9E3779B9 * steps.long()).int())
+        tensors = [
+            OfParameter(
+                _local(parameter),
+                local_gradient(parameter, self.copies),
+                _local(state["exp_avg"]),
+                _local(state["exp_avg_sq"]),
+                self.copies.get(parameter),
+                self.first_elements[parameter],
+            )
+            for parameter, state in zip(parameters, states)
+        ]
+        if self.in_one_kernel:
+            from tidar.training.adamw_kernel import update_all
+
+            update_all(tensors, salts, scalars, group["betas"], group["eps"])
+        else:
+            for of_one, salt in zip(tensors, salts):
+                _update_in_pieces(of_one, salt, scalars, group["betas"], group["eps"])
+        torch._foreach_add_([state["step"] for state in states], 1 - self.found_inf.to(device))
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state |= _new_state(parameter, self.state_dtype)
+        return state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
 
 
-def _update_in_pieces(parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest) -> None:
-    *scalars, first = rest
-    pieces = (tensor.split(EAGER_ELEMENTS) for tensor in (parameter, gradient, exp_avg, exp_avg_sq))
-    for number, piece in enumerate(zip(*pieces)):
-        _update(*piece, *scalars, first + number * EAGER_ELEMENTS)
+class OfParameter(NamedTuple):
+    """This rank's part of a parameter and of what belongs to it, and the place of its first element in the whole."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    copy: Tensor | None
+    first: int
 
 
-def _update(
-    parameter: Tensor,  # [n]
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,  # before this one
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor,
-    found_inf: Tensor,
-    key: Tensor,
-    first: Tensor,  # place of the first element in the whole parameter
-) -> None:
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _update_in_pieces(tensors: OfParameter, *others) -> None:
+    *values, first = tensors
+    pieces = ([None] if value is None else value.view(-1).split(EAGER_ELEMENTS) for value in values)
+    for number, piece in enumerate(zip_longest(*pieces)):
+        _update(OfParameter(*piece, first + number * EAGER_ELEMENTS), *others)
+
+
+def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float) -> None:
+    """One parameter, flat. salt: of its rounding. scalars: as `MixedAdamW._update` has stacked them."""
+    parameter, gradient, exp_avg, exp_avg_sq, copy, first = tensors
+    decay, rate, correction, grad_scale, found_inf = scalars
     beta1, beta2 = betas
-    gradient = gradient / grad_scale
+    gradient = gradient.float() / grad_scale
     first_moment = exp_avg.float() * beta1 + gradient * (1 - beta1)
     second_moment = exp_avg_sq.float() * beta2 + gradient * gradient * (1 - beta2)
-    step = steps.double() + 1
-    rate = (lr / (1 - beta1**step)).float()
-    deviation = (second_moment / (1 - beta2**step).float()).sqrt() + eps
-    updated = parameter * (1 - lr * weight_decay) - rate * first_moment / deviation
+    deviation = (second_moment / correction).sqrt() + eps
+    updated = parameter * (1 - decay) - rate * first_moment / deviation
 
-    place = first.int() + torch.arange(len(parameter), device=parameter.device, dtype=torch.int32)
-    bits = _mixed(place ^ _mixed((key + 0x9E3779B9 * step.long()).int()))
     skip = found_inf > 0
     parameter.copy_(torch.where(skip, parameter, updated))
-    exp_avg.copy_(torch.where(skip, exp_avg, _rounded(first_moment, bits & 0xFFFF)))
-    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, _rounded(second_moment, _shifted(bits))))
+    if exp_avg.dtype == torch.bfloat16:
+        place = first + torch.arange(len(parameter), device=parameter.device)
+        bits = _mixed(place.int() ^ salt)
+        first_moment, second_moment = _rounded(first_moment, bits & 0xFFFF), _rounded(second_moment, _shifted(bits))
+    exp_avg.copy_(torch.where(skip, exp_avg, first_moment))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, second_moment))
+    if copy is not None:
+        copy.copy_(parameter)
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -148,7 +202,7 @@ def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]
 
 def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, to be saved or to be loaded into; made where there is none yet."""
-    dtype = torch.bfloat16 if isinstance(optimizer, BFloat16AdamW) else torch.float32
+    dtype = optimizer.state_dtype if isinstance(optimizer, MixedAdamW) else torch.float32
     tensors = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]

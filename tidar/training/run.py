@@ -101,13 +101,13 @@ class Run:
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         with torch.device("meta"):
             self.model = Decoder(self.spec.decoder, flash=backend == "flash")
-        parallelize(self.model, self.world.mesh, config, dtype, compile)
-        self.model.to_empty(device="cpu" if config.training.enable_cpu_offload else self.device)
+        self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
 
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
-        self.updates = Updates(self.model, config, self.world, self.group, dtype, compile, self.log)
+        copies = self.parallel.copies
+        self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, compile, self.log)
 
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
         self.checkpointer = Checkpointer(

@@ -4,7 +4,7 @@ import torch
 
 from tidar.config import Config
 from tidar.data import PackedRows
-from tidar.distributed import reshards_after_forward, resolve_degrees
+from tidar.distributed import needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.models import Decoder, count_pairs
 from tidar.patterns import Pattern, experiments
 from tidar.training.flops import batch_flops
@@ -66,6 +66,11 @@ def _memory(config: Config, parameters: int, param_bytes: int, world_size: int, 
     replicas, shards = resolve_degrees(config, world_size)
     moment_bytes = {"float32": 4, "bfloat16": 2}[config.optimizer.state_dtype]
     gib = parameters / 2**30
+    if not needs_fsdp(config, world_size):
+        # float32 parameters and two moments; the copies that are computed with; gradients, summed up in float32
+        copies = param_bytes if param_bytes < 4 else 0
+        gradients = param_bytes if micro_batches == 1 else 4
+        return f"{(4 + 2 * moment_bytes + copies + gradients) * gib:.3f} GiB of states"
     # float32 parameters and gradients, and two moments
     where = "in the host's memory for" if config.training.enable_cpu_offload else "on"
     text = f"{(8 + 2 * moment_bytes) * gib / shards:.3f} GiB of states {where} each device"

@@ -1,15 +1,15 @@
 """From gradients to new parameters: clipping, learning rate, loss scale, and steps that are skipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidar.config import Config
 from tidar.distributed import World
 from tidar.models import Decoder
-from tidar.training.gradients import gradient_norm
+from tidar.training.gradients import gradient_norm, local_gradient
 from tidar.training.loss_scale import LossScaler
 from tidar.training.optimizer import make_optimizer
 from tidar.training.schedule import learning_rate
@@ -25,6 +25,7 @@ class Updates:
     def __init__(
         self,
         model: Decoder,
+        copies: Mapping[nn.Parameter, nn.Parameter],
         config: Config,
         world: World,
         group: dist.ProcessGroup,
@@ -32,13 +33,16 @@ class Updates:
         compile: bool,
         log: Callable[[str], None],
     ):
-        """group: of all ranks, on the CPU. dtype: of the arithmetic; float16 wants the loss scaled."""
+        """copies: of parameters, in the type of the arithmetic, that are updated with them and have their gradients.
+        group: of all ranks, on the CPU. dtype: of the arithmetic; float16 wants the loss scaled.
+        """
         self.config = config
         self.world = world
         self.log = log
         self.parameters = list(model.parameters())
-        on_host = config.training.enable_cpu_offload
-        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, compile and not on_host)
+        self.copies = copies
+        in_one_kernel = compile and self.parameters[0].device.type == "cuda"
+        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, in_one_kernel)
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16
         self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)
@@ -64,7 +68,8 @@ class Updates:
         Returns the norm before clipping, scalar, and the learning rate. Raises TooManySkipped for the step before.
         """
         training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
-        norm = gradient_norm(self.parameters, self.world.shard_group, self.world.device) / scale
+        gradients = [local_gradient(parameter, self.copies) for parameter in self.parameters]
+        norm = gradient_norm(gradients, self.world.shard_group, self.world.device) / scale
         self.settle()
         self.skipped.check()
         found_inf = self.skipped.judge(step, sums, norm, rows)

@@ -1,0 +1,64 @@
+"""Training on one device, where nothing is sharded: FSDP2's copies and casts would be work for nothing."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class OneDevice:
+    """A model whose parameters the optimizer holds in float32, and which computes with copies in another type.
+
+    `copies`: by parameter, what stands in its place while the model computes, and gets its gradient; empty where the
+    arithmetic is float32. The optimizer writes them together with the parameters.
+    """
+
+    def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
+        """accumulates: whether a step has several micro-batches, whose gradients are then added up in float32."""
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}
+        self.are_current = False
+        self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        if param_dtype == torch.float32:
+            return
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter not in self.copies:
+                    copy = self.copies[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=param_dtype))
+                    if accumulates:
+                        copy.register_post_accumulate_grad_hook(_AddTo(parameter))
+                self.places.append((module, name, parameter))
+
+    def training(self, is_last: bool) -> AbstractContextManager[None]:
+        """For the forward and backward pass of one micro-batch. is_last: of its step; all are alike here."""
+        return self.validating()
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """For forward passes alone."""
+        if self.copies and not self.are_current:
+            # the first weights, or those of a checkpoint
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            self.are_current = True
+        try:
+            for module, name, parameter in self.places:
+                module._parameters[name] = self.copies[parameter]
+            yield
+        finally:
+            for module, name, parameter in self.places:
+                module._parameters[name] = parameter
+
+
+class _AddTo:
+    """Adds the gradient of a copy to that of its parameter, and frees it."""
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter = parameter
+
+    def __call__(self, copy: Tensor) -> None:
+        if self.parameter.grad is None:
+            self.parameter.grad = copy.grad.float()
+        else:
+            self.parameter.grad += copy.grad
+        copy.grad = None

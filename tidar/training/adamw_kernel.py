@@ -1,0 +1,155 @@
+"""AdamW of many tensors in one launch, as a Triton kernel that goes by a table of their addresses. Needs CUDA."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# elements of a program, and the warps that share them
+BLOCK, WARPS = 4096, 8
+# what loads of 16 bytes want of an address
+ALIGNMENT = 16
+# columns of the table
+COLUMNS = tl.constexpr(7)
+
+
+def update_all(
+    tensors: Sequence[tuple], salts: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float
+) -> None:
+    """What `tidar.training.optimizer._update` does, for all tensors: parameter, gradient, both moments, copy or None,
+    first element. Those of one kind have one type.
+    """
+    rows, n_blocks = [], []
+    for *values, first in tensors:
+        values = [_aligned(value) for value in values]
+        size = values[0].numel()
+        rows.append([0 if value is None else value.data_ptr() for value in values] + [size, first])
+        n_blocks.append(-(-size // BLOCK))
+    device = scalars.device
+    # from pinned memory, so that nothing waits
+    table = torch.tensor(rows).pin_memory().to(device, non_blocking=True)
+    ends = torch.tensor(n_blocks).cumsum(dim=0)
+    total = int(ends[-1])
+    if total == 0:
+        return
+    ends = ends.pin_memory().to(device, non_blocking=True)
+    blocks = torch.arange(total, device=device)
+    owners = torch.searchsorted(ends, blocks, right=True)
+    firsts = blocks - torch.cat([ends.new_zeros(1), ends])[owners]
+    _, gradient, exp_avg, _, copy, _ = tensors[0]
+    _adamw_kernel[(total,)](
+        table,
+        owners,
+        firsts,
+        salts,
+        scalars,
+        gradient,
+        exp_avg,
+        copy,
+        betas[0],
+        1 - betas[0],
+        betas[1],
+        1 - betas[1],
+        eps,
+        exp_avg.dtype == torch.bfloat16,
+        copy is not None,
+        BLOCK,
+        num_warps=WARPS,
+    )
+
+
+def _aligned(value: Tensor | None) -> Tensor | None:
+    if value is not None and (value.data_ptr() % ALIGNMENT or not value.is_contiguous()):
+        raise ValueError(f"a tensor of shape {list(value.shape)} is not contiguous from a multiple of 16 bytes")
+    return value
+
+
+@triton.jit
+def _mixed(x):
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2073254261  # 0x846CA68B
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _rounded(x, bits):
+    return ((x.to(tl.int32, bitcast=True) + bits) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _adamw_kernel(
+    table,
+    owners,
+    firsts,
+    salts,
+    scalars,
+    like_gradient,
+    like_moment,
+    like_copy,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    rounds: tl.constexpr,
+    copies: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one tensor a program. like_*: only their types count."""
+    owner = tl.load(owners + tl.program_id(0))
+    entry = table + owner * COLUMNS
+    size = tl.load(entry + 5)
+    start = tl.load(firsts + tl.program_id(0)) * BLOCK
+    place = tl.max_contiguous(tl.multiple_of(start + tl.arange(0, BLOCK), BLOCK), BLOCK)
+    pointers = (
+        tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16) + place,
+        tl.multiple_of(tl.load(entry + 1).to(like_gradient.dtype), 16) + place,
+        tl.multiple_of(tl.load(entry + 2).to(like_moment.dtype), 16) + place,
+        tl.multiple_of(tl.load(entry + 3).to(like_moment.dtype), 16) + place,
+    )
+    copied = None
+    if copies:
+        copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + place
+    noise = (tl.load(entry + 6) + place).to(tl.int32) ^ tl.load(salts + owner)
+    if tl.load(scalars + 4) == 0:
+        # only whole blocks can be loaded without asking element by element
+        if start + BLOCK <= size:
+            _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)
+        else:
+            inside = place < size
+            _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, inside)
+
+
+@triton.jit
+def _update(
+    pointers,
+    copied,
+    noise,
+    scalars,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    rounds: tl.constexpr,
+    copies: tl.constexpr,
+    inside,
+):
+    parameters, gradients, first_moments, second_moments = pointers
+    decay, rate, correction = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    parameter = tl.load(parameters, mask=inside)
+    gradient = tl.load(gradients, mask=inside).to(tl.float32) / tl.load(scalars + 3)
+    first_moment = tl.load(first_moments, mask=inside).to(tl.float32) * beta1 + gradient * rest1
+    second_moment = tl.load(second_moments, mask=inside).to(tl.float32) * beta2 + gradient * gradient * rest2
+    parameter = parameter * (1 - decay) - rate * first_moment / (tl.sqrt(second_moment / correction) + eps)
+    tl.store(parameters, parameter, mask=inside)
+    if copies:
+        tl.store(copied, parameter.to(copied.dtype.element_ty), mask=inside)
+    if rounds:
+        bits = _mixed(noise)
+        first_moment = _rounded(first_moment, bits & 0xFFFF)
+        second_moment = _rounded(second_moment, (bits >> 16) & 0xFFFF)
+    tl.store(first_moments, first_moment.to(first_moments.dtype.element_ty), mask=inside)
+    tl.store(second_moments, second_moment.to(second_moments.dtype.element_ty), mask=inside)

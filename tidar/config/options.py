@@ -162,8 +162,8 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
         "default",
         "free a layer's gathered parameters after its forward pass, as ZeRO-3 does (always), or keep them for the "
-        "backward pass, as ZeRO-2 does (never); default: always where they are sharded and reduced each micro-batch. One device "
-        "keeps a copy of all parameters in the type of the arithmetic, if not always",
+        "backward pass, as ZeRO-2 does (never); default: always where they are sharded and reduced each micro-batch. "
+        "One device keeps a copy of all parameters in the type of the arithmetic, if not always",
     )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",

@@ -1,6 +1,7 @@
 """AdamW of many tensors in one launch, as a Triton kernel that goes by a table of their addresses. Needs CUDA."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 # elements of a program, and the warps that share them
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 2048, 8
 # what loads of 16 bytes want of an address
 ALIGNMENT = 16
 # columns of the table
@@ -21,28 +22,20 @@ def update_all(
     """What `tidar.training.optimizer._update` does, for all tensors: parameter, gradient, both moments, copy or None,
     first element. Those of one kind have one type.
     """
-    rows, n_blocks = [], []
+    rows = []
     for *values, first in tensors:
         values = [_aligned(value) for value in values]
-        size = values[0].numel()
-        rows.append([0 if value is None else value.data_ptr() for value in values] + [size, first])
-        n_blocks.append(-(-size // BLOCK))
-    device = scalars.device
-    # from pinned memory, so that nothing waits
-    table = torch.tensor(rows).pin_memory().to(device, non_blocking=True)
-    ends = torch.tensor(n_blocks).cumsum(dim=0)
-    total = int(ends[-1])
-    if total == 0:
+        rows.append([0 if value is None else value.data_ptr() for value in values] + [values[0].numel(), first])
+    # from pinned memory, so that the host does not wait
+    table = torch.tensor(rows).pin_memory().to(scalars.device, non_blocking=True)
+    owners, starts = _blocks(tuple(row[5] for row in rows), BLOCK, scalars.device)
+    if not len(owners):
         return
-    ends = ends.pin_memory().to(device, non_blocking=True)
-    blocks = torch.arange(total, device=device)
-    owners = torch.searchsorted(ends, blocks, right=True)
-    firsts = blocks - torch.cat([ends.new_zeros(1), ends])[owners]
     _, gradient, exp_avg, _, copy, _ = tensors[0]
-    _adamw_kernel[(total,)](
+    _adamw_kernel[(len(owners),)](
         table,
         owners,
-        firsts,
+        starts,
         salts,
         scalars,
         gradient,
@@ -58,6 +51,15 @@ def update_all(
         BLOCK,
         num_warps=WARPS,
     )
+
+
+@lru_cache(maxsize=8)
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each block of the tensors of these sizes, the tensor's number and the block's first element, int64."""
+    counts = torch.tensor([-(-size // block) for size in sizes])
+    owners = torch.arange(len(sizes)).repeat_interleave(counts)
+    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * block
+    return owners.to(device), starts.to(device)
 
 
 def _aligned(value: Tensor | None) -> Tensor | None:
@@ -82,7 +84,7 @@ def _rounded(x, bits):
 def _adamw_kernel(
     table,
     owners,
-    firsts,
+    starts,
     salts,
     scalars,
     like_gradient,
@@ -101,8 +103,8 @@ def _adamw_kernel(
     owner = tl.load(owners + tl.program_id(0))
     entry = table + owner * COLUMNS
     size = tl.load(entry + 5)
-    start = tl.load(firsts + tl.program_id(0)) * BLOCK
-    place = tl.max_contiguous(tl.multiple_of(start + tl.arange(0, BLOCK), BLOCK), BLOCK)
+    start = tl.multiple_of(tl.load(starts + tl.program_id(0)), BLOCK)
+    place = start + tl.arange(0, BLOCK)
     pointers = (
         tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16) + place,
         tl.multiple_of(tl.load(entry + 1).to(like_gradient.dtype), 16) + place,
@@ -113,13 +115,12 @@ def _adamw_kernel(
     if copies:
         copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + place
     noise = (tl.load(entry + 6) + place).to(tl.int32) ^ tl.load(salts + owner)
-    if tl.load(scalars + 4) == 0:
-        # only whole blocks can be loaded without asking element by element
-        if start + BLOCK <= size:
-            _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)
-        else:
-            inside = place < size
-            _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, inside)
+    # only whole blocks can be loaded without asking element by element
+    if start + BLOCK <= size:
+        _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)
+    else:
+        inside = place < size
+        _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, inside)
 
 
 @triton.jit
@@ -138,18 +139,23 @@ def _update(
     inside,
 ):
     parameters, gradients, first_moments, second_moments = pointers
-    decay, rate, correction = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    # loaded before it is known whether the step counts: they take longest
     parameter = tl.load(parameters, mask=inside)
-    gradient = tl.load(gradients, mask=inside).to(tl.float32) / tl.load(scalars + 3)
-    first_moment = tl.load(first_moments, mask=inside).to(tl.float32) * beta1 + gradient * rest1
-    second_moment = tl.load(second_moments, mask=inside).to(tl.float32) * beta2 + gradient * gradient * rest2
-    parameter = parameter * (1 - decay) - rate * first_moment / (tl.sqrt(second_moment / correction) + eps)
-    tl.store(parameters, parameter, mask=inside)
-    if copies:
-        tl.store(copied, parameter.to(copied.dtype.element_ty), mask=inside)
-    if rounds:
-        bits = _mixed(noise)
-        first_moment = _rounded(first_moment, bits & 0xFFFF)
-        second_moment = _rounded(second_moment, (bits >> 16) & 0xFFFF)
-    tl.store(first_moments, first_moment.to(first_moments.dtype.element_ty), mask=inside)
-    tl.store(second_moments, second_moment.to(second_moments.dtype.element_ty), mask=inside)
+    gradient = tl.load(gradients, mask=inside).to(tl.float32)
+    first_moment = tl.load(first_moments, mask=inside).to(tl.float32)
+    second_moment = tl.load(second_moments, mask=inside).to(tl.float32)
+    decay, rate, correction = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    if tl.load(scalars + 4) == 0:
+        gradient /= tl.load(scalars + 3)
+        first_moment = first_moment * beta1 + gradient * rest1
+        second_moment = second_moment * beta2 + gradient * gradient * rest2
+        parameter = parameter * (1 - decay) - rate * first_moment / (tl.sqrt(second_moment / correction) + eps)
+        tl.store(parameters, parameter, mask=inside)
+        if copies:
+            tl.store(copied, parameter.to(copied.dtype.element_ty), mask=inside)
+        if rounds:
+            bits = _mixed(noise)
+            first_moment = _rounded(first_moment, bits & 0xFFFF)
+            second_moment = _rounded(second_moment, (bits >> 16) & 0xFFFF)
+        tl.store(first_moments, first_moment.to(first_moments.dtype.element_ty), mask=inside)
+        tl.store(second_moments, second_moment.to(second_moments.dtype.element_ty), mask=inside)

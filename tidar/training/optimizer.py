@@ -68,17 +68,20 @@ class MixedAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.copies = copies
         self.state_dtype = state_dtype
-        self.keys = {parameter: derive_seed(seed, f"rounding/{name}") % 2**31 for parameter, name in names.items()}
+        # made once: from the host's memory they come to a device only after all that it was given to do before
+        self.keys = [_keys(group["params"], names, seed) for group in self.param_groups]
         self.first_elements = {parameter: _first_element(parameter) for parameter in names}
         self.in_one_kernel = in_one_kernel
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            if parameters := group["params"]:
-                self._update(group, parameters, [self._state(parameter) for parameter in parameters])
+        for group, keys in zip(self.param_groups, self.keys):
+            if group["params"]:
+                self._update(group, keys)
 
-    def _update(self, group: dict, parameters: list[nn.Parameter], states: list[dict[str, Tensor]]) -> None:
+    def _update(self, group: dict, keys: Tensor) -> None:
+        parameters = group["params"]
+        states = [self._state(parameter) for parameter in parameters]
         # all parameters have made the same steps
         steps = states[0]["step"]
         device = steps.device
@@ -88,7 +91,6 @@ class MixedAdamW(torch.optim.Optimizer):
         rate, correction = lr / (1 - beta1**number), 1 - beta2**number
         values = (lr * group["weight_decay"], rate, correction, self.grad_scale, self.found_inf)
         scalars = torch.stack([value.to(device).float() for value in values])
-        keys = torch.tensor([self.keys[parameter] for parameter in parameters], device=device)
         salts = _mixed((keys + 0x9E3779B9 * steps.long()).int())
         tensors = [
             OfParameter(
@@ -131,6 +133,12 @@ class OfParameter(NamedTuple):
     exp_avg_sq: Tensor
     copy: Tensor | None
     first: int
+
+
+def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: int) -> Tensor | None:
+    """From which the rounding of each is derived, `[n]` int64."""
+    keys = [derive_seed(seed, f"rounding/{names[parameter]}") % 2**31 for parameter in parameters]
+    return torch.tensor(keys, device=parameters[0].device) if keys else None
 
 
 def _local(tensor: Tensor) -> Tensor:

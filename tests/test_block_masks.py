@@ -7,7 +7,7 @@ from reference import ids_of, random_lengths
 from test_patterns import random_pattern
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from tidar.models import block_mask_of_ranges, build_block_mask, count_pairs, tile_counts
+from tidar.models import block_mask_of_ranges, build_block_mask, count_pairs, mask_of_words, tile_counts
 from tidar.patterns import PATTERNS, Tidar, dense_pieces, key_ranges
 
 
@@ -40,10 +40,28 @@ def test_direct_equals_generic():
         tiles = -(-positions // tile)
         padded = torch.zeros(2, tiles * tile, tiles * tile, dtype=torch.int32)
         padded[:, :positions, :positions] = dense
+        words = mask_of_words(key_ranges(mask_mod))
+        assert words(torch.arange(2)[:, None, None], None, index[:, None], index).equal(dense)
         counts = padded.view(2, tiles, tile, tiles, tile).sum(dim=(2, 4))
         assert tile_counts(key_ranges(mask_mod), tile).equal(counts)
         assert count_pairs(mask_mod, 2, positions, torch.device("cpu")) == dense.sum()
     assert len(kinds) == 8  # each list was empty once and filled once
+
+
+def test_words_hold_the_longest_rows():
+    """Ranges with bounds at either end of 32768 positions, empty ones among them."""
+    rng = random.Random(0)
+    bounds = [0, 1, 2, 16383, 16384, 32766, 32767, 32768]
+    pairs = [sorted(rng.choices(bounds, k=2)) for _ in range(400)]
+    starts, ends = torch.tensor(pairs, dtype=torch.int32).view(2, 1, 200, 2).unbind(-1)
+    ranges = list(zip(starts, ends))
+    index = torch.arange(200)[:, None]
+    for keys in (torch.arange(32768), torch.arange(32768, dtype=torch.int32)):
+        expected = ((starts[:, 0, :, None] <= keys) & (keys < ends[:, 0, :, None])).any(dim=0)
+        assert mask_of_words(ranges)(0, None, index, keys).equal(expected)
+        assert mask_of_words(ranges[:1])(0, None, index, keys).equal(
+            (starts[0, 0, :, None] <= keys) & (keys < ends[0, 0, :, None])
+        )
 
 
 class Window(Tidar):

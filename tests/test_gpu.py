@@ -22,11 +22,13 @@ from tidar.models import (
     attention,
     block_mask_of_points,
     build_block_mask,
+    can_fuse_mlp,
     count_pairs,
     decoder_config,
     initialize,
     size_config,
 )
+from tidar.models.gated_mlp import gated_mlp
 from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
@@ -340,6 +342,31 @@ def test_float16_follows_bfloat16(tmp_path):
     errors = [abs(a / b - 1) for a, b in zip(half, wide) if a == a]
     print(max(errors), abs(sum(half[-20:]) / sum(wide[-20:]) - 1))
     assert len(half) == len(wide) == 200 and sum(half[-20:]) == pytest.approx(sum(wide[-20:]), rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_mlp_equals_plain_torch(dtype):
+    """Output and all gradients, as near to float64 as those of the separate products."""
+    for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
+        if not can_fuse_mlp(CUDA, dtype, dim, hidden):
+            pytest.skip("quack is not installed, or this is no Hopper GPU")
+        torch.manual_seed(0)
+        x, weights = torch.randn(2, n, dim, device=CUDA), torch.randn(2, n, dim, device=CUDA)
+        shapes = (hidden, dim), (hidden, dim), (dim, hidden)
+        matrices = [torch.randn(shape, device=CUDA) / dim**0.5 for shape in shapes]
+        errors, expected = [], None
+        for kind, mlp in ((torch.float64, plain_mlp), (dtype, plain_mlp), (dtype, torch.compile(gated_mlp))):
+            inputs = [tensor.to(dtype).to(kind).requires_grad_() for tensor in (x, *matrices)]
+            out = mlp(*inputs)
+            found = [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), inputs)]
+            expected = expected or found
+            errors.append([relative(*pair) for pair in zip(found, expected)])
+        print(errors[1:])
+        assert all(fused < 1.2 * plain for fused, plain in zip(errors[2], errors[1]))
+
+
+def plain_mlp(x, gate, up, down):
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -93,7 +93,12 @@ def measure_start(options: list[str]) -> dict[str, float]:
     """Seconds from the start of a process to the end of step 1, without and with what an earlier one has compiled."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+        variables = (
+            "TORCHINDUCTOR_CACHE_DIR",
+            "TRITON_CACHE_DIR",
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+            "QUACK_CACHE_DIR",
+        )
         caches = {variable: f"{folder}/{variable}" for variable in variables}
         for kind in ("cold", "warm"):
             command = [sys.executable, "-u", "-m", "tidar.train", *options, "--training.steps", "1"]

@@ -70,7 +70,7 @@ def _mask(backend: str, pattern: Pattern, documents: Documents, positions: int) 
     rows, device = len(documents.index), documents.index.device
     if backend == "sdpa":
         return create_mask(pattern.mask_mod(documents), rows, None, positions, positions, device=device)
-    return build_block_mask(pattern.mask_mod(documents), rows, positions, device)
+    return build_block_mask(pattern.mask_mod(documents), rows, positions, device, flash=backend == "flash")
 
 
 def _build_times(pattern: Pattern, documents: Documents, positions: int) -> list[str]:

@@ -5,6 +5,7 @@ from tidar.models.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
+from tidar.models.gated_mlp import can_fuse_mlp
 from tidar.models.initialize import initialize
 from tidar.models.masks import (
     TILE,
@@ -14,6 +15,7 @@ from tidar.models.masks import (
     build_block_mask,
     count_pairs,
     count_tiles,
+    mask_of_words,
     tile_counts,
 )
 from tidar.models.sizes import size_config
@@ -41,6 +43,7 @@ __all__ = [
     "block_mask_of_points",
     "block_mask_of_ranges",
     "build_block_mask",
+    "can_fuse_mlp",
     "check_weights",
     "count_pairs",
     "count_tiles",
@@ -48,6 +51,7 @@ __all__ = [
     "fill_new_rows",
     "from_pretrained",
     "initialize",
+    "mask_of_words",
     "load_weights",
     "open_weights",
     "read_config_json",

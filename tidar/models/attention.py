@@ -1,5 +1,6 @@
 """Attention and its backends. The mask that a model is given decides which one runs."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -60,7 +61,10 @@ def resolve_backend(
     if backend == "flash" and obstacle:
         raise UserError(f"model.attention_backend = flash: {obstacle}; use flex or auto")
     if backend == "auto":
-        return "flex" if obstacle else "flash"
+        backend = "flex" if obstacle else "flash"
+    if backend == "flash":
+        # compiled for half a minute, its kernels are kept on disk for the next process
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     return backend
 
 

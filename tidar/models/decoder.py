@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
+from tidar.models.gated_mlp import gated_mlp
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
@@ -74,23 +75,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, fused: bool):
         super().__init__()
+        self.fused = fused
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, flash: bool):
+    def __init__(self, config: DecoderConfig, flash: bool, fused_mlp: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, flash)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, fused_mlp)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
@@ -98,12 +102,12 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig, flash: bool = False):
-        """flash: block masks run FlashAttention-4's kernels."""
+    def __init__(self, config: DecoderConfig, flash: bool = False, fused_mlp: bool = False):
+        """flash: block masks run FlashAttention-4's kernels. fused_mlp: `tidar.models.gated_mlp` in each layer."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config, flash) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, flash, fused_mlp) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -10,13 +10,16 @@ from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, 
 # tile of a block mask, queries and keys: what FlexAttention skips or computes as a whole
 TILE = 128
 
+# what fits in half a word of `mask_of_words`, whose signs are bits 31 and 15
+MAX_WORD, SIGNS = 2**15, -0x7FFF8000
+
 # The evaluation of a mask at all pairs fuses only when compiled. Shapes stay static: a block size that becomes symbolic
 # cannot be traced through create_block_mask (torch 2.11)
 _compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 class MaskBuilder:
-    """The mask of each batch as `backend` ("flex" or "sdpa") wants it, to be shared by all layers.
+    """The mask of each batch as `backend` ("flash", "flex" or "sdpa") wants it, to be shared by all layers.
 
     Built once per batch where rows are packed or blocks are drawn, else once per shape.
     """
@@ -38,10 +41,10 @@ class MaskBuilder:
     def _build(self, documents: Documents) -> Mask:
         batch, seq_len = documents.index.shape
         positions = self.pattern.model_positions(seq_len)
-        mask_mod = self.pattern.mask_mod(documents)
+        mask_mod, device = self.pattern.mask_mod(documents), documents.index.device
         if self.backend == "sdpa":
-            return create_mask(mask_mod, batch, None, positions, positions, device=documents.index.device)
-        return build_block_mask(mask_mod, batch, positions, documents.index.device)
+            return create_mask(mask_mod, batch, None, positions, positions, device=device)
+        return build_block_mask(mask_mod, batch, positions, device, flash=self.backend == "flash")
 
     @torch.no_grad()
     def allowed_pairs(self, documents: Documents) -> Tensor:
@@ -51,12 +54,45 @@ class MaskBuilder:
         return count_pairs(self.pattern.mask_mod(documents), batch, positions, documents.index.device)
 
 
-def build_block_mask(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
-    """The block mask of rows, tile TILE: directly where it is made of ranges of keys, else from all its points."""
+def build_block_mask(
+    mask_mod: MaskMod, batch: int, positions: int, device: torch.device, flash: bool = False
+) -> BlockMask:
+    """The block mask of rows, tile TILE: directly where it is made of ranges of keys, else from all its points.
+
+    flash: for FlashAttention-4's kernels.
+    """
     ranges = key_ranges(mask_mod)
     if ranges is None:
         return block_mask_of_points(mask_mod, batch, positions, device)
+    if flash and positions <= MAX_WORD and len(ranges) <= 2:
+        mask_mod = mask_of_words(ranges)
     return block_mask_of_ranges(ranges, mask_mod)
+
+
+def mask_of_words(ranges: list[KeyRange]) -> MaskMod:
+    """The mask of one or two ranges with all four bounds of a query in one word, for at most MAX_WORD positions.
+
+    Each half of a word, `(end - 1) << 16 - start`, becomes `(end - 1 - k) << 16 + (k - start)` with a key k: it is in
+    the range where neither bit 31 nor bit 15, the signs of both, is set.
+
+    FlashAttention-4 (4.0.0b36 on cutlass-dsl 4.8) otherwise loads all bounds anew for each pair of a tile that is
+    partly allowed, behind a branch, and waits for them. A division before their use takes the loads out of there: one
+    in front of each half, and `k // 65536`, which is 0. Shifts cannot be compiled there.
+    """
+    first, second = (_half_words(*keys) for keys in (ranges + [(torch.zeros_like(ranges[0][0]),) * 2])[:2])
+    words = (second << 32) | (first & 0xFFFFFFFF)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        word = words[b, q]
+        of_key = k * (1 - 2**16) + k // 2**16
+        in_first = ((word.to(torch.int32) + of_key) & SIGNS) == 0
+        return in_first | ((((word // 2**32).to(torch.int32) + of_key) & SIGNS) == 0)
+
+    return mask_mod
+
+
+def _half_words(start: Tensor, end: Tensor) -> Tensor:
+    return (end.long() - 1) * 2**16 - start.long()
 
 
 def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:

@@ -26,7 +26,7 @@ from tidar.distributed import (
     parallelize,
     rank_zero_first,
 )
-from tidar.models import Decoder, MaskBuilder, resolve_backend
+from tidar.models import Decoder, MaskBuilder, can_fuse_mlp, resolve_backend
 from tidar.objective import Objective
 from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint import Checkpointer
@@ -99,10 +99,16 @@ class Run:
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
+        decoder = self.spec.decoder
+        # eager it would be slower; selective checkpointing keeps products that it does not have
+        fused_mlp = compile and config.activation_checkpoint.mode != "selective"
+        fused_mlp = fused_mlp and can_fuse_mlp(self.device, dtype, decoder.dim, decoder.hidden_dim)
         with torch.device("meta"):
-            self.model = Decoder(self.spec.decoder, flash=backend == "flash")
+            self.model = Decoder(decoder, flash=backend == "flash", fused_mlp=fused_mlp)
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
+        if fused_mlp:
+            self.engine += ", fused MLP"
 
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)

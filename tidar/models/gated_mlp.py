@@ -92,4 +92,4 @@ def _(d_out: Tensor, down: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 def _config():
     from quack.gemm_config import GemmConfig
 
-    return GemmConfig(tile_m=256, tile_n=128, pingpong=False, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+    return GemmConfig(tile_m=128, tile_n=160, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)

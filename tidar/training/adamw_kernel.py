@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 # elements of a program, and the warps that share them
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 1024, 4
 # what loads of 16 bytes want of an address
 ALIGNMENT = 16
 # columns of the table

@@ -22,13 +22,13 @@ from tidar.models import (
     attention,
     block_mask_of_points,
     build_block_mask,
-    can_fuse_mlp,
     count_pairs,
     decoder_config,
+    has_fast_products,
     initialize,
     size_config,
 )
-from tidar.models.gated_mlp import gated_mlp
+from tidar.models.products import _tile, gated_mlp, linear
 from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
@@ -344,25 +344,37 @@ def test_float16_follows_bfloat16(tmp_path):
     assert len(half) == len(wide) == 200 and sum(half[-20:]) == pytest.approx(sum(wide[-20:]), rel=5e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fused_mlp_equals_plain_torch(dtype):
-    """Output and all gradients, as near to float64 as those of the separate products."""
+def test_fast_products_equal_plain_ones():
+    """As near to float64, gradients too, for each kind of tile, none, and sizes that no tile or vector divides."""
+    tiles = set()
+    sizes = (4000, 1536, 2048), (16384, 8960, 1536), (5001, 520, 8192), (100, 64, 64), (4000, 1530, 2044)
+    for n, inner, outer in sizes:
+        inputs = torch.randn(n, inner), torch.randn(outer, inner) / inner**0.5, torch.randn(outer)
+        check_products(linear, torch.nn.functional.linear, inputs)
+        tiles |= {_tile(n, inner, outer, 132), _tile(n, outer, inner, 132), _tile(outer, n, inner, 132)}
+    assert None in tiles and len(tiles) >= 4
+
+
+def test_the_fused_mlp_equals_the_plain_one():
     for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
-        if not can_fuse_mlp(CUDA, dtype, dim, hidden):
+        shapes = (2, n, dim), (hidden, dim), (hidden, dim), (dim, hidden)
+        check_products(gated_mlp, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
+
+
+def check_products(fast, plain, inputs):
+    for dtype in (torch.bfloat16, torch.float16):
+        if not has_fast_products(CUDA, dtype):
             pytest.skip("quack is not installed, or this is no Hopper GPU")
-        torch.manual_seed(0)
-        x, weights = torch.randn(2, n, dim, device=CUDA), torch.randn(2, n, dim, device=CUDA)
-        shapes = (hidden, dim), (hidden, dim), (dim, hidden)
-        matrices = [torch.randn(shape, device=CUDA) / dim**0.5 for shape in shapes]
-        errors, expected = [], None
-        for kind, mlp in ((torch.float64, plain_mlp), (dtype, plain_mlp), (dtype, torch.compile(gated_mlp))):
-            inputs = [tensor.to(dtype).to(kind).requires_grad_() for tensor in (x, *matrices)]
-            out = mlp(*inputs)
-            found = [out, *torch.autograd.grad((out * weights.to(dtype)).sum(), inputs)]
+        errors, expected, weights = [], None, None
+        for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast))):
+            leaves = [tensor.to(CUDA, dtype).to(kind).requires_grad_() for tensor in inputs]
+            out = multiply(*leaves)
+            weights = torch.randn_like(out).to(dtype) if weights is None else weights
+            found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
             expected = expected or found
             errors.append([relative(*pair) for pair in zip(found, expected)])
-        print(errors[1:])
-        assert all(fused < 1.2 * plain for fused, plain in zip(errors[2], errors[1]))
+        print(dtype, errors[1:])
+        assert all(fast < 1.2 * plain for fast, plain in zip(errors[2], errors[1]))
 
 
 def plain_mlp(x, gate, up, down):

@@ -5,7 +5,7 @@ import torch
 from small_models import make_model
 
 from tidar.config import UserError
-from tidar.models import Decoder, DecoderConfig, decoder_config, from_pretrained, initialize, size_config
+from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
@@ -164,3 +164,17 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert not any(other[name].equal(shallow[name]) for name in matrices)
     assert len({shallow[name].flatten()[0].item() for name in matrices}) == len(matrices)
     assert all(value.eq(0 if name.endswith("bias") else 1).all() for name, value in shallow.items() if value.ndim == 1)
+
+
+def test_fast_products_compute_as_plain_ones():
+    """Without their kernels, which tests/test_gpu.py compares: the model, and all its gradients, in float64."""
+    outputs = []
+    for fast in (False, True):
+        config = decoder_config(size_config("debug") | {"vocab_size": 258})
+        model = Decoder(config, Kernels(products=fast, fused_mlp=fast))
+        initialize(model, seed=0)
+        logits = model.double()(torch.arange(40).view(2, 20))
+        logits.square().sum().backward()
+        outputs.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for plain, other in zip(*outputs):
+        assert (plain - other).norm() <= 1e-12 * plain.norm()

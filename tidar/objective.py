@@ -1,10 +1,12 @@
 """From hidden states to both losses, without ever holding the logits of all positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tidar.models import product
 from tidar.patterns import Targets
 
 
@@ -23,11 +25,16 @@ class Objective:
     micro-batches, so the losses and gradients of the parts add up to those of the step, however it is cut.
     """
 
-    def __init__(self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False):
-        """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA."""
+    def __init__(
+        self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False, fast_products: bool = False
+    ):
+        """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA.
+        fast_products: they and the hidden states' gradients are made by `tidar.models.product`.
+        """
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
         self.compile = compile
+        self.multiply = product if fast_products else torch.matmul
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -51,6 +58,7 @@ class Objective:
             torch.cat(coefficients),
             self.chunk_size,
             self.compile,
+            self.multiply,
             torch.is_grad_enabled(),
         )
         sizes = [len(target.labels) for target in targets.values()]
@@ -70,6 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         coefficients: Tensor,  # [n], at least float32
         chunk_size: int,
         compile: bool,
+        multiply: Callable[[Tensor, Tensor], Tensor],
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
@@ -86,10 +95,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for number in range(n_chunks):
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
             nll[chunk], correct[chunk], d_logits = score_logits(
-                hidden[chunk] @ weight.T, labels[chunk], scaled[chunk], with_gradient
+                multiply(hidden[chunk], weight.T), labels[chunk], scaled[chunk], with_gradient
             )
             if with_gradient:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
+                d_hidden[chunk] = multiply(d_logits, weight)
                 _add_product(d_weight, d_logits.T, hidden[chunk], anew=number == 0)
             del d_logits  # before the next chunk's logits
         if with_gradient:
@@ -105,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
         scale_weight = _compiled_scaled if ctx.compile and d_weight.is_cuda else _scaled
-        return d_hidden * scale, scale_weight(d_weight, scale, ctx.weight_dtype), *[None] * 5
+        return d_hidden * scale, scale_weight(d_weight, scale, ctx.weight_dtype), *[None] * 6
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

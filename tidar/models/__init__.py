@@ -3,9 +3,8 @@
 from tidar.models.attention import Mask, attention, resolve_backend
 from tidar.models.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.config_json import decoder_config, read_config_json
-from tidar.models.decoder import Decoder, DecoderConfig
+from tidar.models.decoder import Decoder, DecoderConfig, Kernels
 from tidar.models.export import write_huggingface_folder
-from tidar.models.gated_mlp import can_fuse_mlp
 from tidar.models.initialize import initialize
 from tidar.models.masks import (
     TILE,
@@ -18,6 +17,7 @@ from tidar.models.masks import (
     mask_of_words,
     tile_counts,
 )
+from tidar.models.products import has_fast_products, product
 from tidar.models.sizes import size_config
 from tidar.models.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
 from tidar.models.weights import (
@@ -34,6 +34,7 @@ __all__ = [
     "CheckpointReader",
     "Decoder",
     "DecoderConfig",
+    "Kernels",
     "StepFolder",
     "TILE",
     "Mask",
@@ -43,17 +44,18 @@ __all__ = [
     "block_mask_of_points",
     "block_mask_of_ranges",
     "build_block_mask",
-    "can_fuse_mlp",
     "check_weights",
     "count_pairs",
     "count_tiles",
     "decoder_config",
     "fill_new_rows",
     "from_pretrained",
+    "has_fast_products",
     "initialize",
     "mask_of_words",
     "load_weights",
     "open_weights",
+    "product",
     "read_config_json",
     "read_metadata",
     "read_model",

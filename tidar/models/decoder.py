@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
-from tidar.models.gated_mlp import gated_mlp
+from tidar.models.products import gated_mlp, linear
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
@@ -33,6 +33,22 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels that a decoder runs where the device has them, in place of plain ones. All of them compute the same.
+
+    flash: FlashAttention-4's under block masks. products: `tidar.models.products`. fused_mlp: its MLP, too.
+    """
+
+    flash: bool = False
+    products: bool = False
+    fused_mlp: bool = False
+
+    @property
+    def linear(self) -> Callable:
+        return linear if self.products else F.linear
+
+
 class RMSNorm(nn.Module):
     """Normalises in float32, whatever the type of its input, and scales in that type, as the published models do."""
 
@@ -48,9 +64,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, flash: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.flash = flash
+        self.kernels = kernels
         self.head_dim = config.head_dim
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, queries, bias=config.qkv_bias)
@@ -67,34 +83,37 @@ class Attention(nn.Module):
         weight = torch.cat([projection.weight for projection in projections])
         bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
         sizes = [projection.out_features // self.head_dim for projection in projections]
-        heads = F.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
+        heads = self.kernels.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
         q, k, v = heads.split(sizes, dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.flash)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, positions, -1))
+        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.kernels.flash)
+        out = out.transpose(1, 2).reshape(batch, positions, -1)
+        return self.kernels.linear(out, self.o_proj.weight, self.o_proj.bias)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig, fused: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.fused = fused
+        self.kernels = kernels
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if self.kernels.fused_mlp:
+            return gated_mlp(x, gate, up, down)
+        multiply = self.kernels.linear
+        return multiply(F.silu(multiply(x, gate)) * multiply(x, up), down)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, flash: bool, fused_mlp: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, flash)
+        self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config, fused_mlp)
+        self.mlp = MLP(config, kernels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
@@ -102,12 +121,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig, flash: bool = False, fused_mlp: bool = False):
-        """flash: block masks run FlashAttention-4's kernels. fused_mlp: `tidar.models.gated_mlp` in each layer."""
+    def __init__(self, config: DecoderConfig, kernels: Kernels = Kernels()):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config, flash, fused_mlp) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)

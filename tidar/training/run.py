@@ -26,7 +26,7 @@ from tidar.distributed import (
     parallelize,
     rank_zero_first,
 )
-from tidar.models import Decoder, MaskBuilder, can_fuse_mlp, resolve_backend
+from tidar.models import Decoder, Kernels, MaskBuilder, has_fast_products, resolve_backend
 from tidar.objective import Objective
 from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint import Checkpointer
@@ -99,19 +99,20 @@ class Run:
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
-        decoder = self.spec.decoder
-        # eager it would be slower; selective checkpointing keeps products that it does not have
-        fused_mlp = compile and config.activation_checkpoint.mode != "selective"
-        fused_mlp = fused_mlp and can_fuse_mlp(self.device, dtype, decoder.dim, decoder.hidden_dim)
+        # as ours they want compile: without it what is around them would cost more than they save
+        fast_products = compile and has_fast_products(self.device, dtype)
+        # selective checkpointing keeps products, and makes the gate's results again
+        fused_mlp = fast_products and config.activation_checkpoint.mode != "selective"
+        kernels = Kernels(backend == "flash", fast_products, fused_mlp)
         with torch.device("meta"):
-            self.model = Decoder(decoder, flash=backend == "flash", fused_mlp=fused_mlp)
+            self.model = Decoder(self.spec.decoder, kernels)
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
-        if fused_mlp:
-            self.engine += ", fused MLP"
+        if fast_products:
+            self.engine += ", QuACK's products"
 
         self.loss_weights = loss_weights(config, self.pattern)
-        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile)
+        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile, fast_products)
         copies = self.parallel.copies
         self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, compile, self.log)
 

@@ -430,6 +430,7 @@ def test_flex_and_sdpa_train_alike(tmp_path):
     curves = []
     for name, options in {
         "flex": "--model.attention_backend flex --compile.enable true",
+        "flex, two micro-batches": "--model.attention_backend flex --training.local_batch_size 4",
         "sdpa": "--model.attention_backend sdpa --compile.enable false --training.local_batch_size 4",
     }.items():
         folder = tmp_path / name
@@ -444,4 +445,4 @@ def test_flex_and_sdpa_train_alike(tmp_path):
         curves.append([line["train/batch_loss"] for line in lines if "train/batch_loss" in line])
         assert 0 < lines[0]["perf/mfu"] < 1
     assert len(curves[0]) == 10
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-4) and curves[1] == pytest.approx(curves[2], rel=1e-4)

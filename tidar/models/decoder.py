@@ -151,8 +151,11 @@ class Decoder(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        x = self.norm(self.run_layers(x, cos.to(x.dtype), sin.to(x.dtype), mask))
+        return (head or F.linear)(x, self.output_weight())
+
+    def run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        """Hidden states `[batch, positions, dim]` after all layers. cos, sin: as of `rotary`, in x's dtype."""
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        x = self.norm(x)
-        return (head or F.linear)(x, self.output_weight())
+        return x

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from tidar.distributed.graphs import GraphedLayers
-
 
 class OneDevice:
     """A model whose parameters the optimizer holds in float32, and which computes with copies in another type.
@@ -16,15 +14,8 @@ class OneDevice:
     arithmetic is float32. The optimizer writes them together with the parameters.
     """
 
-    def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool, graphs: bool):
-        """accumulates: whether a step has several micro-batches, whose gradients are then added up in float32.
-        graphs: runs the layers as CUDA graphs.
-        """
-        if graphs:
-            adds_in_place = accumulates and param_dtype == torch.float32
-            model.run_layers = GraphedLayers(
-                model.run_layers, lambda: list(model.layers.parameters()), copies=adds_in_place
-            )
+    def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
+        """accumulates: whether a step has several micro-batches, whose gradients are then added up in float32."""
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.are_current = False
         self.places: list[tuple[nn.Module, str, nn.Parameter]] = []

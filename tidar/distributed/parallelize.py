@@ -44,8 +44,7 @@ def parallelize(
         apply_compile(model)
     if not needs_fsdp(config, world.size):
         model.to_empty(device=world.device)
-        accumulates = _micro_batches_of_one_device(config) > 1
-        return OneDevice(model, param_dtype, accumulates, graphs=compile and world.device.type == "cuda")
+        return OneDevice(model, param_dtype, accumulates=_micro_batches_of_one_device(config) > 1)
     sharded = Sharded(model, world, config, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     return sharded

@@ -28,7 +28,7 @@ from tidar.models import (
     initialize,
     size_config,
 )
-from tidar.models.products import _tile, gated_mlp, linear
+from tidar.models.products import _tile, gated_mlp, product
 from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
@@ -344,14 +344,26 @@ def test_float16_follows_bfloat16(tmp_path):
     assert len(half) == len(wide) == 200 and sum(half[-20:]) == pytest.approx(sum(wide[-20:]), rel=5e-3)
 
 
+class Product(torch.autograd.Function):
+    """`product` with gradients."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return product(a, b)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        a, b = ctx.saved_tensors
+        return product(d_out, b.T), product(a.T, d_out)
+
+
 def test_fast_products_equal_plain_ones():
     """As near to float64, gradients too, for each kind of tile, none, and sizes that no tile or vector divides."""
     tiles = set()
-    sizes = (4000, 1536, 2048), (16384, 8960, 1536), (5001, 520, 8192), (100, 64, 64), (4000, 1530, 2044)
-    for n, inner, outer in sizes:
-        inputs = torch.randn(n, inner), torch.randn(outer, inner) / inner**0.5, torch.randn(outer)
-        check_products(linear, torch.nn.functional.linear, inputs)
-        tiles |= {_tile(n, inner, outer, 132), _tile(n, outer, inner, 132), _tile(outer, n, inner, 132)}
+    for m, k, n in (4000, 1536, 2048), (16384, 8960, 1536), (5001, 520, 8192), (100, 64, 64), (4000, 1530, 2044):
+        check_products(Product.apply, torch.matmul, (torch.randn(m, k), torch.randn(k, n) / k**0.5))
+        tiles |= {_tile(m, k, n, 132), _tile(m, n, k, 132), _tile(k, m, n, 132)}
     assert None in tiles and len(tiles) >= 4
 
 
@@ -366,7 +378,7 @@ def check_products(fast, plain, inputs):
         if not has_fast_products(CUDA, dtype):
             pytest.skip("quack is not installed, or this is no Hopper GPU")
         errors, expected, weights = [], None, None
-        for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast))):
+        for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast, fullgraph=True))):
             leaves = [tensor.to(CUDA, dtype).to(kind).requires_grad_() for tensor in inputs]
             out = multiply(*leaves)
             weights = torch.randn_like(out).to(dtype) if weights is None else weights

@@ -166,12 +166,12 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert all(value.eq(0 if name.endswith("bias") else 1).all() for name, value in shallow.items() if value.ndim == 1)
 
 
-def test_fast_products_compute_as_plain_ones():
-    """Without their kernels, which tests/test_gpu.py compares: the model, and all its gradients, in float64."""
+def test_the_fused_mlp_computes_as_the_plain_one():
+    """Without its kernels, which tests/test_gpu.py compares: the model, and all its gradients, in float64."""
     outputs = []
     for fast in (False, True):
         config = decoder_config(size_config("debug") | {"vocab_size": 258})
-        model = Decoder(config, Kernels(products=fast, fused_mlp=fast))
+        model = Decoder(config, Kernels(fused_mlp=fast))
         initialize(model, seed=0)
         logits = model.double()(torch.arange(40).view(2, 20))
         logits.square().sum().backward()

@@ -8,7 +8,9 @@ both measured first. Further options go to the trainer.
 import json
 import re
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,8 +92,14 @@ def kind_of(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
+SUSTAINED = 2.0
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes/s, read and written, of a large copy."""
+    """FLOP/s of a large matrix product, and bytes/s, read and written, of a large copy; both after SUSTAINED seconds.
+
+    In the first tenths of a second a GPU's clock is higher than its power allows for long.
+    """
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
@@ -99,16 +107,21 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * n**3 / _seconds(lambda: a @ b, device), 8 * x.numel() / _seconds(lambda: y.copy_(x), device)
 
 
-def _seconds(work, device: torch.device, repeats: int = 20) -> float:
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    for _ in range(3):
-        work()
-    with profile(activities=[activity]) as profiler:
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
         for _ in range(repeats):
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return busy_ms(kernels(profiler)) / repeats / 1e3
+        return (time.perf_counter() - started) / repeats
+    until = time.perf_counter() + SUSTAINED
+    while time.perf_counter() < until:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats / 1e3
 
 
 def floors_ms(

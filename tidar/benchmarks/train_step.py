@@ -27,6 +27,7 @@ from tidar.benchmarks.cases import (
     medians,
     running,
 )
+from tidar.benchmarks.power import power_log
 from tidar.config import ArgumentParser, user_errors_exit
 from tidar.data import Batch
 from tidar.training.metrics import peak_memory_gib
@@ -53,11 +54,15 @@ class BareTrainer(TimedTrainer):
 
 
 def measure(options: list[str], steps: int) -> dict:
-    """The medians of `steps` steps after the warm-up, and the peak of memory."""
+    """The medians of `steps` steps after the warm-up, clock and power meanwhile, and the peak of memory."""
     with running([*options, "--training.steps", str(WARM_UP + steps)]) as trainer:
-        trainer.train()
+        with power_log(trainer.device) as power:
+            trainer.train()
+            measured = trainer.measured()
+            power_used = power(sum(step.seconds for step in measured))
         result = {"device": device_name(trainer.device), "torch": torch.__version__, "engine": trainer.engine}
-        result |= medians(trainer.measured(), trainer.throughput.peak_flops)
+        result |= medians(measured, trainer.throughput.peak_flops)
+        result |= power_used
         result["peak_gib"] = peak_memory_gib(trainer.device)
     return result
 
@@ -121,6 +126,9 @@ def table(results: list[dict]) -> str:
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),
         "tflops": ("TFLOP/s", "{:.1f}".format),
         "mfu": ("MFU", "{:.1%}".format),
+        "clock_mhz": ("MHz", "{:.0f}".format),
+        "watts": ("W", "{:.0f}".format),
+        "power_capped": ("capped", "{:.0%}".format),
         "peak_gib": ("GiB", "{:.1f}".format),
         "baseline_tokens_per_second": ("baseline tokens/s", "{:,.0f}".format),
         "baseline_peak_gib": ("its GiB", "{:.1f}".format),

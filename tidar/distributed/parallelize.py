@@ -15,7 +15,6 @@ from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.world import World
-from tidar.models import product
 
 aten = torch.ops.aten
 # what selective checkpointing keeps: results of matrix products and of attention, which are dear to compute again
@@ -28,7 +27,6 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
-    product._opoverload,
 }
 
 

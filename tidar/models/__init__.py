@@ -12,11 +12,9 @@ from tidar.models.masks import (
     block_mask_of_points,
     block_mask_of_ranges,
     build_block_mask,
-    copy_mask,
     count_pairs,
     count_tiles,
     mask_of_words,
-    mask_tensors,
     tile_counts,
 )
 from tidar.models.products import has_fast_products, product
@@ -47,7 +45,6 @@ __all__ = [
     "block_mask_of_ranges",
     "build_block_mask",
     "check_weights",
-    "copy_mask",
     "count_pairs",
     "count_tiles",
     "decoder_config",
@@ -56,7 +53,6 @@ __all__ = [
     "has_fast_products",
     "initialize",
     "mask_of_words",
-    "mask_tensors",
     "load_weights",
     "open_weights",
     "product",

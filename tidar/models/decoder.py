@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
-from tidar.models.products import gated_mlp, linear
+from tidar.models.products import gated_mlp
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
@@ -37,16 +37,11 @@ class DecoderConfig:
 class Kernels:
     """Kernels that a decoder runs where the device has them, in place of plain ones. All of them compute the same.
 
-    flash: FlashAttention-4's under block masks. products: `tidar.models.products`. fused_mlp: its MLP, too.
+    flash: FlashAttention-4's under block masks. fused_mlp: that of `tidar.models.products`.
     """
 
     flash: bool = False
-    products: bool = False
     fused_mlp: bool = False
-
-    @property
-    def linear(self) -> Callable:
-        return linear if self.products else F.linear
 
 
 class RMSNorm(nn.Module):
@@ -83,12 +78,11 @@ class Attention(nn.Module):
         weight = torch.cat([projection.weight for projection in projections])
         bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
         sizes = [projection.out_features // self.head_dim for projection in projections]
-        heads = self.kernels.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
+        heads = F.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
         q, k, v = heads.split(sizes, dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.kernels.flash)
-        out = out.transpose(1, 2).reshape(batch, positions, -1)
-        return self.kernels.linear(out, self.o_proj.weight, self.o_proj.bias)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, positions, -1))
 
 
 class MLP(nn.Module):
@@ -100,11 +94,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         if self.kernels.fused_mlp:
-            return gated_mlp(x, gate, up, down)
-        multiply = self.kernels.linear
-        return multiply(F.silu(multiply(x, gate)) * multiply(x, up), down)
+            return gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -151,11 +143,8 @@ class Decoder(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        x = self.norm(self.run_layers(x, cos.to(x.dtype), sin.to(x.dtype), mask))
-        return (head or F.linear)(x, self.output_weight())
-
-    def run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        """Hidden states `[batch, positions, dim]` after all layers. cos, sin: as of `rotary`, in x's dtype."""
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        return x
+        x = self.norm(x)
+        return (head or F.linear)(x, self.output_weight())

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from tidar.models.attention import Mask
-from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, in_either, in_range, key_ranges
+from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, key_ranges
 
 # tile of a block mask, queries and keys: what FlexAttention skips or computes as a whole
 TILE = 128
@@ -80,17 +80,14 @@ def mask_of_words(ranges: list[KeyRange]) -> MaskMod:
     in front of each half, and `k // 65536`, which is 0. Shifts cannot be compiled there.
     """
     first, second = (_half_words(*keys) for keys in (ranges + [(torch.zeros_like(ranges[0][0]),) * 2])[:2])
-    return _mask_of_words((second << 32) | (first & 0xFFFFFFFF))
+    words = (second << 32) | (first & 0xFFFFFFFF)
 
-
-def _mask_of_words(words: Tensor) -> MaskMod:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         word = words[b, q]
         of_key = k * (1 - 2**16) + k // 2**16
         in_first = ((word.to(torch.int32) + of_key) & SIGNS) == 0
         return in_first | ((((word // 2**32).to(torch.int32) + of_key) & SIGNS) == 0)
 
-    mask_mod.words = words
     return mask_mod
 
 
@@ -127,34 +124,6 @@ def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = 
         BLOCK_SIZE=(tile, tile),
         mask_mod=mask_mod,
     )
-
-
-LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-LISTS += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
-
-
-def mask_tensors(mask: Mask) -> list[Tensor] | None:
-    """All that a block mask of ranges consists of; None for any other mask."""
-    if not isinstance(mask, BlockMask):
-        return None
-    if hasattr(mask.mask_mod, "words"):
-        bounds = [mask.mask_mod.words]
-    elif ranges := key_ranges(mask.mask_mod):
-        bounds = [bound for keys in ranges for bound in keys]
-    else:
-        return None
-    return [*(getattr(mask, name) for name in LISTS), *bounds]
-
-
-def copy_mask(mask: BlockMask) -> BlockMask:
-    """A block mask of ranges in memory of its own."""
-    if hasattr(mask.mask_mod, "words"):
-        mask_mod = _mask_of_words(mask.mask_mod.words.clone())
-    else:
-        ranges = [(start.clone(), end.clone()) for start, end in key_ranges(mask.mask_mod)]
-        mask_mod = in_range(*ranges) if len(ranges) == 1 else in_either(*ranges)
-    lists = {name: getattr(mask, name).clone() for name in LISTS}
-    return BlockMask(seq_lengths=mask.seq_lengths, **lists, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask_mod)
 
 
 def tile_counts(ranges: list[KeyRange], tile: int = TILE) -> Tensor:

@@ -1,7 +1,6 @@
-"""Matrix products by QuACK's kernels, and the gated MLP with SiLU inside of its products. For Hopper GPUs.
+"""The gated MLP with SiLU inside of its products, and other large products, by QuACK's kernels. For Hopper GPUs.
 
-At the limit of a GPU's power QuACK's products are 5 to 20 % faster than cuBLAS's. Outside of the products the gate's
-results would pass through memory once more in each direction: 17 of the 340 ms of a 1.5B step on an H200.
+Outside of the products the gate's results would pass through memory once more in each direction.
 """
 
 from functools import lru_cache
@@ -20,33 +19,15 @@ TILES = ((128, 192, True, 0.96), (256, 192, False, 1.0), (256, 208, False, 1.0),
 SHORT_SUM = 4096
 
 
-def has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether QuACK's kernels run here."""
+def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether QuACK's kernels run here. sizes: of the MLP."""
     return (
-        device.type == "cuda"
+        all(size % ALIGNED == 0 for size in sizes)
+        and device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
         and dtype in (torch.bfloat16, torch.float16)
         and find_spec("quack") is not None
     )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, for x `[..., in]` and weight `[out, in]`."""
-    return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return product(x, weight.T, bias)
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor):
-        x, weight = ctx.saved_tensors
-        d_bias = d_out.sum(dim=0) if ctx.has_bias else None
-        return product(d_out, weight), product(d_out.T, x), d_bias
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -75,20 +56,20 @@ class _GatedMLP(torch.autograd.Function):
 
 
 @torch.library.custom_op("tidar::product", mutates_args=())
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b + bias` `[m, n]`, of `[m, k]` and `[k, n]`."""
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` `[m, n]`, of `[m, k]` and `[k, n]`."""
     tile = _tile(*a.shape, b.shape[1], _multiprocessors(a.device)) if a.is_cuda else None
     if tile is None or not (_is_aligned(a) and _is_aligned(b)):
-        return a @ b if bias is None else torch.addmm(bias, a, b)
+        return a @ b
     from quack.gemm_interface import gemm_tuned
 
     out = a.new_empty(a.shape[0], b.shape[1])
-    gemm_tuned.fn(a, b, out, bias=bias, config=_config(*tile))
+    gemm_tuned.fn(a, b, out, config=_config(*tile))
     return out
 
 
 @product.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 

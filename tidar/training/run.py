@@ -99,13 +99,12 @@ class Run:
         compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
         if dtype == torch.float16 and self.device.type == "cpu":
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
-        # as ours they want compile: without it what is around them would cost more than they save
-        fast_products = compile and has_fast_products(self.device, dtype)
-        # selective checkpointing keeps products, and makes the gate's results again
-        fused_mlp = fast_products and config.activation_checkpoint.mode != "selective"
-        kernels = Kernels(backend == "flash", fast_products, fused_mlp)
+        decoder = self.spec.decoder
+        fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
+        # selective checkpointing keeps the results of products, and makes those of the gate again
+        kernels = Kernels(backend == "flash", fast_products and config.activation_checkpoint.mode != "selective")
         with torch.device("meta"):
-            self.model = Decoder(self.spec.decoder, kernels)
+            self.model = Decoder(decoder, kernels)
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
         if fast_products:

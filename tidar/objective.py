@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidar.models import product
 from tidar.patterns import Targets
 
 
@@ -34,7 +33,11 @@ class Objective:
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
         self.compile = compile
-        self.multiply = product if fast_products else torch.matmul
+        self.multiply = torch.matmul
+        if fast_products:
+            from tidar.models.products import product
+
+            self.multiply = product
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]

@@ -3,9 +3,10 @@
 from tidar.models.attention import Mask, attention, resolve_backend
 from tidar.models.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.config_json import decoder_config, read_config_json
-from tidar.models.decoder import Decoder, DecoderConfig, Kernels
+from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
 from tidar.models.initialize import initialize
+from tidar.models.kernels import Kernels, has_fast_products
 from tidar.models.masks import (
     TILE,
     MaskBuilder,
@@ -17,7 +18,6 @@ from tidar.models.masks import (
     mask_of_words,
     tile_counts,
 )
-from tidar.models.products import has_fast_products, product
 from tidar.models.sizes import size_config
 from tidar.models.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
 from tidar.models.weights import (
@@ -55,7 +55,6 @@ __all__ = [
     "mask_of_words",
     "load_weights",
     "open_weights",
-    "product",
     "read_config_json",
     "read_metadata",
     "read_model",

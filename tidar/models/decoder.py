@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
-from tidar.models.products import gated_mlp
+from tidar.models.kernels import PLAIN, Kernels
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
@@ -31,17 +31,6 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Kernels that a decoder runs where the device has them, in place of plain ones. All of them compute the same.
-
-    flash: FlashAttention-4's under block masks. fused_mlp: that of `tidar.models.products`.
-    """
-
-    flash: bool = False
-    fused_mlp: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -88,14 +77,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.kernels = kernels
+        self.fused = None
+        if kernels.fused_mlp:
+            from tidar.models.products import gated_mlp  # registers operators, which nothing else needs
+
+            self.fused = gated_mlp
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernels.fused_mlp:
-            return gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        if self.fused:
+            return self.fused(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -113,7 +106,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig, kernels: Kernels = Kernels()):
+    def __init__(self, config: DecoderConfig, kernels: Kernels = PLAIN):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)

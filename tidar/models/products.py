@@ -4,30 +4,18 @@ Outside of the products the gate's results would pass through memory once more i
 """
 
 from functools import lru_cache
-from importlib.util import find_spec
 from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# what a row of 16-bit elements must be a multiple of, so that it begins at 16 bytes
-ALIGNED = 8
+from tidar.models.kernels import ALIGNED
+
 # rows and columns of a tile, whether two tiles take turns on a multiprocessor, and the share of the best rate that it
 # reached on an H200. Taking turns hides the writing of results, which counts where the sums are short
 TILES = ((128, 192, True, 0.96), (256, 192, False, 1.0), (256, 208, False, 1.0), (128, 256, False, 0.98))
 SHORT_SUM = 4096
-
-
-def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether QuACK's kernels run here. sizes: of the MLP."""
-    return (
-        all(size % ALIGNED == 0 for size in sizes)
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and dtype in (torch.bfloat16, torch.float16)
-        and find_spec("quack") is not None
-    )
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tidar.config import UserError
 from tidar.models import write_huggingface_folder
@@ -14,13 +15,14 @@ from tidar.models import write_huggingface_folder
 def export_parameters(
     folder: Path, parameters: dict[str, nn.Parameter], write_assets: Callable[[Path], None], writes: bool
 ) -> None:
-    """Writes sharded parameters to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
+    """Writes parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
 
     What an earlier try has left of the folder is replaced. Raises UserError where it cannot be written.
     """
 
     def gather(name: str) -> torch.Tensor:
-        return parameters[name].detach().to(torch.bfloat16).full_tensor().cpu()
+        narrow = parameters[name].detach().to(torch.bfloat16)
+        return (narrow.full_tensor() if isinstance(narrow, DTensor) else narrow).cpu()
 
     if not writes:
         for name in parameters:

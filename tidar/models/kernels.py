@@ -1,0 +1,40 @@
+"""Which kernels of other libraries a decoder runs."""
+
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+# elements of 16 bits that a row must be a multiple of, so that it begins at 16 bytes
+ALIGNED = 8
+# of QuACK, whose interface changes with each
+KNOWN_VERSION = (0, 6)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels that take the place of plain ones where the device has them. All of them compute the same.
+
+    flash: FlashAttention-4's under block masks. fused_mlp: that of `tidar.models.products`.
+    """
+
+    flash: bool = False
+    fused_mlp: bool = False
+
+
+PLAIN = Kernels()
+
+
+def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether QuACK's kernels run here. sizes: of the MLP."""
+    try:
+        version = tuple(map(int, metadata.version("quack-kernels").split(".")[:2]))
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
+    return (
+        version == KNOWN_VERSION
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and dtype in (torch.bfloat16, torch.float16)
+        and all(size % ALIGNED == 0 for size in sizes)
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tidar.compiling import compiled
 from tidar.patterns import Targets
 
 
@@ -116,15 +117,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_value: Tensor, *_):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
-        scale_weight = _compiled_scaled if ctx.compile and d_weight.is_cuda else _scaled
+        # in one pass
+        scale_weight = compiled(_scaled) if ctx.compile and d_weight.is_cuda else _scaled
         return d_hidden * scale, scale_weight(d_weight, scale, ctx.weight_dtype), *[None] * 6
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale).to(dtype)
-
-
-_compiled_scaled = torch.compile(_scaled, dynamic=False)  # in one pass
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:

@@ -8,13 +8,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidar.compiling import compiled
 from tidar.config import UserError
 
 Mask = BlockMask | Tensor | None
-
-# FlexAttention fuses only when compiled
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
-
 
 # where FlashAttention-4's kernels under FlexAttention were seen to be right: types, size of heads, generation of GPUs
 FLASH_DTYPES, FLASH_HEAD_DIM, FLASH_CAPABILITY = (torch.bfloat16, torch.float16), 128, 9
@@ -28,7 +25,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, flash: bool = False) 
     flash: FlexAttention with FlashAttention-4's kernels.
     """
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention(
+        # it fuses only when compiled
+        attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        return attend(
             q,
             k,
             v,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from tidar.compiling import compiled
 from tidar.models.attention import Mask
 from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, key_ranges
 
@@ -12,10 +13,6 @@ TILE = 128
 
 # what fits in half a word of `mask_of_words`, whose signs are bits 31 and 15
 MAX_WORD, SIGNS = 2**15, -0x7FFF8000
-
-# The evaluation of a mask at all pairs fuses only when compiled. Shapes stay static: a block size that becomes symbolic
-# cannot be traced through create_block_mask (torch 2.11)
-_compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 class MaskBuilder:
@@ -97,7 +94,8 @@ def _half_words(start: Tensor, end: Tensor) -> Tensor:
 
 def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
     """The block mask of any mask, evaluated at all its points."""
-    create = _compiled_create_block_mask if device.type == "cuda" else create_block_mask
+    # fused only when compiled; shapes stay static, for a symbolic block size cannot be traced through it (torch 2.11)
+    create = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     return create(mask_mod, batch, None, positions, positions, device=device, BLOCK_SIZE=TILE)
 
 
@@ -170,12 +168,9 @@ def count_pairs(mask_mod: MaskMod, batch: int, positions: int, device: torch.dev
     if ranges is not None:
         return torch.stack([(end - start).sum() for start, end in ranges]).sum()
     if device.type == "cuda":
-        return _compiled_count(mask_mod, batch, positions, device)
+        return compiled(_count)(mask_mod, batch, positions, device)
     return torch.stack([piece.sum() for piece in dense_pieces(mask_mod, batch, positions, device)]).sum()
 
 
 def _count(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:
     return create_mask(mask_mod, batch, None, positions, positions, device=device).sum()
-
-
-_compiled_count = torch.compile(_count, dynamic=False)

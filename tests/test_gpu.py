@@ -33,7 +33,7 @@ from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
 from tidar.training.gradients import local_gradient
-from tidar.training.optimizer import OfParameter, _update_in_pieces
+from tidar.training.optimizer import OfParameter, _update_in_pieces, addressable
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -360,7 +360,7 @@ class Product(torch.autograd.Function):
 def test_fast_products_equal_plain_ones():
     """As near to float64, gradients too, for each kind of tile, none, and sizes that no tile or vector divides."""
     tiles = set()
-    for m, k, n in (4000, 1536, 2048), (16384, 8960, 1536), (5001, 520, 8192), (100, 64, 64), (4000, 1530, 2044):
+    for m, k, n in (4000, 1536, 2048), (16384, 8960, 1536), (5001, 520, 8192), (100, 64, 64), (4000, 1536, 2045):
         check_products(Product.apply, torch.matmul, (torch.randn(m, k), torch.randn(k, n) / k**0.5))
         tiles |= {_tile(m, k, n, 132), _tile(m, n, k, 132), _tile(k, m, n, 132)}
     assert None in tiles and len(tiles) >= 4
@@ -396,9 +396,9 @@ def plain_mlp(x, gate, up, down):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
     """Sizes around the kernel's block, with copies where gradients are narrow; and a step that is to be skipped."""
-    from tidar.training.adamw_kernel import update_all  # Triton comes with CUDA's torch only
+    from tidar.training.adamw_kernel import BLOCK, update_all  # Triton comes with CUDA's torch only
 
-    sizes = [1, 4095, 0, 4096, 12345, 3]
+    sizes = [1, BLOCK - 1, 0, BLOCK, 12 * BLOCK + 5, 3]
 
     def make():
         torch.manual_seed(0)
@@ -417,7 +417,8 @@ def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
         plain, fused = make(), make()
         for tensors, salt in zip(plain, salts):
             _update_in_pieces(tensors, salt, scalars, (0.9, 0.999), 1e-8)
-        update_all(fused, salts, scalars, (0.9, 0.999), 1e-8)
+        firsts = [tensors.first for tensors in fused]
+        update_all(addressable(fused), firsts, salts, scalars, (0.9, 0.999), 1e-8)
         kinds = ["parameter", "exp_avg", "exp_avg_sq"] + ["copy"] * (gradient_dtype != torch.float32)
         for kind in kinds:
             expected, found, before = (
@@ -426,16 +427,6 @@ def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
             # a rounding to 16 bits may go the other way where what is rounded differs in its last bit
             assert relative(found, expected.double()) < 1e-4
             assert found.equal(before) == (found_inf == 1)
-
-
-def test_bfloat16_moments_compiled_as_eager(tmp_path):
-    curves = {}
-    for compiled in ("true", "false"):
-        options = "--training.seq_len 256 --training.local_batch_size 4 --training.steps 20 --validation.enable false"
-        options += " --training.mixed_precision_param float32 --checkpoint.enable false"
-        options += f" --optimizer.state_dtype bfloat16 --compile.enable {compiled}"
-        curves[compiled] = losses_of(tmp_path / compiled, options)
-    assert curves["true"] == pytest.approx(curves["false"], rel=1e-3)
 
 
 def test_flex_and_sdpa_train_alike(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from tidar.config.options import LRScheduler, Optimizer
 from tidar.models import Decoder, decoder_config, size_config
-from tidar.training.optimizer import make_optimizer
+from tidar.training.optimizer import OfParameter, addressable, make_optimizer
 from tidar.training.schedule import learning_rate
 
 
@@ -161,3 +161,18 @@ def test_weight_decay(decay_params, decayed):
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.5 if parameter.ndim >= decayed else 0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_gradients_anywhere_in_memory_become_addressable():
+    """Views of one buffer, as FSDP2 makes them where shards are not a multiple of 16 bytes; and what is refused."""
+    buffer = torch.randn(40)
+    gradients = [buffer[:5], buffer[5:9], buffer[12:20], buffer[20:32].view(4, 3).T]
+    tensors = [OfParameter(*(torch.zeros(g.shape) for _ in range(4)), None, 0)._replace(gradient=g) for g in gradients]
+    columns = addressable(tensors)
+    for gradient, found in zip(gradients, columns[1]):
+        assert found.equal(gradient) and found.is_contiguous() and found.data_ptr() % 16 == 0
+    assert columns[1][2].data_ptr() == gradients[2].data_ptr()  # one that is in order is not copied
+    with pytest.raises(ValueError, match="gradient have several types"):
+        addressable([tensors[0], tensors[1]._replace(gradient=gradients[1].bfloat16())])
+    with pytest.raises(ValueError, match=r"exp_avg of shape \[4\]"):
+        addressable([tensors[1]._replace(exp_avg=buffer[5:9])])

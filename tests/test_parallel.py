@@ -25,9 +25,8 @@ CUTS = [
     (1, "ZeRO-2", "selective", 4, "step"),
     (2, "ZeRO-3", "full", 4, "micro_batch"),
     (2, "replicate", "selective", 4, "step"),
-    (4, "ZeRO-2", "selective", 1, "micro_batch"),
     (4, "HSDP 2x2", "full", 1, "micro_batch"),
-    (4, "HSDP 2x2", "none", 4, "step"),
+    (4, "ZeRO-2", "none", 4, "step"),
 ]
 
 

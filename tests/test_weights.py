@@ -25,6 +25,7 @@ from tidar.models import (
     Decoder,
     decoder_config,
     from_pretrained,
+    initialize,
     load_weights,
     open_weights,
     size_config,
@@ -66,9 +67,10 @@ def test_two_processes_load_half_each(kind, tmp_path):
 def test_an_export_holds_few_rows(tmp_path):
     """Peak of anonymous memory of the command above its start, for an embedding of 123 MB in float32."""
     config = decoder_config(size_config("debug") | {"vocab_size": 160_000})
-    torch.manual_seed(0)
     step = tmp_path / "step-1"
-    saved = {f"model.{name}": parameter for name, parameter in Decoder(config).named_parameters()}
+    model = Decoder(config)
+    initialize(model, seed=0)
+    saved = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     dcp.save(saved, checkpoint_id=step, no_dist=True)
     (step / "huggingface").mkdir()
     (step / "huggingface" / "config.json").write_text(json.dumps(size_config("debug") | {"vocab_size": 160_000}))

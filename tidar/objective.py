@@ -29,7 +29,7 @@ class Objective:
         self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False, fast_products: bool = False
     ):
         """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA.
-        fast_products: they and the hidden states' gradients are made by `tidar.models.product`.
+        fast_products: they and the hidden states' gradients are made by `tidar.models.products.product`.
         """
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
@@ -117,9 +117,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_value: Tensor, *_):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
-        # in one pass
-        scale_weight = compiled(_scaled) if ctx.compile and d_weight.is_cuda else _scaled
-        return d_hidden * scale, scale_weight(d_weight, scale, ctx.weight_dtype), *[None] * 6
+        # scaled and rounded in one pass, at the memory's rate where it is compiled
+        if ctx.compile and d_weight.is_cuda:
+            narrow = compiled(_scaled)(d_weight, scale, ctx.weight_dtype)
+        else:
+            narrow = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden * scale, narrow, *[None] * 6
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ POWER_CAP = 4  # of the reasons, why the clock is no higher
 
 @contextlib.contextmanager
 def power_log(device: torch.device) -> Iterator[Callable[[float], dict[str, float]]]:
-    """Gives a function of the last seconds: means of clock_mhz and watts, and the share of them at the power's limit.
+    """Gives a function of about the last seconds: means of clock_mhz and watts, and the share at the power's limit.
 
     It knows nothing where there is no GPU, or no nvidia-smi that answers.
     """
@@ -23,22 +23,21 @@ def power_log(device: torch.device) -> Iterator[Callable[[float], dict[str, floa
         if device.type == "cuda":
             gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             command = ["nvidia-smi", "-i", gpu, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits", "-lms"]
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 process = subprocess.Popen([*command, str(int(SECONDS * 1e3))], stdout=readings)
                 stack.callback(process.wait)
                 stack.callback(process.terminate)
 
         def means(seconds: float) -> dict[str, float]:
+            found = []
             with open(readings.name) as lines:
-                found = [line.strip().split(", ") for line in lines]
-            found = [reading for reading in found if len(reading) == 3][-max(1, int(seconds / SECONDS)) :]
-            if not found:
-                return {}
-            clocks, watts, reasons = zip(*found)
-            return {
-                "clock_mhz": sum(map(float, clocks)) / len(found),
-                "watts": sum(map(float, watts)) / len(found),
-                "power_capped": sum(bool(int(reason, 16) & POWER_CAP) for reason in reasons) / len(found),
-            }
+                for line in lines:
+                    # a card may not tell all of it, and the last line may be cut off
+                    with contextlib.suppress(ValueError):
+                        clock, watts, reasons = line.strip().split(", ")
+                        found.append((float(clock), float(watts), bool(int(reasons, 16) & POWER_CAP)))
+            found = found[-max(1, int(seconds / SECONDS)) :]
+            names = ("clock_mhz", "watts", "power_capped")
+            return {name: sum(values) / len(found) for name, values in zip(names, zip(*found))}
 
         yield means

@@ -20,6 +20,8 @@ from tidar.benchmarks.cases import CASES, WARM_UP, TimedTrainer, case_options, d
 from tidar.config import ArgumentParser, Config, user_errors_exit
 from tidar.models import DecoderConfig
 
+# seconds of work before a ceiling is measured
+SUSTAINED = 2.0
 # the first pattern that is found in a kernel's name says its kind
 KINDS = {
     "attention backward": r"(?i)(flex|flash|fmha|attention).*(bwd|backward)",
@@ -92,9 +94,6 @@ def kind_of(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
-SUSTAINED = 2.0
-
-
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s of a large matrix product, and bytes/s, read and written, of a large copy; both after SUSTAINED seconds.
 
@@ -125,9 +124,18 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20
 
 
 def floors_ms(
-    decoder: DecoderConfig, parameters: int, positions: int, scored: int, flops: float, rates: tuple[float, float]
+    decoder: DecoderConfig,
+    parameters: int,
+    positions: int,
+    scored: int,
+    flops: float,
+    rates: tuple[float, float],
+    one_device: bool,
 ) -> dict[str, float]:
-    """The least time of each kind in a step of one micro-batch, float32 states, nothing recomputed."""
+    """The least time of each kind in a step of one micro-batch, float32 states, a plain MLP, nothing recomputed.
+
+    one_device: without FSDP2, whose weights are rounded to bfloat16, and gradients widened to float32, by themselves.
+    """
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
     weights = decoder.n_layers * (decoder.dim * heads + 3 * decoder.dim * decoder.hidden_dim)
@@ -142,10 +150,9 @@ def floors_ms(
         "attention backward": (flops - products) * 2 / 3 / rate * 1e3,
         "loss": 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
         "norm and elementwise": elementwise / bandwidth * 1e3,
-        # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4
-        "optimizer": 32 * parameters / bandwidth * 1e3,
-        # weights are rounded to bfloat16, gradients widened to float32
-        "memory movement": 12 * parameters / bandwidth * 1e3,
+        # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4; or 14, 14 and 2
+        "optimizer": (30 if one_device else 32) * parameters / bandwidth * 1e3,
+        "memory movement": (0 if one_device else 12) * parameters / bandwidth * 1e3,
         "idle": 0.0,
     }
 
@@ -179,7 +186,9 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
     positions = tokens // config.training.seq_len * trainer.pattern.model_positions(config.training.seq_len)
     flops = sum(work[1] for work in trainer.work[WARM_UP:]) / n_steps
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    floors = floors_ms(trainer.spec.decoder, parameters, positions, 2 * tokens, flops, rates)
+    floors = floors_ms(
+        trainer.spec.decoder, parameters, positions, 2 * tokens, flops, rates, bool(trainer.parallel.copies)
+    )
     print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.engine}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
     print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'times':>7}")

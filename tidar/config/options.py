@@ -163,7 +163,7 @@ class Parallelism:
         "default",
         "free a layer's gathered parameters after its forward pass, as ZeRO-3 does (always), or keep them for the "
         "backward pass, as ZeRO-2 does (never); default: always where they are sharded and reduced each micro-batch. "
-        "One device keeps a copy of all parameters in the type of the arithmetic, if not always",
+        "One device keeps a copy of all parameters where the arithmetic has 16 bits, unless always",
     )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",

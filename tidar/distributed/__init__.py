@@ -1,8 +1,7 @@
 """The world of processes, and what is done to a model to train it there."""
 
-from tidar.distributed.one_device import OneDevice
 from tidar.distributed.pace import Pace
-from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
+from tidar.distributed.parallelize import compile_seconds, needs_fsdp, parallelize, reshards_after_forward
 from tidar.distributed.precision import arithmetic_dtype, make_deterministic
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
@@ -18,9 +17,7 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
-    "OneDevice",
     "Pace",
-    "Sharded",
     "Watchdog",
     "World",
     "arithmetic_dtype",

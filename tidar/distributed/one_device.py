@@ -11,7 +11,8 @@ class OneDevice:
     """A model whose parameters the optimizer holds in float32, and which computes with copies in another type.
 
     `copies`: by parameter, what stands in its place while the model computes, and gets its gradient; empty where the
-    arithmetic is float32. The optimizer writes them together with the parameters.
+    arithmetic is float32. They are filled once, before the first forward pass; from then on the optimizer writes them
+    together with the parameters, and nothing else may.
     """
 
     def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):

@@ -109,7 +109,10 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels = PLAIN):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # first values are `initialize`'s; random ones on the meta device would import torch's compiler
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.dim, _weight=torch.zeros(config.vocab_size, config.dim)
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:

@@ -31,10 +31,16 @@ def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> 
         version = tuple(map(int, metadata.version("quack-kernels").split(".")[:2]))
     except (metadata.PackageNotFoundError, ValueError):
         return False
-    return (
+    fits = (
         version == KNOWN_VERSION
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
         and dtype in (torch.bfloat16, torch.float16)
         and all(size % ALIGNED == 0 for size in sizes)
     )
+    if fits:
+        try:
+            import quack.gemm_interface  # noqa: F401
+        except (ImportError, OSError):  # what it needs itself is missing, or another version
+            return False
+    return fits

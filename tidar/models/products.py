@@ -1,4 +1,4 @@
-"""The gated MLP with SiLU inside of its products, and other large products, by QuACK's kernels. For Hopper GPUs.
+"""The gated MLP with SiLU inside of its products, and the loss's products, by QuACK's kernels. For Hopper GPUs.
 
 Outside of the products the gate's results would pass through memory once more in each direction.
 """
@@ -47,7 +47,7 @@ class _GatedMLP(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` `[m, n]`, of `[m, k]` and `[k, n]`."""
     tile = _tile(*a.shape, b.shape[1], _multiprocessors(a.device)) if a.is_cuda else None
-    if tile is None or not (_is_aligned(a) and _is_aligned(b)):
+    if tile is None or b.shape[1] % ALIGNED or not (_is_aligned(a) and _is_aligned(b)):
         return a @ b
     from quack.gemm_interface import gemm_tuned
 

@@ -10,62 +10,58 @@ from torch import Tensor
 
 # elements of a program, and the warps that share them
 BLOCK, WARPS = 1024, 4
-# what loads of 16 bytes want of an address
-ALIGNMENT = 16
 # columns of the table
 COLUMNS = tl.constexpr(7)
 
 
 def update_all(
-    tensors: Sequence[tuple], salts: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float
+    columns: Sequence[Sequence[Tensor | None]],
+    firsts: Sequence[int],
+    salts: Tensor,
+    scalars: Tensor,
+    betas: tuple[float, float],
+    eps: float,
 ) -> None:
-    """What `tidar.training.optimizer._update` does, for all tensors: parameter, gradient, both moments, copy or None,
-    first element. Those of one kind have one type.
+    """What `tidar.training.optimizer._update` does, for all parameters of `addressable` columns at once.
+
+    firsts: places of their first elements.
     """
-    rows = []
-    for *values, first in tensors:
-        values = [_aligned(value) for value in values]
-        rows.append([0 if value is None else value.data_ptr() for value in values] + [values[0].numel(), first])
-    # from pinned memory, so that the host does not wait
-    table = torch.tensor(rows).pin_memory().to(scalars.device, non_blocking=True)
-    owners, starts = _blocks(tuple(row[5] for row in rows), BLOCK, scalars.device)
+    sizes = tuple(parameter.numel() for parameter in columns[0])
+    owners, starts = _blocks(sizes, BLOCK, scalars.device)
     if not len(owners):
         return
-    _, gradient, exp_avg, _, copy, _ = tensors[0]
+    addresses = [[0 if value is None else value.data_ptr() for value in column] for column in columns]
+    # from pinned memory, so that the host does not wait
+    table = torch.tensor([*addresses, sizes, firsts]).T.contiguous().pin_memory().to(scalars.device, non_blocking=True)
+    _, gradients, moments, _, copies = columns
     _adamw_kernel[(len(owners),)](
         table,
         owners,
         starts,
         salts,
         scalars,
-        gradient,
-        exp_avg,
-        copy,
+        gradients[0],
+        moments[0],
+        copies[0],
         betas[0],
         1 - betas[0],
         betas[1],
         1 - betas[1],
         eps,
-        exp_avg.dtype == torch.bfloat16,
-        copy is not None,
+        moments[0].dtype == torch.bfloat16,
+        copies[0] is not None,
         BLOCK,
         num_warps=WARPS,
     )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # the optimizer's groups
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each block of the tensors of these sizes, the tensor's number and the block's first element, int64."""
     counts = torch.tensor([-(-size // block) for size in sizes])
     owners = torch.arange(len(sizes)).repeat_interleave(counts)
     starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * block
     return owners.to(device), starts.to(device)
-
-
-def _aligned(value: Tensor | None) -> Tensor | None:
-    if value is not None and (value.data_ptr() % ALIGNMENT or not value.is_contiguous()):
-        raise ValueError(f"a tensor of shape {list(value.shape)} is not contiguous from a multiple of 16 bytes")
-    return value
 
 
 @triton.jit

@@ -106,7 +106,8 @@ class MixedAdamW(torch.optim.Optimizer):
         if self.in_one_kernel:
             from tidar.training.adamw_kernel import update_all
 
-            update_all(tensors, salts, scalars, group["betas"], group["eps"])
+            firsts = [of_one.first for of_one in tensors]
+            update_all(addressable(tensors), firsts, salts, scalars, group["betas"], group["eps"])
         else:
             for of_one, salt in zip(tensors, salts):
                 _update_in_pieces(of_one, salt, scalars, group["betas"], group["eps"])
@@ -133,6 +134,27 @@ class OfParameter(NamedTuple):
     exp_avg_sq: Tensor
     copy: Tensor | None
     first: int
+
+
+def addressable(tensors: list[OfParameter]) -> list[list[Tensor | None]]:
+    """Parameters, gradients, both moments and copies as a kernel can load them by their addresses alone.
+
+    Gradients of a shard may begin anywhere in a buffer of FSDP2's, and are copied then. Raises ValueError for what else
+    would be read wrongly.
+    """
+    columns = [list(column) for column in zip(*(of_one[:-1] for of_one in tensors))]
+    columns[1] = [gradient if _is_aligned(gradient) else gradient.clone().contiguous() for gradient in columns[1]]
+    for name, column in zip(OfParameter._fields, columns):
+        if len({value if value is None else value.dtype for value in column}) > 1:
+            raise ValueError(f"the tensors of {name} have several types")
+        for value in column:
+            if value is not None and not _is_aligned(value):
+                raise ValueError(f"{name} of shape {list(value.shape)} does not lie in one piece, from 16 bytes on")
+    return columns
+
+
+def _is_aligned(value: Tensor) -> bool:
+    return value.is_contiguous() and value.data_ptr() % 16 == 0
 
 
 def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: int) -> Tensor | None:

@@ -113,7 +113,7 @@ class Run:
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile, fast_products)
         copies = self.parallel.copies
-        self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, compile, self.log)
+        self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, self.log)
 
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
         self.checkpointer = Checkpointer(

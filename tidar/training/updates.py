@@ -30,7 +30,6 @@ class Updates:
         world: World,
         group: dist.ProcessGroup,
         dtype: torch.dtype,
-        compile: bool,
         log: Callable[[str], None],
     ):
         """copies: of parameters, in the type of the arithmetic, that are updated with them and have their gradients.
@@ -41,7 +40,7 @@ class Updates:
         self.log = log
         self.parameters = list(model.parameters())
         self.copies = copies
-        in_one_kernel = compile and self.parameters[0].device.type == "cuda"
+        in_one_kernel = self.parameters[0].device.type == "cuda"
         self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, in_one_kernel)
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16

@@ -65,20 +65,20 @@ def test_two_processes_load_half_each(kind, tmp_path):
 
 
 def test_an_export_holds_few_rows(tmp_path):
-    """Peak of anonymous memory of the command above its start, for an embedding of 123 MB in float32."""
-    config = decoder_config(size_config("debug") | {"vocab_size": 160_000})
+    """Peak of anonymous memory of the command above its start, for an embedding of 246 MB in float32: a quarter of it."""
+    config = decoder_config(size_config("debug") | {"vocab_size": 320_000})
     step = tmp_path / "step-1"
     model = Decoder(config)
     initialize(model, seed=0)
     saved = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     dcp.save(saved, checkpoint_id=step, no_dist=True)
     (step / "huggingface").mkdir()
-    (step / "huggingface" / "config.json").write_text(json.dumps(size_config("debug") | {"vocab_size": 160_000}))
+    (step / "huggingface" / "config.json").write_text(json.dumps(size_config("debug") | {"vocab_size": 320_000}))
     write_manifest(step, describe(step, file_names(step)), {"step": 1})
     command = [sys.executable, "tests/export_memory.py", str(step), str(tmp_path / "out")]
     output = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(output)
-    assert int(re.search(r"peak (\d+)", output)[1]) < 40e6
+    assert int(re.search(r"peak (\d+)", output)[1]) < 60e6
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert tensor.equal(saved[name].detach().bfloat16())
 

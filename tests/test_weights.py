@@ -65,7 +65,7 @@ def test_two_processes_load_half_each(kind, tmp_path):
 
 
 def test_an_export_holds_few_rows(tmp_path):
-    """Peak of anonymous memory of the command above its start, for an embedding of 246 MB in float32: a quarter of it."""
+    """Peak of anonymous memory of the command above its start, for an embedding of 246 MB in float32."""
     config = decoder_config(size_config("debug") | {"vocab_size": 320_000})
     step = tmp_path / "step-1"
     model = Decoder(config)

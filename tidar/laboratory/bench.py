@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-from tidar.models import Mask, attention, block_mask_of_points, build_block_mask, count_pairs
+from tidar.models import Mask, MaskBuilder, attention, block_mask_of_points, build_block_mask, count_pairs
 from tidar.patterns import Documents, Pattern, key_ranges
 from tidar.training.flops import ATTENTION_FLOPS
 
@@ -17,13 +17,6 @@ from tidar.training.flops import ATTENTION_FLOPS
 CHECKED, TOLERANCE = 512, 2e-2
 REPEATS = 20
 HEADER = f"{'backend':<8} {'forward':>19} {'backward':>21}   error against dense float64"
-
-_flash = torch.compile(flex_attention, dynamic=False)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """FlexAttention's FLASH backend."""
-    return _flash(q, k, v, block_mask=mask, enable_gqa=True, kernel_options={"BACKEND": "FLASH"})
 
 
 def bench(
@@ -40,13 +33,13 @@ def bench(
     pairs = int(count_pairs(mask_mod, rows, positions, device))
     lines = [*_build_times(pattern, documents, positions), "", HEADER]
     wrong = []
-    for name, attend in {"flex": attention, "flash": flash_attention, "sdpa": attention}.items():
+    for name, attend in {"flex": attention, "flash": partial(attention, flash=True), "sdpa": attention}.items():
         if name == "flash" and find_spec("flash_attn") is None:
             lines.append(f"{name:<8} is not installed (the package flash-attn-4)")
             continue
         try:
             error = _error(name, attend, pattern, lengths, shape, device)
-            mask = _mask(name, pattern, documents, positions)
+            mask = MaskBuilder(pattern, name)(documents)
             forward, backward = _times(attend, mask, rows, positions, shape, device)
         except Exception as failure:  # a kernel that this device or torch does not have, or its memory
             torch.cuda.empty_cache()
@@ -64,13 +57,6 @@ def bench(
 def _documents(pattern: Pattern, lengths: list[int], rows: int, device: torch.device) -> tuple[Documents, int]:
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].repeat(rows, 1)
     return pattern.documents(ids.to(device), range(rows)), pattern.model_positions(sum(lengths))
-
-
-def _mask(backend: str, pattern: Pattern, documents: Documents, positions: int) -> Mask:
-    rows, device = len(documents.index), documents.index.device
-    if backend == "sdpa":
-        return create_mask(pattern.mask_mod(documents), rows, None, positions, positions, device=device)
-    return build_block_mask(pattern.mask_mod(documents), rows, positions, device, flash=backend == "flash")
 
 
 def _build_times(pattern: Pattern, documents: Documents, positions: int) -> list[str]:
@@ -110,7 +96,7 @@ def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], sh
     results = []
     for kind, backend, function in ((torch.float64, "sdpa", attention), (torch.bfloat16, name, attend)):
         tensors = [tensor.to(kind).requires_grad_() for tensor in inputs]
-        out = function(*tensors, _mask(backend, pattern, documents, positions))
+        out = function(*tensors, MaskBuilder(pattern, backend)(documents))
         results.append([out.detach(), *torch.autograd.grad(out, tensors, d_out.to(kind))])
     return max(float((found.double() - exact).norm() / exact.norm()) for exact, found in zip(*results))
 

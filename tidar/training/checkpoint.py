@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tidar.config import UserError
 from tidar.config.options import Checkpoint
 from tidar.distributed import World
 from tidar.models import CheckpointReader
 from tidar.training.checkpoint_writer import CheckpointWriter, SaveError, error_text, remove_folder
+from tidar.training.gradients import local_part
 from tidar.training.manifest import check_files, read_manifest, saved_steps
 from tidar.training.optimizer import state_tensors
 from tidar.training.staging import Staging
@@ -298,4 +298,4 @@ class Checkpointer:
 
 def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's parts of them."""
-    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    return {name: local_part(tensor) for name, tensor in tensors.items()}

@@ -16,7 +16,12 @@ def local_gradient(parameter: nn.Parameter, copies: Mapping[nn.Parameter, nn.Par
     gradient = parameter.grad
     if gradient is None and parameter in copies:
         gradient = copies[parameter].grad
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local_part(gradient)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tidar.config import derive_seed
 from tidar.config.options import Optimizer
-from tidar.training.gradients import local_gradient
+from tidar.training.gradients import local_gradient, local_part
 
 # elements of a parameter that are updated at one time where nothing fuses the update: bounds what it holds meanwhile
 EAGER_ELEMENTS = 2**24
@@ -94,10 +94,10 @@ class MixedAdamW(torch.optim.Optimizer):
         salts = _mixed((keys + 0x9E3779B9 * steps.long()).int())
         tensors = [
             OfParameter(
-                _local(parameter),
+                local_part(parameter),
                 local_gradient(parameter, self.copies),
-                _local(state["exp_avg"]),
-                _local(state["exp_avg_sq"]),
+                local_part(state["exp_avg"]),
+                local_part(state["exp_avg_sq"]),
                 self.copies.get(parameter),
                 self.first_elements[parameter],
             )
@@ -161,10 +161,6 @@ def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: 
     """From which the rounding of each is derived, `[n]` int64."""
     keys = [derive_seed(seed, f"rounding/{names[parameter]}") % 2**31 for parameter in parameters]
     return torch.tensor(keys, device=parameters[0].device) if keys else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _update_in_pieces(tensors: OfParameter, *others) -> None:

@@ -161,7 +161,10 @@ class Run:
         self.updates.skipped.forgive()
 
     def about(self) -> dict[str, object]:
+        """What a checkpoint says of the run. All ranks call it."""
         self.progress.count_time()
+        # any rank's count may be the one that is saved, and some have started sooner
+        dist.all_reduce(self.progress.state["seconds"], op=dist.ReduceOp.MAX, group=self.group)
         counts, val_loss = self.progress.counts(), self.val_losses.get(self.step)
         return about_checkpoint(self.config, self.global_batch_size, counts, self.world.size, val_loss)
 

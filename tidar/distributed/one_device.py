@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+# elements: a copy begins at a multiple of them, as kernels want it
+APART = 128
 
 
 class OneDevice:
@@ -22,13 +26,17 @@ class OneDevice:
         self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
         if param_dtype == torch.float32:
             return
+        parameters = list(model.parameters())
+        # one behind the other, so that a product of two neighbours, as gate and up are, needs no copy of both
+        ends = list(accumulate(-(-parameter.numel() // APART) * APART for parameter in parameters))
+        memory = torch.empty(ends[-1], dtype=param_dtype, device=parameters[0].device)
+        for start, parameter in zip([0, *ends], parameters):
+            copy = nn.Parameter(memory[start : start + parameter.numel()].view_as(parameter))
+            self.copies[parameter] = copy
+            if accumulates:
+                copy.register_post_accumulate_grad_hook(_AddTo(parameter))
         for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter not in self.copies:
-                    copy = self.copies[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=param_dtype))
-                    if accumulates:
-                        copy.register_post_accumulate_grad_hook(_AddTo(parameter))
-                self.places.append((module, name, parameter))
+            self.places += [(module, *named) for named in module.named_parameters(recurse=False)]
 
     def training(self, is_last: bool) -> AbstractContextManager[None]:
         """For the forward and backward pass of one micro-batch. is_last: of its step; all are alike here."""

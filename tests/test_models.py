@@ -5,7 +5,9 @@ import torch
 from small_models import make_model
 
 from tidar.config import UserError
+from tidar.distributed.one_device import OneDevice
 from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
+from tidar.models.products import _halves
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
@@ -178,3 +180,17 @@ def test_the_fused_mlp_computes_as_the_plain_one():
         outputs.append([logits, *(parameter.grad for parameter in model.parameters())])
     for plain, other in zip(*outputs):
         assert (plain - other).norm() <= 1e-12 * plain.norm()
+
+
+def test_gate_and_up_are_put_together_in_place_on_one_device():
+    """Where the copies of one device lie; weights from elsewhere are copied."""
+    model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
+    initialize(model, seed=0)
+    with OneDevice(model, torch.bfloat16, accumulates=False).validating():
+        for layer in model.layers:
+            gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+            halves = _halves(gate, up)
+            assert halves.data_ptr() == gate.data_ptr() and halves.equal(torch.cat([gate, up]))
+            for other in _halves(up, gate), _halves(gate.clone(), up), _halves(gate, gate):
+                assert other.data_ptr() not in (gate.data_ptr(), up.data_ptr())
+            assert _halves(up, gate).equal(torch.cat([up, gate]))

@@ -56,6 +56,15 @@ def test_training_writes_traces(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
+def test_products_are_those_of_the_decoder():
+    _, _, *lines = run("products", *SMALL, "--only", "down", "d_gate_up").splitlines()
+    assert [line.split()[:6] for line in lines] == [
+        ["down", "128", "x", "512", "x", "192"],
+        ["d_gate_up", "1024", "x", "128", "x", "192"],
+    ]
+    assert all(float(line.split("torch ")[1].split()[0]) > 0 for line in lines)
+
+
 def test_attention_compares_masks():
     output = run("attention", *SMALL)
     rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]

@@ -28,7 +28,7 @@ from tidar.models import (
     initialize,
     size_config,
 )
-from tidar.models.products import CUTS, _cut, gated_mlp, product
+from tidar.models.products import TILES, gated_mlp, product, quack_product
 from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import PATTERNS, Documents, get_pattern
 from tidar.train import Trainer
@@ -358,19 +358,27 @@ class Product(torch.autograd.Function):
 
 
 def test_fast_products_equal_plain_ones():
-    """As near to float64, gradients too, for each cut, none, and sizes that no tile or vector divides."""
-    cuts = set()
-    sizes = [(8192, 12288, 4096), (1536, 8192, 8960), (5001, 520, 8192), (100, 64, 64), (4000, 1536, 2045)]
-    for m, k, n in sizes:
+    """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides."""
+    for m, k, n in (1536, 8192, 8960), (100, 64, 64), (4000, 1536, 2045):
         check_products(Product.apply, torch.matmul, (torch.randn(m, k), torch.randn(k, n) / k**0.5))
-        cuts |= {_cut(m, k, n, 132), _cut(m, n, k, 132), _cut(k, m, n, 132)}
-    assert cuts == {None, *(cut[:-1] for cut in CUTS)}
-    a, b, addend = torch.randn(4000, 520), torch.randn(520, 2048), torch.randn(4000, 2048)
-    check_products(added_product, lambda a, b, addend: addend + a @ b, (a, b, addend), gradients=False)
 
 
-def added_product(a, b, addend):
-    return product(a.detach(), b.detach(), addend.detach())
+@pytest.mark.parametrize("tile", TILES)
+def test_each_tile_equals_plain_products(tile):
+    """Of sizes that it does not divide: with an addend, and with rows of gate and up that are concatenated."""
+    if not has_fast_products(CUDA, torch.bfloat16):
+        pytest.skip("quack is not installed, or this is no Hopper GPU")
+    torch.manual_seed(0)
+    a, b, addend = (torch.randn(shape, device=CUDA).bfloat16() for shape in ((1008, 2000), (2000, 840), (1008, 840)))
+    tall = torch.randn(2000, 1008, device=CUDA).bfloat16().T
+    interleaved = torch.stack(b.double().chunk(2), dim=1).flatten(0, 1)
+    rows = tall.double() @ b.double()
+    for found, exact in (
+        (quack_product(a, b, tile, addend), addend.double() + a.double() @ b.double()),
+        (quack_product(a, b, tile, concatenated=("B",)), a.double() @ interleaved),
+        (quack_product(tall, b, tile, concatenated=("out",)), torch.cat([rows[::2], rows[1::2]])),
+    ):
+        assert relative(found, exact) < 3e-3
 
 
 def test_the_fused_mlp_equals_the_plain_one():
@@ -386,7 +394,7 @@ def halves_of(mlp):
     return lambda x, gate_up, down, residual: mlp(x, *gate_up.chunk(2), down, residual)
 
 
-def check_products(fast, plain, inputs, gradients=True):
+def check_products(fast, plain, inputs):
     for dtype in (torch.bfloat16, torch.float16):
         if not has_fast_products(CUDA, dtype):
             pytest.skip("quack is not installed, or this is no Hopper GPU")
@@ -395,7 +403,7 @@ def check_products(fast, plain, inputs, gradients=True):
             leaves = [tensor.to(CUDA, dtype).to(kind).requires_grad_() for tensor in inputs]
             out = multiply(*leaves)
             weights = torch.randn_like(out).to(dtype) if weights is None else weights
-            found = [out, *(torch.autograd.grad((out * weights).sum(), leaves) if gradients else ())]
+            found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
             expected = expected or found
             errors.append([relative(*pair) for pair in zip(found, expected)])
         print(dtype, errors[1:])

@@ -7,7 +7,7 @@ from small_models import make_model
 from tidar.config import UserError
 from tidar.distributed.one_device import OneDevice
 from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
-from tidar.models.products import _halves
+from tidar.models.products import _concatenated
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
@@ -182,15 +182,15 @@ def test_the_fused_mlp_computes_as_the_plain_one():
         assert (plain - other).norm() <= 1e-12 * plain.norm()
 
 
-def test_gate_and_up_are_put_together_in_place_on_one_device():
+def test_gate_and_up_are_concatenated_in_place_on_one_device():
     """Where the copies of one device lie; weights from elsewhere are copied."""
     model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
     initialize(model, seed=0)
     with OneDevice(model, torch.bfloat16, accumulates=False).validating():
         for layer in model.layers:
             gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-            halves = _halves(gate, up)
-            assert halves.data_ptr() == gate.data_ptr() and halves.equal(torch.cat([gate, up]))
-            for other in _halves(up, gate), _halves(gate.clone(), up), _halves(gate, gate):
+            both = _concatenated(gate, up)
+            assert both.data_ptr() == gate.data_ptr() and both.equal(torch.cat([gate, up]))
+            for other in _concatenated(up, gate), _concatenated(gate.clone(), up), _concatenated(gate, gate):
                 assert other.data_ptr() not in (gate.data_ptr(), up.data_ptr())
-            assert _halves(up, gate).equal(torch.cat([up, gate]))
+            assert _concatenated(up, gate).equal(torch.cat([up, gate]))

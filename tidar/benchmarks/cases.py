@@ -4,7 +4,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -110,6 +110,26 @@ def first_batches(trainer: Trainer, number: int) -> list[Batch]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def sustained_seconds(work: Callable[[], object], device: torch.device, seconds: float, repeats: int = 20) -> float:
+    """Of a call, the mean of the last `repeats` of as many as take `seconds` on a GPU; there alone its clock falls with
+    the work, to what its power allows for long.
+    """
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - started) / repeats
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats / 1e3
 
 
 def medians(steps: list[Step], peak_flops: float | None) -> dict[str, float]:

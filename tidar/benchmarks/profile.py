@@ -8,15 +8,21 @@ both measured first. Further options go to the trainer.
 import json
 import re
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tidar.benchmarks.cases import CASES, WARM_UP, TimedTrainer, case_options, device_name, running
+from tidar.benchmarks.cases import (
+    CASES,
+    WARM_UP,
+    TimedTrainer,
+    case_options,
+    device_name,
+    running,
+    sustained_seconds,
+)
 from tidar.config import ArgumentParser, Config, user_errors_exit
 from tidar.models import DecoderConfig
 
@@ -95,32 +101,14 @@ def kind_of(name: str) -> str:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes/s, read and written, of a large copy; both after SUSTAINED seconds.
-
-    In the first tenths of a second a GPU's clock is higher than its power allows for long.
-    """
+    """FLOP/s of a large product, and bytes/s, read and written, of a large copy; both after SUSTAINED seconds."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
-    return 2 * n**3 / _seconds(lambda: a @ b, device), 8 * x.numel() / _seconds(lambda: y.copy_(x), device)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        return (time.perf_counter() - started) / repeats
-    until = time.perf_counter() + SUSTAINED
-    while time.perf_counter() < until:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats / 1e3
+    product = sustained_seconds(lambda: a @ b, device, SUSTAINED)
+    copy = sustained_seconds(lambda: y.copy_(x), device, SUSTAINED)
+    return 2 * n**3 / product, 8 * x.numel() / copy
 
 
 def floors_ms(

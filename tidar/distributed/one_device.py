@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-# elements: a copy begins at a multiple of them, as kernels want it
-APART = 128
+# elements: a copy begins at a multiple of them. 128 bytes, which divide any matrix of the sizes that kernels want
+APART = 64
 
 
 class OneDevice:
@@ -16,7 +16,8 @@ class OneDevice:
 
     `copies`: by parameter, what stands in its place while the model computes, and gets its gradient; empty where the
     arithmetic is float32. They are filled once, before the first forward pass; from then on the optimizer writes them
-    together with the parameters, and nothing else may.
+    together with the parameters, and nothing else may. All lie in one piece of memory, in the model's order: so they
+    count as one tensor to autograd, which forbids to write any of them between a forward and its backward pass.
     """
 
     def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
@@ -27,7 +28,7 @@ class OneDevice:
         if param_dtype == torch.float32:
             return
         parameters = list(model.parameters())
-        # one behind the other, so that a product of two neighbours, as gate and up are, needs no copy of both
+        # neighbours, as gate and up are, can then be read as one matrix
         ends = list(accumulate(-(-parameter.numel() // APART) * APART for parameter in parameters))
         memory = torch.empty(ends[-1], dtype=param_dtype, device=parameters[0].device)
         for start, parameter in zip([0, *ends], parameters):

@@ -87,6 +87,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The residual plus the MLP of x, all `[batch, positions, dim]`."""
         if self.fused:
             return self.fused(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, residual)
         return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

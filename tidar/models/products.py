@@ -1,10 +1,12 @@
-"""The gated MLP with SiLU inside of its products, and the loss's products, by QuACK's kernels. For Hopper GPUs.
+"""The gated MLP with SiLU and the residual inside of its products, and the loss's products, by QuACK's GEMM kernels.
 
-Outside of the products the gate's results would pass through memory once more in each direction.
+For Hopper GPUs. Outside of the products the activation's inputs and results would pass through memory once more in each
+direction.
 """
 
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,25 +14,39 @@ from torch.nn import functional as F
 
 from tidar.models.kernels import ALIGNED
 
-Cut = tuple[int, int, bool, tuple[int, int]]
-# how a product is cut, and its rate relative to the best: rows and columns of a tile, whether two tiles take turns on a
-# multiprocessor, and by how many rows and columns of tiles a cluster shares what it reads. Rates are those of an H200
-# after a second of work, at its power's limit. Taking turns hides the writing of results, which counts where sums are
-# short
-CUTS = (
-    (128, 192, True, (2, 1), 0.96),
-    (256, 192, False, (1, 2), 1.0),
-    (256, 208, False, (1, 2), 0.97),
-    (128, 256, False, (2, 1), 0.97),
-)
-SHORT_SUM = 4096
+
+class Tile(NamedTuple):
+    """How a product is divided: rows and columns of the result that a multiprocessor makes at one time.
+
+    pingpong: two tiles take turns there, so that one is computed while the other is written. cluster: how many tiles,
+    by rows and by columns, share what they read.
+    """
+
+    rows: int
+    columns: int
+    pingpong: bool
+    cluster: tuple[int, int]
+
+
+# with the rate of each on an H200 at its power's limit, relative to the best (tidar/benchmarks/products.py)
+TILES = {
+    Tile(128, 192, pingpong=True, cluster=(2, 1)): 0.96,
+    Tile(256, 192, pingpong=False, cluster=(1, 2)): 1.0,
+    Tile(256, 208, pingpong=False, cluster=(1, 2)): 0.97,
+    Tile(128, 256, pingpong=False, cluster=(2, 1)): 0.97,
+}
+# the epilogues of the activation hold more registers
+GATED_TILE = Tile(128, 160, pingpong=True, cluster=(2, 1))
+GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
+# below this k the time in which results are written counts, which pingpong hides
+SMALL_K = 4096
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
     """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
 
-    x, residual: `[..., dim]`; gate, up: `[hidden, dim]`; down: `[dim, hidden]`. For the backward pass it keeps what
-    the gate takes, and not what it gives.
+    x, residual: `[..., dim]`; gate, up: `[hidden, dim]`; down: `[dim, hidden]`. For the backward pass it keeps the
+    inputs of the activation, and not its results.
     """
     return _GatedMLP.apply(x.flatten(0, -2), gate, up, down, residual.flatten(0, -2)).view_as(x)
 
@@ -38,26 +54,31 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tenso
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
-        before, after = gated_product(x, gate, up)
-        ctx.save_for_backward(x, gate, up, down, before)
-        return product(after, down.T, residual)
+        preactivation, activation = gated_product(x, gate, up)
+        ctx.save_for_backward(x, gate, up, down, preactivation)
+        return product(activation, down.T, residual)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        x, gate, up, down, before = ctx.saved_tensors
-        d_before, after = gated_product_backward(d_out, down, before)
-        d_down = product(d_out.T, after)
-        d_x, d_gate_up = gated_inputs_backward(d_before, x, gate, up)
+        x, gate, up, down, preactivation = ctx.saved_tensors
+        d_preactivation, activation = gated_product_backward(d_out, down, preactivation)
+        d_down = product(d_out.T, activation)
+        d_x, d_gate_up = gated_inputs_backward(d_preactivation, x, gate, up)
         return d_x, *d_gate_up.chunk(2), d_down, d_out
+
+
+# Operators, because torch.compile cannot look into QuACK's kernels. Columns of gate and up are interleaved in what a
+# single product makes of both: so one tile has all that an element of the activation needs
 
 
 @torch.library.custom_op("tidar::product", mutates_args=())
 def product(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
     """`a @ b`, plus `addend` where there is one. `[m, n]`, of `[m, k]`, `[k, n]` and `[m, n]`."""
-    cut = _cut(*a.shape, b.shape[1], _multiprocessors(a.device)) if a.is_cuda else None
-    if cut is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, (a, b, a if addend is None else addend))):
+    tile = _tile(*a.shape, b.shape[1], _multiprocessors(a.device)) if a.is_cuda else None
+    matrices = [a, b] if addend is None else [a, b, addend]
+    if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
         return a @ b if addend is None else torch.addmm(addend, a, b)
-    return _quack_product(a, b, addend, cut)
+    return quack_product(a, b, tile, addend)
 
 
 @product.register_fake
@@ -65,30 +86,13 @@ def _(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-def _quack_product(a: Tensor, b: Tensor, addend: Tensor | None, cut: Cut, halves: tuple[str, ...] = ()) -> Tensor:
-    """halves: of "B" and "out" those whose rows lie as two halves in memory, and count by turns in the product."""
-    from quack.gemm_interface import gemm_tuned
-
-    out = a.new_empty(a.shape[0], b.shape[1])
-    gemm_tuned.fn(a, b, out, addend, config=_config(*cut), concat_layout=halves or None)
-    return out
-
-
-# What lies by turns comes from one product, a tile of which then has what belongs together
-
-
 @torch.library.custom_op("tidar::gated_product", mutates_args=())
 def gated_product(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """`x @ gate.T` and `x @ up.T`, columns by turns, `[n, 2 * hidden]`, and silu of the one times the other
-    `[n, hidden]`.
-    """
+    """`x @ gate.T` and `x @ up.T`, interleaved, `[n, 2 * hidden]`; silu of the one times the other, `[n, hidden]`."""
     if not x.is_cuda:
         gate, up = x @ gate.T, x @ up.T
         return torch.stack([gate, up], dim=-1).flatten(1), F.silu(gate) * up
-    from quack.gemm_interface import gemm_gated
-
-    config = _config(128, 160, True, (2, 1))
-    return gemm_gated(x, _halves(gate, up).T, activation="swiglu", config=config, concat_layout=("B",))
+    return quack_gated_product(x, _concatenated(gate, up), GATED_TILE)
 
 
 @gated_product.register_fake
@@ -97,47 +101,75 @@ def _(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("tidar::gated_product_backward", mutates_args=())
-def gated_product_backward(d_out: Tensor, down: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of `after @ down.T`: that of `before`, and `after` again; both as of `gated_product`."""
+def gated_product_backward(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of `activation @ down.T`: that of `preactivation`, and `activation`, as of `gated_product`."""
     if not d_out.is_cuda:
-        d_after = d_out @ down
-        gate, up = before.view(len(before), -1, 2).unbind(-1)
+        d_activation = d_out @ down
+        gate, up = preactivation.view(len(preactivation), -1, 2).unbind(-1)
         share = gate.sigmoid()
-        d_gate = d_after * up * share * (1 + gate * (1 - share))
-        return torch.stack([d_gate, d_after * gate * share], dim=-1).flatten(1), gate * share * up
-    from quack.gemm_interface import gemm_dgated
-
-    config = _config(128, 128, True, (2, 1))
-    return gemm_dgated(d_out, down, before, activation="swiglu", config=config, dynamic_scheduler=False)
+        d_gate = d_activation * up * share * (1 + gate * (1 - share))
+        return torch.stack([d_gate, d_activation * gate * share], dim=-1).flatten(1), gate * share * up
+    return quack_gated_product_backward(d_out, down, preactivation, GATED_BACKWARD_TILE)
 
 
 @gated_product_backward.register_fake
-def _(d_out: Tensor, down: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(before), before.new_empty(len(before), before.shape[1] // 2)
+def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
+    n, both = preactivation.shape
+    return torch.empty_like(preactivation), preactivation.new_empty(n, both // 2)
 
 
 @torch.library.custom_op("tidar::gated_inputs_backward", mutates_args=())
-def gated_inputs_backward(d_before: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `x`, and of gate above up `[2 * hidden, dim]`, from that of `gated_product`'s `before`."""
-    if not x.is_cuda:
-        d_gate, d_up = d_before.view(len(x), -1, 2).unbind(-1)
-        return d_gate @ gate + d_up @ up, torch.cat([d_gate.T @ x, d_up.T @ x])
-    (n, dim), both = x.shape, d_before.shape[1]
-    fallback, multiprocessors = CUTS[0][:-1], _multiprocessors(x.device)
-    cuts = [_cut(*sizes, dim, multiprocessors) or fallback for sizes in ((n, both), (both, n))]
-    d_x = _quack_product(d_before, _halves(gate, up), None, cuts[0], ("B",))
-    return d_x, _quack_product(d_before.T, x, None, cuts[1], ("out",))
+def gated_inputs_backward(d_preactivation: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `x`, and of gate and up, concatenated, `[2 * hidden, dim]`, from that of `preactivation`."""
+    (n, both), dim = d_preactivation.shape, x.shape[1]
+    tiles = [None, None]
+    if x.is_cuda:
+        tiles = [_tile(*sizes, dim, _multiprocessors(x.device)) for sizes in ((n, both), (both, n))]
+    if tiles[0]:
+        d_x = quack_product(d_preactivation, _concatenated(gate, up), tiles[0], concatenated=("B",))
+    else:
+        d_x = d_preactivation @ torch.stack([gate, up], dim=1).flatten(0, 1)
+    if tiles[1]:
+        return d_x, quack_product(d_preactivation.T, x, tiles[1], concatenated=("out",))
+    return d_x, (d_preactivation.T @ x).view(-1, 2, dim).transpose(0, 1).reshape(both, dim)
 
 
 @gated_inputs_backward.register_fake
-def _(d_before: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(d_preactivation: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), gate.new_empty(2 * len(gate), gate.shape[1])
 
 
-def _halves(gate: Tensor, up: Tensor) -> Tensor:
-    """gate above up, `[2 * hidden, dim]`: in place where they lie so in memory, as `OneDevice` has them."""
+def quack_product(
+    a: Tensor, b: Tensor, tile: Tile, addend: Tensor | None = None, concatenated: tuple[str, ...] = ()
+) -> Tensor:
+    """As `product`. concatenated: those of "B" and "out" whose rows are all of gate's and then all of up's."""
+    from quack.gemm_interface import gemm_tuned
+
+    out = a.new_empty(a.shape[0], b.shape[1])
+    gemm_tuned.fn(a, b, out, addend, config=_config(tile), concat_layout=concatenated or None)
+    return out
+
+
+def quack_gated_product(x: Tensor, gate_up: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    from quack.gemm_interface import gemm_gated
+
+    return gemm_gated(x, gate_up.T, activation="swiglu", config=_config(tile), concat_layout=("B",))
+
+
+def quack_gated_product_backward(
+    d_out: Tensor, down: Tensor, preactivation: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    from quack.gemm_interface import gemm_dgated
+
+    config = _config(tile)
+    return gemm_dgated(d_out, down, preactivation, activation="swiglu", config=config, dynamic_scheduler=False)
+
+
+def _concatenated(gate: Tensor, up: Tensor) -> Tensor:
+    """`[2 * hidden, dim]`: in place where they lie so in memory, as the copies of `OneDevice` do."""
     together = gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-    if together and up.storage_offset() == gate.storage_offset() + gate.numel():
+    together = together and up.storage_offset() == gate.storage_offset() + gate.numel()
+    if together and gate.is_contiguous() and up.is_contiguous():
         return gate.as_strided((2 * len(gate), gate.shape[1]), gate.stride())
     return torch.cat([gate, up])
 
@@ -153,32 +185,32 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache
-def _cut(m: int, k: int, n: int, multiprocessors: int) -> Cut | None:
-    """With which a product takes the least time, by the tiles that each multiprocessor has to do.
+def _tile(m: int, k: int, n: int, multiprocessors: int) -> Tile | None:
+    """The tile with which `[m, k] @ [k, n]` takes the least time, by an estimate.
 
-    None for too few tiles, which cuBLAS splits along the sums.
+    None where there is less than about one tile for each multiprocessor: cuBLAS then divides the sums along k.
     """
     best, least = None, float("inf")
-    for rows, columns, by_turns, cluster, rate in CUTS:
-        waves = ceil(m / rows) * ceil(n / columns) / multiprocessors
-        if waves < 0.9 or not by_turns and k < SHORT_SUM:
+    for tile, rate in TILES.items():
+        waves = ceil(m / tile.rows) * ceil(n / tile.columns) / multiprocessors
+        if waves < 0.9 or not tile.pingpong and k < SMALL_K:
             continue
-        # those that have nothing to do in the last wave leave their power to the others: it costs about half of theirs
-        work = (waves + ceil(waves)) / 2 * rows * columns / rate
-        if work < least:
-            best, least = (rows, columns, by_turns, cluster), work
+        # multiprocessors that idle in the last wave leave their power to the others: measured, it costs half a wave
+        time = (waves + ceil(waves)) / 2 * tile.rows * tile.columns / rate
+        if time < least:
+            best, least = tile, time
     return best
 
 
 @lru_cache
-def _config(rows: int, columns: int, by_turns: bool, cluster: tuple[int, int]):
+def _config(tile: Tile):
     from quack.gemm_config import GemmConfig
 
-    cluster_m, cluster_n = cluster
+    cluster_m, cluster_n = tile.cluster
     return GemmConfig(
-        tile_m=rows,
-        tile_n=columns,
-        pingpong=by_turns,
+        tile_m=tile.rows,
+        tile_n=tile.columns,
+        pingpong=tile.pingpong,
         cluster_m=cluster_m,
         cluster_n=cluster_n,
         is_dynamic_persistent=False,

@@ -69,7 +69,7 @@ def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
 
 
 def test_killed_it_goes_on(tmp_path):
-    options = [*TINY, "--training.steps", "40", "--checkpoint.interval", "3", "--validation.enable", "false"]
+    options = [*TINY, "--training.steps", "24", "--checkpoint.interval", "3", "--validation.enable", "false"]
     command = [sys.executable, "-m", "tidar.train", *options, "--job.dump_folder", str(tmp_path / "killed")]
     process = start(command)
     deadline = time.time() + 120

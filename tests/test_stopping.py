@@ -55,20 +55,20 @@ def curve(folder: Path) -> list[float]:
 def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
     """And the run ends as one that was left alone."""
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = launch(folder, 60)
+    process = launch(folder, 40)
     wait_for(lambda: is_past(folder, 3), process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     found = outcome(folder)
     assert (found["outcome"], found["reason"]) == ("stopped", "SIGUSR1"), output
-    assert 3 <= found["step"] < 60
+    assert 3 <= found["step"] < 40
     saved = folder / "checkpoint" / f"step-{found['step']}"
     assert found["checkpoint"] == str(saved) and saved.exists()
     assert f"stopped after step {found['step']} by SIGUSR1: saved in {saved}" in output
     for path in (folder, whole):
-        ranks.run(2, *OPTIONS.split(), "60", "--job.dump_folder", str(path))
+        ranks.run(2, *OPTIONS.split(), "40", "--job.dump_folder", str(path))
         assert outcome(path)["outcome"] == "finished"
-    assert len(curve(folder)) == 60 and curve(folder) == curve(whole)
+    assert len(curve(folder)) == 40 and curve(folder) == curve(whole)
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):

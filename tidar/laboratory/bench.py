@@ -116,7 +116,7 @@ def _median_seconds(call: Callable) -> float:
     for _ in range(3):
         call()
     # something long first: the host is then ahead, as it is in training, and its time is not measured
-    busy = torch.empty(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    busy = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(20):
         busy @ busy
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]

@@ -16,6 +16,9 @@ from tidar.distributed import leave_world
 from tidar.train import Trainer
 from tidar.training.flops import batch_flops
 
+# seconds of work after which a GPU has the clock that its power allows for long
+SUSTAINED = 2.0
+REPEATS = 20  # calls of which the mean is taken
 WARM_UP = 8  # steps that are not counted: they compile, and fill the caches of allocators
 
 # The rows are those of the embedded corpus, one byte a token, packed; the weights are random ones
@@ -112,24 +115,22 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def sustained_seconds(work: Callable[[], object], device: torch.device, seconds: float, repeats: int = 20) -> float:
-    """Of a call, the mean of the last `repeats` of as many as take `seconds` on a GPU; there alone its clock falls with
-    the work, to what its power allows for long.
-    """
+def sustained_seconds(work: Callable[[], object], device: torch.device, seconds: float = SUSTAINED) -> float:
+    """Of a call, the mean of the last REPEATS of as many as take `seconds` on a GPU; on a CPU, of so many."""
     if device.type != "cuda":
         started = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             work()
-        return (time.perf_counter() - started) / repeats
+        return (time.perf_counter() - started) / REPEATS
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             work()
         end.record()
         torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats / 1e3
+    return start.elapsed_time(end) / REPEATS / 1e3
 
 
 def medians(steps: list[Step], peak_flops: float | None) -> dict[str, float]:

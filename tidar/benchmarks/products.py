@@ -7,7 +7,6 @@ for a second, which is then at its limit of power, as in training. Further optio
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -21,9 +20,8 @@ from tidar.train import Trainer
 
 SHAPES = ((128, 128, True), (128, 160, True), (128, 192, True), (128, 256, False), (256, 192, False), (256, 208, False))
 CLUSTERS = ((1, 2), (2, 1), (2, 2))
-TILES = [Tile(*shape, cluster) for shape, cluster in product(SHAPES, CLUSTERS)]
+TILES = [Tile(*shape, cluster) for shape in SHAPES for cluster in CLUSTERS]
 SECONDS = 0.4  # of each measurement, once the card is warm
-WARM_UP_SECONDS = 2.0
 SHOWN = 5  # of the tiles, the fastest
 
 
@@ -125,7 +123,7 @@ def main() -> None:
             tiles = TILES if has_fast_products(device, trainer.dtype, decoder.dim, decoder.hidden_dim) else []
             print(f"{device_name(device)}, torch {torch.__version__}, {trainer.dtype}")
             print("product, m x k x n, ms and TFLOP/s of torch and of the fastest tiles", flush=True)
-            sustained_seconds(products[only[0]].plain, device, WARM_UP_SECONDS)
+            sustained_seconds(products[only[0]].plain, device)
             for name in only:
                 print(measure(trainer, products[name], tiles), flush=True)
 

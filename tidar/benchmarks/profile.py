@@ -26,8 +26,6 @@ from tidar.benchmarks.cases import (
 from tidar.config import ArgumentParser, Config, user_errors_exit
 from tidar.models import DecoderConfig
 
-# seconds of work before a ceiling is measured
-SUSTAINED = 2.0
 # the first pattern that is found in a kernel's name says its kind
 KINDS = {
     "attention backward": r"(?i)(flex|flash|fmha|attention).*(bwd|backward)",
@@ -101,13 +99,13 @@ def kind_of(name: str) -> str:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large product, and bytes/s, read and written, of a large copy; both after SUSTAINED seconds."""
+    """FLOP/s of a large product, and bytes/s, read and written, of a large copy, both sustained."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
-    product = sustained_seconds(lambda: a @ b, device, SUSTAINED)
-    copy = sustained_seconds(lambda: y.copy_(x), device, SUSTAINED)
+    product = sustained_seconds(lambda: a @ b, device)
+    copy = sustained_seconds(lambda: y.copy_(x), device)
     return 2 * n**3 / product, 8 * x.numel() / copy
 
 

@@ -74,7 +74,7 @@ class _GatedMLP(torch.autograd.Function):
 @torch.library.custom_op("tidar::product", mutates_args=())
 def product(a: Tensor, b: Tensor, addend: Tensor | None = None) -> Tensor:
     """`a @ b`, plus `addend` where there is one. `[m, n]`, of `[m, k]`, `[k, n]` and `[m, n]`."""
-    tile = _tile(*a.shape, b.shape[1], _multiprocessors(a.device)) if a.is_cuda else None
+    tile = _tile(*a.shape, b.shape[1], a.device)
     matrices = [a, b] if addend is None else [a, b, addend]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
         return a @ b if addend is None else torch.addmm(addend, a, b)
@@ -122,15 +122,12 @@ def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tenso
 def gated_inputs_backward(d_preactivation: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `x`, and of gate and up, concatenated, `[2 * hidden, dim]`, from that of `preactivation`."""
     (n, both), dim = d_preactivation.shape, x.shape[1]
-    tiles = [None, None]
-    if x.is_cuda:
-        tiles = [_tile(*sizes, dim, _multiprocessors(x.device)) for sizes in ((n, both), (both, n))]
-    if tiles[0]:
-        d_x = quack_product(d_preactivation, _concatenated(gate, up), tiles[0], concatenated=("B",))
+    if tile := _tile(n, both, dim, x.device):
+        d_x = quack_product(d_preactivation, _concatenated(gate, up), tile, concatenated=("B",))
     else:
         d_x = d_preactivation @ torch.stack([gate, up], dim=1).flatten(0, 1)
-    if tiles[1]:
-        return d_x, quack_product(d_preactivation.T, x, tiles[1], concatenated=("out",))
+    if tile := _tile(both, n, dim, x.device):
+        return d_x, quack_product(d_preactivation.T, x, tile, concatenated=("out",))
     return d_x, (d_preactivation.T @ x).view(-1, 2, dim).transpose(0, 1).reshape(both, dim)
 
 
@@ -180,16 +177,15 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache
-def _tile(m: int, k: int, n: int, multiprocessors: int) -> Tile | None:
+def _tile(m: int, k: int, n: int, device: torch.device) -> Tile | None:
     """The tile with which `[m, k] @ [k, n]` takes the least time, by an estimate.
 
-    None where there is less than about one tile for each multiprocessor: cuBLAS then divides the sums along k.
+    None is for torch: on a CPU, and where there is less than about one tile for each multiprocessor, for cuBLAS then
+    divides the sums along k.
     """
+    if device.type != "cuda":
+        return None
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     best, least = None, float("inf")
     for tile, rate in TILES.items():
         waves = ceil(m / tile.rows) * ceil(n / tile.columns) / multiprocessors

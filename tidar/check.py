@@ -23,8 +23,8 @@ from tidar.config import (
     resolve_global_batch_size,
     user_errors_exit,
 )
-from tidar.distributed import check_device_count, check_offload, logging_ranks, resolve_degrees
-from tidar.models import Decoder, check_weights, open_weights, resolve_backend
+from tidar.distributed import arithmetic_dtype, check_device_count, check_offload, logging_ranks, resolve_degrees
+from tidar.models import Decoder, check_float8, check_weights, open_weights, resolve_backend
 from tidar.patterns import checked_pattern, loss_weights
 from tidar.training.inputs import load_inputs
 from tidar.training.manifest import saved_steps
@@ -46,7 +46,8 @@ def main() -> None:
         resolve_degrees(config, processes * nodes)
         check_offload(config)
         resolve_global_batch_size(config, processes * nodes)
-        resolve_backend(config.model.attention_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        resolve_backend(config.model.attention_backend, device)
         loss_weights(config, checked_pattern(config, mask_token_id=0))
         folder = make_dump_folder(config)
         answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"
@@ -57,6 +58,8 @@ def main() -> None:
         inputs = load_inputs(config)
         if inputs.warning:
             print(inputs.warning, file=sys.stderr)
+        if config.training.float8:
+            check_float8(device, arithmetic_dtype(config, device), inputs.spec.decoder)
         start = config.checkpoint.initial_load_path or config.model.hf_path
         weights = open_weights(start) if start and not saved_steps(folder) else None
         if weights:

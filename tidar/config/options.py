@@ -134,6 +134,11 @@ class Training:
         "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA; float16: see "
         "[loss_scale])",
     )
+    float8: bool = option(
+        False,
+        "products of the MLP with operands of 8 bits (extra fp8), rounded by the largest value of each; all else stays "
+        "as it is",
+    )
     enable_cpu_offload: bool = option(
         False, "parameters, gradients and optimizer state stay in the host's memory, where AdamW runs (CUDA)"
     )

@@ -5,6 +5,7 @@ from tidar.models.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.config_json import decoder_config, read_config_json
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
+from tidar.models.float8 import check_float8, make_mlps_float8
 from tidar.models.initialize import initialize
 from tidar.models.kernels import Kernels, has_fast_products
 from tidar.models.masks import (
@@ -44,6 +45,7 @@ __all__ = [
     "block_mask_of_points",
     "block_mask_of_ranges",
     "build_block_mask",
+    "check_float8",
     "check_weights",
     "count_pairs",
     "count_tiles",
@@ -53,6 +55,7 @@ __all__ = [
     "has_fast_products",
     "initialize",
     "load_weights",
+    "make_mlps_float8",
     "mask_of_words",
     "open_weights",
     "read_config_json",

@@ -26,7 +26,15 @@ from tidar.distributed import (
     parallelize,
     rank_zero_first,
 )
-from tidar.models import Decoder, Kernels, MaskBuilder, has_fast_products, resolve_backend
+from tidar.models import (
+    Decoder,
+    Kernels,
+    MaskBuilder,
+    check_float8,
+    has_fast_products,
+    make_mlps_float8,
+    resolve_backend,
+)
 from tidar.objective import Objective
 from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint import Checkpointer
@@ -101,12 +109,20 @@ class Run:
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         decoder = self.spec.decoder
         fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
+        float8 = config.training.float8
         # selective checkpointing keeps the results of products, and makes those of the gate again
-        kernels = Kernels(backend == "flash", fast_products and config.activation_checkpoint.mode != "selective")
+        fuses = config.activation_checkpoint.mode != "selective" and not float8
         with torch.device("meta"):
-            self.model = Decoder(decoder, kernels)
+            self.model = Decoder(decoder, Kernels(backend == "flash", fast_products and fuses))
+        if float8:
+            check_float8(self.device, dtype, decoder)
+            if self.device.type == "cpu":
+                self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
+            make_mlps_float8(self.model, emulate=self.device.type == "cpu")
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
+        if float8:
+            self.engine += ", MLP in float8"
         if fast_products:
             self.engine += ", QuACK's products"
 

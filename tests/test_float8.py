@@ -1,0 +1,92 @@
+"""The MLP's products with operands of 8 bits: what is rounded, and that training follows."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from results import read_metrics
+
+from tidar.config import UserError
+from tidar.models import Decoder, check_float8, decoder_config, make_mlps_float8, size_config
+
+CPU = torch.device("cpu")
+CONFIG = decoder_config(size_config("debug") | {"vocab_size": 258})
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def rounded(matrix: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    scale = torch.finfo(kind).max / matrix.abs().max()
+    return (matrix * scale).to(kind).float() / scale
+
+
+@pytest.mark.parametrize("positions", [48, 37])
+def test_products_are_those_of_rounded_operands(positions):
+    """One layer's MLP, forward and backward, beside products of operands that are rounded here."""
+    pytest.importorskip("torchao")
+    with torch.device("meta"):
+        model = Decoder(CONFIG)
+    model.to_empty(device="cpu")
+    mlp, dim = model.layers[0].mlp, model.config.dim
+    weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    names = [name for name, _ in model.named_parameters()]
+    make_mlps_float8(model, emulate=True)
+    assert [name for name, _ in model.named_parameters()] == names
+    with torch.no_grad():
+        for module, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weights):
+            module.weight.copy_(weight)
+    x, d_out = torch.randn(positions, dim, requires_grad=True), torch.randn(positions, dim)
+    found = mlp(x[None], torch.zeros(1, positions, dim))[0]
+    found.backward(d_out)
+
+    narrow_x, w_gate, w_up, w_down = (rounded(matrix.detach(), E4M3) for matrix in (x, *weights))
+    gate, up = ((narrow_x @ weight.T).requires_grad_() for weight in (w_gate, w_up))
+    hidden = torch.nn.functional.silu(gate) * up
+    narrow_hidden, narrow_d_out = rounded(hidden.detach(), E4M3), rounded(d_out, E5M2)
+    d_gate, d_up = torch.autograd.grad(hidden, (gate, up), narrow_d_out @ w_down)
+    d_gate, d_up = rounded(d_gate, E5M2), rounded(d_up, E5M2)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(found, narrow_hidden @ w_down.T)
+    close(x.grad, d_gate @ w_gate + d_up @ w_up)
+    close(mlp.down_proj.weight.grad, narrow_d_out.T @ narrow_hidden)
+    close(mlp.gate_proj.weight.grad, d_gate.T @ narrow_x)
+    close(mlp.up_proj.weight.grad, d_up.T @ narrow_x)
+
+
+def test_training_follows_the_plain_one(tmp_path, ranks):
+    """20 steps beside those without, on one rank and sharded over two; a plain run goes on from their checkpoint."""
+    pytest.importorskip("torchao")
+    common = "--training.seq_len 32 --training.global_batch_size 8 --training.steps 20 --validation.enable false"
+    common += " --metrics.log_freq 1 --checkpoint.interval 20"
+    runs = {"plain": (1, ""), "one": (1, "--training.float8 true"), "two": (2, "--training.float8 true")}
+    curves = {}
+    for name, (size, options) in runs.items():
+        folder = tmp_path / name
+        options += f" --training.local_batch_size {8 // size} --job.dump_folder {folder}"
+        ranks.run(size, *common.split(), *options.split())
+        curves[name] = losses(folder)
+    assert curves["plain"][-1] < 0.8 * curves["plain"][0]
+    for name in ("one", "two"):
+        errors = [abs(a / b - 1) for a, b in zip(curves[name], curves["plain"])]
+        print(name, max(errors))
+        assert 0 < max(errors) < 2e-3
+    for name in ("plain", "two"):
+        more = f"--training.steps 21 --training.local_batch_size 8 --job.dump_folder {tmp_path / name}"
+        ranks.run(1, *common.split(), *more.split())
+    assert losses(tmp_path / "two")[:20] == curves["two"]
+    assert losses(tmp_path / "two")[20] == pytest.approx(losses(tmp_path / "plain")[20], rel=2e-3)
+
+
+def losses(folder) -> list[float]:
+    return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
+
+
+def test_what_cannot_be_had_is_told(monkeypatch):
+    monkeypatch.setattr("tidar.models.float8.find_spec", lambda _: True)
+    check_float8(CPU, torch.float32, CONFIG)
+    for dim, hidden in ((40, 64), (64, 100)):
+        with pytest.raises(UserError, match=f"training.float8 = true: needs sizes .* not {dim} and {hidden}"):
+            check_float8(CPU, torch.float32, replace(CONFIG, dim=dim, hidden_dim=hidden))
+    monkeypatch.setattr("tidar.models.float8.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"training.float8 = true: torchao is not installed: pip install -e .\[fp8\]"):
+        check_float8(CPU, torch.float32, CONFIG)

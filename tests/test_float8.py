@@ -1,14 +1,20 @@
 """The MLP's products with operands of 8 bits: what is rounded, and that training follows."""
 
+import sys
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from results import read_metrics
 
-from tidar.config import UserError
+from tidar import check
+from tidar.config import UserError, load_config
+from tidar.distributed import leave_world
 from tidar.models import Decoder, check_float8, decoder_config, make_mlps_float8, size_config
+from tidar.train import Trainer
 
 CPU = torch.device("cpu")
 CONFIG = decoder_config(size_config("debug") | {"vocab_size": 258})
@@ -29,9 +35,17 @@ def test_products_are_those_of_rounded_operands(positions):
     model.to_empty(device="cpu")
     mlp, dim = model.layers[0].mlp, model.config.dim
     weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
     make_mlps_float8(model, emulate=True)
-    assert [name for name, _ in model.named_parameters()] == names
+    assert {name: id(one) for name, one in model.named_parameters()} == {
+        name: id(one) for name, one in parameters.items()
+    }
+    replaced = [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    assert sorted(replaced) == sorted(
+        f"layers.{layer}.mlp.{kind}" for layer in range(CONFIG.n_layers) for kind in kinds
+    )
+    mlp = model.layers[0].mlp
     with torch.no_grad():
         for module, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weights):
             module.weight.copy_(weight)
@@ -70,6 +84,8 @@ def test_training_follows_the_plain_one(tmp_path, ranks):
         errors = [abs(a / b - 1) for a, b in zip(curves[name], curves["plain"])]
         print(name, max(errors))
         assert 0 < max(errors) < 2e-3
+    print("two against one", max(abs(a / b - 1) for a, b in zip(curves["two"], curves["one"])))
+    assert curves["two"] == pytest.approx(curves["one"], rel=5e-4)
     for name in ("plain", "two"):
         more = f"--training.steps 21 --training.local_batch_size 8 --job.dump_folder {tmp_path / name}"
         ranks.run(1, *common.split(), *more.split())
@@ -81,12 +97,53 @@ def losses(folder) -> list[float]:
     return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
 
 
-def test_what_cannot_be_had_is_told(monkeypatch):
-    monkeypatch.setattr("tidar.models.float8.find_spec", lambda _: True)
-    check_float8(CPU, torch.float32, CONFIG)
-    for dim, hidden in ((40, 64), (64, 100)):
-        with pytest.raises(UserError, match=f"training.float8 = true: needs sizes .* not {dim} and {hidden}"):
-            check_float8(CPU, torch.float32, replace(CONFIG, dim=dim, hidden_dim=hidden))
-    monkeypatch.setattr("tidar.models.float8.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"training.float8 = true: torchao is not installed: pip install -e .\[fp8\]"):
-        check_float8(CPU, torch.float32, CONFIG)
+def refusal(call) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value).removeprefix("training.float8 = true: ")
+
+
+def test_what_cannot_be_had_is_told(monkeypatch, tmp_path):
+    """Before data are prepared: no torchao, an old one, one that cannot be imported; a GPU or type without FP8."""
+    options = ["--training.float8", "true", "--job.dump_folder", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["check", *options])
+    for version in (None, "0.17.3", "nightly"):
+        monkeypatch.setattr("tidar.models.float8.metadata.version", partial(installed, version))
+        expected = "needs torchao 0.18 or later: pip install -e '.[fp8]'" + (
+            ", not 0.17.3" if version == "0.17.3" else ""
+        )
+        assert refusal(lambda: Trainer(load_config(options))) == expected
+        leave_world()
+        with pytest.raises(SystemExit):
+            check.main()
+        assert not (tmp_path / "run" / "data").exists()
+    monkeypatch.setattr("tidar.models.float8.metadata.version", lambda _: "0.18.0")
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    assert refusal(partial(check_float8, CPU, torch.float32)).startswith("torchao 0.18.0 cannot be imported: ")
+
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace())
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A100")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
+    cuda = torch.device("cuda")
+    assert refusal(partial(check_float8, cuda, torch.bfloat16)) == "needs an Ada, Hopper or later GPU, not A100"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    check_float8(cuda, torch.bfloat16)
+    assert "mixed_precision_param = bfloat16, not float16" in refusal(partial(check_float8, cuda, torch.float16))
+    check_float8(CPU, torch.float16)
+
+
+def installed(version: str | None, name: str) -> str:
+    if version is None:
+        raise metadata.PackageNotFoundError(name)
+    return version
+
+
+@pytest.mark.parametrize("dim, hidden", [(40, 64), (64, 100)])
+def test_sizes_without_products_are_told(monkeypatch, dim, hidden):
+    pytest.importorskip("torchao")
+    with torch.device("meta"):
+        model = Decoder(replace(CONFIG, dim=dim, hidden_dim=hidden))
+    message = refusal(partial(make_mlps_float8, model, emulate=True))
+    assert message == f"needs sizes of the MLP that are multiples of 16, not {dim} and {hidden}"

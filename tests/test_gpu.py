@@ -328,7 +328,7 @@ def test_the_fast_way_follows_plain_float32(tmp_path):
 
 
 def test_float8_follows_bfloat16(tmp_path):
-    """50 steps, compiled, with products of 8 bits in the MLP beside those of 16; checkpointing changes nothing."""
+    """50 steps, compiled, with the MLP in FP8 beside bfloat16, and with checkpointing of activations."""
     pytest.importorskip("torchao")
     common = options_with_heads_of_128(tmp_path)
     wide = losses_of(tmp_path / "wide", common, FirstGradients)
@@ -339,13 +339,22 @@ def test_float8_follows_bfloat16(tmp_path):
     gradient_error = relative(losses_of.trainer.gradients, gradients)
     print(max(errors), sum(errors) / 50, gradient_error)
     assert wide[-1] < 0.7 * wide[0]
-    assert 0 < max(errors) < 2e-3 and gradient_error < 0.05
+    assert max(errors) < 2e-3 and 5e-3 < gradient_error < 0.05
     for mode in ("selective", "full"):
         torch._dynamo.reset()
         options = f"{common} --training.float8 true --activation_checkpoint.mode {mode}"
         curve = losses_of(tmp_path / mode, options)
         print(mode, max(abs(a / b - 1) for a, b in zip(curve, narrow)))
-        assert curve == pytest.approx(narrow, rel=1e-3)
+        assert curve == pytest.approx(narrow, rel=5e-4)
+
+
+def test_float8_with_any_number_of_positions(tmp_path):
+    """Of which 16 divide none: the products of the weights' gradients are padded."""
+    pytest.importorskip("torchao")
+    common = "--tidar.pattern causal --training.seq_len 77 --training.local_batch_size 1 --training.steps 20"
+    common += " --validation.enable false --checkpoint.enable false"
+    wide, narrow = (losses_of(tmp_path / kind, f"{common} --training.float8 {kind}") for kind in ("false", "true"))
+    assert narrow == pytest.approx(wide, rel=2e-2) and narrow != wide
 
 
 class FirstGradients(Watched):

@@ -48,6 +48,8 @@ def main() -> None:
         resolve_global_batch_size(config, processes * nodes)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         resolve_backend(config.model.attention_backend, device)
+        if config.training.float8:
+            check_float8(device, arithmetic_dtype(config, device))
         loss_weights(config, checked_pattern(config, mask_token_id=0))
         folder = make_dump_folder(config)
         answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"
@@ -58,8 +60,6 @@ def main() -> None:
         inputs = load_inputs(config)
         if inputs.warning:
             print(inputs.warning, file=sys.stderr)
-        if config.training.float8:
-            check_float8(device, arithmetic_dtype(config, device), inputs.spec.decoder)
         start = config.checkpoint.initial_load_path or config.model.hf_path
         weights = open_weights(start) if start and not saved_steps(folder) else None
         if weights:

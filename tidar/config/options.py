@@ -136,8 +136,8 @@ class Training:
     )
     float8: bool = option(
         False,
-        "products of the MLP with operands of 8 bits (extra fp8), rounded by the largest value of each; all else stays "
-        "as it is",
+        "matrix products of the MLP in FP8 (e4m3, gradients e5m2; dynamic tensorwise scaling by torchao, extra fp8); "
+        "all else stays bfloat16. Ada, Hopper or later GPUs; emulated on a CPU",
     )
     enable_cpu_offload: bool = option(
         False, "parameters, gradients and optimizer state stay in the host's memory, where AdamW runs (CUDA)"

@@ -74,7 +74,7 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, det
     except ImportError:
         installed = False
     if not installed:
-        return "is not installed: pip install -e .[flash]"
+        return "is not installed: pip install -e '.[flash]'"
     if torch.cuda.get_device_capability(device)[0] != FLASH_CAPABILITY:
         return f"needs a Hopper GPU, not {torch.cuda.get_device_name(device)}"
     if dtype not in FLASH_DTYPES:

@@ -83,6 +83,10 @@ class Run:
         make_deterministic(config)
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
+        self.dtype = dtype = arithmetic_dtype(config, self.device)
+        float8 = config.training.float8
+        if float8:
+            check_float8(self.device, dtype)
 
         inputs = rank_zero_first(self.world, lambda is_first: load_inputs(config, prepares=is_first))
         self.spec = inputs.spec
@@ -90,7 +94,6 @@ class Run:
             self.log(inputs.warning)
         self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
         self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
-        self.dtype = dtype = arithmetic_dtype(config, self.device)
         backend = resolve_backend(
             config.model.attention_backend,
             self.device,
@@ -109,15 +112,13 @@ class Run:
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         decoder = self.spec.decoder
         fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
-        float8 = config.training.float8
+        if float8 and self.device.type == "cpu":
+            self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
         # selective checkpointing keeps the results of products, and makes those of the gate again
         fuses = config.activation_checkpoint.mode != "selective" and not float8
         with torch.device("meta"):
             self.model = Decoder(decoder, Kernels(backend == "flash", fast_products and fuses))
         if float8:
-            check_float8(self.device, dtype, decoder)
-            if self.device.type == "cpu":
-                self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
             make_mlps_float8(self.model, emulate=self.device.type == "cpu")
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"

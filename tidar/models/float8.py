@@ -20,7 +20,7 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "cuda" and not obstacle:
         if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
             obstacle = f"needs an Ada, Hopper or later GPU, not {torch.cuda.get_device_name(device)}"
-        elif dtype != torch.bfloat16:  # the only type of 16 bits or more that it has been tried with there
+        elif dtype != torch.bfloat16:  # what it has been tried with there
             obstacle = f"needs training.mixed_precision_param = bfloat16, not {str(dtype).removeprefix('torch.')}"
     if obstacle:
         raise UserError(f"training.float8 = true: {obstacle}")

@@ -12,6 +12,11 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def batch_losses(folder: Path) -> list[float]:
+    """train/batch_loss of all steps that were reported."""
+    return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
+
+
 def read_weights(path: Path) -> torch.Tensor:
     """All that a pool's run has saved of its parameters, flat."""
     return torch.cat([tensor.flatten() for tensor in torch.load(path, weights_only=True).values()])

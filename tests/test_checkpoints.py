@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from results import read_metrics
+from results import batch_losses, read_metrics
 
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
@@ -33,11 +33,6 @@ def train(uneven_data):
     leave_world()
 
 
-def losses(folder: Path) -> list[float]:
-    lines = read_metrics(folder)
-    return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
-
-
 def damages(path: Path):
     """Each way in which a file may be damaged, done one after the other."""
     content = path.read_bytes()
@@ -55,7 +50,7 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, train):
     """Every file of the newest is truncated, emptied, altered at both ends and deleted, in turn."""
     train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
     leave_world()
-    expected = losses(tmp_path)
+    expected = batch_losses(tmp_path)
     trainer = train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2", trains=False)
     newest, before = tmp_path / "checkpoint" / "step-4", tmp_path / "checkpoint" / "step-2"
     warnings: list[str] = []
@@ -86,7 +81,7 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, train):
     assert re.fullmatch(rf"step +2 +0\.\d+ GiB  whole  \d{{4}}-.*  4 samples  \d+ tokens  {holds}", first), first
     assert re.fullmatch(rf"step +4 .* GiB  NOT WHOLE: __0_0.distcp has \d+ bytes, not .*  {holds}", second), second
     train(tmp_path, "--training.steps", "4", "--checkpoint.interval", "2")
-    assert losses(tmp_path) == expected and read_manifest(newest)["about"]["step"] == 4
+    assert batch_losses(tmp_path) == expected and read_manifest(newest)["about"]["step"] == 4
 
 
 def test_what_is_kept(tmp_path, train):

@@ -1,4 +1,4 @@
-"""The MLP's products with operands of 8 bits: what is rounded, and that training follows."""
+"""The MLP's products in FP8: what is rounded, and that training follows."""
 
 import sys
 from dataclasses import replace
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from results import read_metrics
+from results import batch_losses
 
 from tidar import check
 from tidar.config import UserError, load_config
@@ -35,17 +35,15 @@ def test_products_are_those_of_rounded_operands(positions):
     model.to_empty(device="cpu")
     mlp, dim = model.layers[0].mlp, model.config.dim
     weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    parameters = dict(model.named_parameters())
+    before = list(model.named_parameters())
     make_mlps_float8(model, emulate=True)
-    assert {name: id(one) for name, one in model.named_parameters()} == {
-        name: id(one) for name, one in parameters.items()
-    }
+    for (name, parameter), (name_before, parameter_before) in zip(model.named_parameters(), before, strict=True):
+        assert name == name_before and parameter is parameter_before
     replaced = [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
     kinds = ("gate_proj", "up_proj", "down_proj")
     assert sorted(replaced) == sorted(
         f"layers.{layer}.mlp.{kind}" for layer in range(CONFIG.n_layers) for kind in kinds
     )
-    mlp = model.layers[0].mlp
     with torch.no_grad():
         for module, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weights):
             module.weight.copy_(weight)
@@ -78,7 +76,7 @@ def test_training_follows_the_plain_one(tmp_path, ranks):
         folder = tmp_path / name
         options += f" --training.local_batch_size {8 // size} --job.dump_folder {folder}"
         ranks.run(size, *common.split(), *options.split())
-        curves[name] = losses(folder)
+        curves[name] = batch_losses(folder)
     assert curves["plain"][-1] < 0.8 * curves["plain"][0]
     for name in ("one", "two"):
         errors = [abs(a / b - 1) for a, b in zip(curves[name], curves["plain"])]
@@ -89,12 +87,8 @@ def test_training_follows_the_plain_one(tmp_path, ranks):
     for name in ("plain", "two"):
         more = f"--training.steps 21 --training.local_batch_size 8 --job.dump_folder {tmp_path / name}"
         ranks.run(1, *common.split(), *more.split())
-    assert losses(tmp_path / "two")[:20] == curves["two"]
-    assert losses(tmp_path / "two")[20] == pytest.approx(losses(tmp_path / "plain")[20], rel=2e-3)
-
-
-def losses(folder) -> list[float]:
-    return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
+    assert batch_losses(tmp_path / "two")[:20] == curves["two"]
+    assert batch_losses(tmp_path / "two")[20] == pytest.approx(batch_losses(tmp_path / "plain")[20], rel=2e-3)
 
 
 def refusal(call) -> str:
@@ -108,11 +102,9 @@ def test_what_cannot_be_had_is_told(monkeypatch, tmp_path):
     """Before data are prepared: no torchao, an old one, one that cannot be imported; a GPU or type without FP8."""
     options = ["--training.float8", "true", "--job.dump_folder", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["check", *options])
-    for version in (None, "0.17.3", "nightly"):
+    for version, found in ((None, ""), ("0.17.3", ", not 0.17.3"), ("nightly", "")):
         monkeypatch.setattr("tidar.models.float8.metadata.version", partial(installed, version))
-        expected = "needs torchao 0.18 or later: pip install -e '.[fp8]'" + (
-            ", not 0.17.3" if version == "0.17.3" else ""
-        )
+        expected = f"needs torchao 0.18 or later: pip install -e '.[fp8]'{found}"
         assert refusal(lambda: Trainer(load_config(options))) == expected
         leave_world()
         with pytest.raises(SystemExit):
@@ -141,7 +133,7 @@ def installed(version: str | None, name: str) -> str:
 
 
 @pytest.mark.parametrize("dim, hidden", [(40, 64), (64, 100)])
-def test_sizes_without_products_are_told(monkeypatch, dim, hidden):
+def test_sizes_without_products_are_told(dim, hidden):
     pytest.importorskip("torchao")
     with torch.device("meta"):
         model = Decoder(replace(CONFIG, dim=dim, hidden_dim=hidden))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
 from reference import ids_of, random_lengths
-from results import read_metrics
+from results import batch_losses, read_metrics
 from test_block_masks import listed
 from test_patterns import expected_mask, random_pattern
 
@@ -262,9 +262,8 @@ def losses_of(folder, options: str, kind=Trainer) -> list[float]:
         trainer.train()
     finally:
         leave_world()
-    lines = read_metrics(folder)
     losses_of.trainer = trainer
-    return [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
+    return batch_losses(folder)
 
 
 ENGINES = {
@@ -508,8 +507,7 @@ def test_flex_and_sdpa_train_alike(tmp_path):
             trainer.train()
         finally:
             leave_world()
-        lines = read_metrics(folder)
-        curves.append([line["train/batch_loss"] for line in lines if "train/batch_loss" in line])
-        assert 0 < lines[0]["perf/mfu"] < 1
+        curves.append(batch_losses(folder))
+        assert 0 < read_metrics(folder)[0]["perf/mfu"] < 1
     assert len(curves[0]) == 10
     assert curves[0] == pytest.approx(curves[2], rel=1e-4) and curves[1] == pytest.approx(curves[2], rel=1e-4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from results import read_metrics, read_weights
+from results import batch_losses, read_weights
 from torch import nn
 
 from tidar.config.options import LRScheduler, Optimizer
@@ -143,8 +143,7 @@ def test_bfloat16_moments_follow_float32(tmp_path, ranks, uneven_data, steps):
         options += f" --optimizer.beta2 0.999 --optimizer.state_dtype {dtype} --training.steps {steps}"
         options += f" --metrics.log_freq 1 --checkpoint.enable false --job.dump_folder {tmp_path / dtype}"
         ranks.run(1, *options.split())
-        lines = read_metrics(tmp_path / dtype)
-        losses[dtype] = [line["train/batch_loss"] for line in lines if "train/batch_loss" in line]
+        losses[dtype] = batch_losses(tmp_path / dtype)
     assert losses["float32"] != losses["bfloat16"]
     last = steps // 10
     means = {dtype: sum(curve[-last:]) / last for dtype, curve in losses.items()}

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from results import read_metrics
+from results import batch_losses, read_metrics
 
 from tidar.check import signal_options
 from tidar.config import UserError, load_config
@@ -48,10 +48,6 @@ def is_past(folder: Path, step: int) -> bool:
     return (folder / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(folder))
 
 
-def curve(folder: Path) -> list[float]:
-    return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
-
-
 def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
     """And the run ends as one that was left alone."""
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
@@ -68,7 +64,7 @@ def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
     for path in (folder, whole):
         ranks.run(2, *OPTIONS.split(), "40", "--job.dump_folder", str(path))
         assert outcome(path)["outcome"] == "finished"
-    assert len(curve(folder)) == 40 and curve(folder) == curve(whole)
+    assert len(batch_losses(folder)) == 40 and batch_losses(folder) == batch_losses(whole)
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):

@@ -137,7 +137,7 @@ class Training:
     float8: bool = option(
         False,
         "matrix products of the MLP in FP8 (e4m3, gradients e5m2; dynamic tensorwise scaling by torchao, extra fp8); "
-        "all else stays bfloat16. Ada, Hopper or later GPUs; emulated on a CPU",
+        "all else stays as it is. Ada, Hopper or later GPUs, bfloat16; emulated on a CPU",
     )
     enable_cpu_offload: bool = option(
         False, "parameters, gradients and optimizer state stay in the host's memory, where AdamW runs (CUDA)"

@@ -16,7 +16,7 @@ FIRST_TORCHAO = (0, 18)
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where training.float8 cannot be had. dtype: of the arithmetic."""
-    obstacle = _missing_torchao()
+    obstacle = _torchao_obstacle()
     if device.type == "cuda" and not obstacle:
         if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
             obstacle = f"needs an Ada, Hopper or later GPU, not {torch.cuda.get_device_name(device)}"
@@ -26,7 +26,8 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
         raise UserError(f"training.float8 = true: {obstacle}")
 
 
-def _missing_torchao() -> str | None:
+def _torchao_obstacle() -> str | None:
+    """Why torchao cannot be used, None where it can."""
     needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: pip install -e '.[fp8]'"
     try:
         version = metadata.version("torchao")

@@ -112,14 +112,15 @@ class Run:
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         decoder = self.spec.decoder
         fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
-        if float8 and self.device.type == "cpu":
-            self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
         # selective checkpointing keeps the results of products, and makes those of the gate again
         fuses = config.activation_checkpoint.mode != "selective" and not float8
         with torch.device("meta"):
             self.model = Decoder(decoder, Kernels(backend == "flash", fast_products and fuses))
         if float8:
-            make_mlps_float8(self.model, emulate=self.device.type == "cpu")
+            emulate = self.device.type == "cpu"
+            if emulate:
+                self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
+            make_mlps_float8(self.model, emulate)
         self.parallel = parallelize(self.model, self.world, config, dtype, compile)
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
         if float8:

@@ -7,6 +7,8 @@ import sys
 import torch
 from results import read_metrics
 
+from tidar.benchmarks.baseline import _loss
+from tidar.benchmarks.cases import first_batches, running
 from tidar.config import load_config
 from tidar.distributed import leave_world
 from tidar.train import Trainer
@@ -31,6 +33,18 @@ def test_train_step_measures_a_case_its_baseline_and_its_start():
     assert {"overhead", "peak_gib", "start_cold_s", "start_warm_s"} < result.keys()
     title, row = output.splitlines()[-2:]
     assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
+
+
+def test_the_baselines_micro_batches_have_the_losses_of_the_whole():
+    """A plain mean over the targets of each loss, of rows in parts of any number."""
+    with running("--training.seq_len 32 --training.local_batch_size 3 --data.num_workers 0".split()) as trainer:
+        (batch,) = first_batches(trainer, 1)
+    logits = torch.randn(*batch.rows.input_ids.shape, 300, dtype=torch.float64)
+    kept = [(logits.flatten(0, 1)[targets.index], targets.labels) for targets in batch.rows.targets.values()]
+    expected = sum(torch.nn.functional.cross_entropy(*pair) for pair in kept) / 2
+    for size in (1, 2, 3):
+        parts = [_loss(logits[start : start + size], batch.rows, start) for start in range(0, 3, size)]
+        assert torch.isclose(sum(parts).double(), expected, rtol=1e-5)
 
 
 def test_profile_tells_every_kind_and_its_floor():

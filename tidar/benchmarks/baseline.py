@@ -14,10 +14,13 @@ from tidar.patterns import ModelBatch, Pattern
 from tidar.training.flops import batch_flops
 
 
-def time_baseline(name: str, vocab_size: int, pattern: Pattern, decoder, batches: list[Batch]) -> list[Step]:
+def time_baseline(
+    name: str, vocab_size: int, pattern: Pattern, decoder, batches: list[Batch], rows_at_once: int
+) -> list[Step]:
     """Steps of the transformers model of this size with SDPA under a dense mask, one for each batch after the warm-up.
 
-    Full logits, the losses row by row, bfloat16 weights, fused AdamW, no clipping; batches on the device.
+    Full logits, the losses row by row, bfloat16 weights, fused AdamW, no clipping; batches on the device. The gradients
+    of a batch of more than `rows_at_once` rows are added up, a micro-batch of so many after the other.
     """
     device = batches[0].rows.input_ids.device
     config = AutoConfig.for_model(**size_config(name) | {"vocab_size": vocab_size, "use_cache": False})
@@ -30,10 +33,14 @@ def time_baseline(name: str, vocab_size: int, pattern: Pattern, decoder, batches
     for batch in [*(batches[i % len(batches)] for i in range(WARM_UP)), *batches]:
         rows = batch.rows
         seen = dense(rows.documents)
-        mask = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device).masked_fill_(~seen, float("-inf"))
-        logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask).logits
-        _loss(logits, rows).backward()
-        del logits
+        for start in range(0, len(rows.input_ids), rows_at_once):
+            part = slice(start, start + rows_at_once)
+            mask = torch.zeros(seen[part].shape, dtype=torch.bfloat16, device=device)
+            mask.masked_fill_(~seen[part], float("-inf"))
+            inputs = {"input_ids": rows.input_ids[part], "position_ids": rows.position_ids[part]}
+            logits = model(**inputs, attention_mask=mask).logits
+            _loss(logits, rows, start).backward()
+            del logits
         optimizer.step()
         optimizer.zero_grad()
         ends.append(_now(device))
@@ -42,13 +49,13 @@ def time_baseline(name: str, vocab_size: int, pattern: Pattern, decoder, batches
     return steps[WARM_UP:]
 
 
-def _loss(logits: Tensor, rows: ModelBatch) -> Tensor:
-    """Mean of both losses, each computed for one row at a time."""
+def _loss(logits: Tensor, rows: ModelBatch, first: int) -> Tensor:
+    """The share of the rows from `first` on in the mean of both losses, each computed for one row at a time."""
     positions = logits.shape[1]
     total = logits.new_zeros((), dtype=torch.float32)
     for targets in rows.targets.values():
         for row in range(len(logits)):
-            mine = targets.index // positions == row
+            mine = targets.index // positions == first + row
             nll = F.cross_entropy(logits[row, targets.index[mine] % positions], targets.labels[mine], reduction="sum")
             total = total + nll / len(targets.labels) / len(rows.targets)
     return total

@@ -78,19 +78,22 @@ def measure_overhead(options: list[str], steps: int) -> float:
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
-    """What the replaced script's way reaches on the same rows."""
+    """What the replaced script's way reaches on the same rows, of which it takes as many at one time as have room."""
     with running(options) as trainer:
         batches = first_batches(trainer, steps)
         size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.pattern
         peak_flops = trainer.throughput.peak_flops
         device = trainer.device
     del trainer
-    free_memory()
-    try:
-        steps_done = time_baseline(size, decoder.vocab_size, pattern, decoder, batches)
-        found = medians(steps_done, peak_flops) | {"peak_gib": peak_memory_gib(device)}
-    except torch.OutOfMemoryError:
-        found = {"error": "out of memory"}
+    found = {"error": "out of memory"}
+    rows_at_once = len(batches[0].rows.input_ids)
+    while rows_at_once and "error" in found:
+        free_memory()
+        try:
+            steps_done = time_baseline(size, decoder.vocab_size, pattern, decoder, batches, rows_at_once)
+            found = medians(steps_done, peak_flops) | {"peak_gib": peak_memory_gib(device), "rows": rows_at_once}
+        except torch.OutOfMemoryError:
+            rows_at_once //= 2
     return {f"baseline_{key}": value for key, value in found.items()}
 
 
@@ -131,6 +134,7 @@ def table(results: list[dict]) -> str:
         "power_capped": ("capped", "{:.0%}".format),
         "peak_gib": ("GiB", "{:.1f}".format),
         "baseline_tokens_per_second": ("baseline tokens/s", "{:,.0f}".format),
+        "baseline_rows": ("its rows", str),
         "baseline_peak_gib": ("its GiB", "{:.1f}".format),
         "ratio": ("ratio", "{:.2f}".format),
         "error": ("error", str),

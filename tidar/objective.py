@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,16 +30,18 @@ class Objective:
         self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False, fast_products: bool = False
     ):
         """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA.
-        fast_products: they and the hidden states' gradients are made by `tidar.models.products.product`.
+        fast_products: the products are QuACK's, and where they can they leave out logits.
         """
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
         self.compile = compile
-        self.multiply = torch.matmul
+        multiply, self.anchored = torch.matmul, None
         if fast_products:
+            from tidar import anchored_cross_entropy
             from tidar.models.products import product
 
-            self.multiply = product
+            multiply, self.anchored = product, anchored_cross_entropy
+        self.by_logits = partial(_score, multiply=multiply, compile=compile)
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -55,15 +58,19 @@ class Objective:
             denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
             coefficients.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
         index = torch.cat([target.index for target in targets.values()])
+        with_gradient = torch.is_grad_enabled()
+        score = self.by_logits
+        if self.anchored and with_gradient and self.anchored.fits(output_weight):
+            score = self.anchored.score
         value, nll, correct = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1).index_select(0, index),
             output_weight,
             torch.cat([target.labels for target in targets.values()]),
             torch.cat(coefficients),
             self.chunk_size,
+            score,
             self.compile,
-            self.multiply,
-            torch.is_grad_enabled(),
+            with_gradient,
         )
         sizes = [len(target.labels) for target in targets.values()]
         parts = zip(nll.split(sizes), correct.split(sizes))
@@ -81,8 +88,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,  # [n]
         coefficients: Tensor,  # [n], at least float32
         chunk_size: int,
+        score: Callable,
         compile: bool,
-        multiply: Callable[[Tensor, Tensor], Tensor],
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
@@ -91,20 +98,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = coefficients / scale
         nll = torch.empty_like(coefficients)
         correct = torch.empty_like(labels, dtype=torch.bool)
+        d_hidden = d_weight = None
         if with_gradient:
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.empty_like(weight, dtype=coefficients.dtype)
-        score_logits = _fused_score_logits if compile else _score_logits
         n_chunks = -(-len(labels) // chunk_size)
         for number in range(n_chunks):
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
-            nll[chunk], correct[chunk], d_logits = score_logits(
-                multiply(hidden[chunk], weight.T), labels[chunk], scaled[chunk], with_gradient
+            d_chunk = d_hidden[chunk] if with_gradient else None
+            nll[chunk], correct[chunk] = score(
+                hidden[chunk], weight, labels[chunk], scaled[chunk], d_chunk, d_weight, anew=number == 0
             )
-            if with_gradient:
-                d_hidden[chunk] = multiply(d_logits, weight)
-                _add_product(d_weight, d_logits.T, hidden[chunk], anew=number == 0)
-            del d_logits  # before the next chunk's logits
         if with_gradient:
             if n_chunks == 0:
                 d_weight.zero_()
@@ -127,6 +131,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale).to(dtype)
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    anew: bool,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    compile: bool,
+) -> tuple[Tensor, Tensor]:
+    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
+    them to `d_weight`, or writes them there where `anew`; with None for both it makes none.
+    """
+    with_gradient = d_hidden is not None
+    score_logits = _fused_score_logits if compile else _score_logits
+    nll, correct, d_logits = score_logits(multiply(hidden, weight.T), labels, coefficients, with_gradient)
+    if with_gradient:
+        d_hidden.copy_(multiply(d_logits, weight))
+        _add_product(d_weight, d_logits.T, hidden, anew)
+    return nll, correct
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:

@@ -26,9 +26,11 @@ CASES = {
     "debug": "--model.name debug --training.seq_len 128 --training.local_batch_size 4",
     "1.5b-2048": "--model.name qwen2.5-1.5b --training.seq_len 2048 --training.local_batch_size 4",
     "1.5b-4096": "--model.name qwen2.5-1.5b --training.seq_len 4096 --training.local_batch_size 2",
-    # as many rows as an H200 has room for
-    "1.5b-2048x16": "--model.name qwen2.5-1.5b --training.seq_len 2048 --training.local_batch_size 16",
-    "1.5b-4096x8": "--model.name qwen2.5-1.5b --training.seq_len 4096 --training.local_batch_size 8",
+    # as many rows as an H200 has room for, and with them a larger chunk of the loss
+    "1.5b-2048x16": "--model.name qwen2.5-1.5b --training.seq_len 2048 --training.local_batch_size 16 "
+    "--training.loss_chunk_size 16384",
+    "1.5b-4096x8": "--model.name qwen2.5-1.5b --training.seq_len 4096 --training.local_batch_size 8 "
+    "--training.loss_chunk_size 16384",
     "1.5b-16384": "--model.name qwen2.5-1.5b --training.seq_len 16384 --training.local_batch_size 1",
     "4b-4096": "--model.name qwen3-4b --training.seq_len 4096 --training.local_batch_size 2",
     "8b-4096": "--model.name qwen3-8b --training.seq_len 4096 --training.local_batch_size 2 "

@@ -168,12 +168,12 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert all(value.eq(0 if name.endswith("bias") else 1).all() for name, value in shallow.items() if value.ndim == 1)
 
 
-def test_the_fused_mlp_computes_as_the_plain_one():
+def test_fused_products_compute_as_plain_ones():
     """Without its kernels, which tests/test_gpu.py compares: the model, and all its gradients, in float64."""
     outputs = []
     for fast in (False, True):
         config = decoder_config(size_config("debug") | {"vocab_size": 258})
-        model = Decoder(config, Kernels(fused_mlp=fast))
+        model = Decoder(config, Kernels(fused_products=fast))
         initialize(model, seed=0)
         logits = model.double()(torch.arange(40).view(2, 20))
         logits.square().sum().backward()
@@ -194,3 +194,25 @@ def test_gate_and_up_are_concatenated_in_place_on_one_device():
             for other in _concatenated(up, gate), _concatenated(gate.clone(), up), _concatenated(gate, gate):
                 assert other.data_ptr() not in (gate.data_ptr(), up.data_ptr())
             assert _concatenated(up, gate).equal(torch.cat([up, gate]))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_fused_backward_computes_as_the_plain_one(family, tmp_path):
+    """Eager and compiled: logits, and the gradients of all parameters."""
+    make_model(family).save_pretrained(tmp_path)
+    plain = from_pretrained(tmp_path)
+    fused = Decoder(plain.config, Kernels(fused_backward=True))
+    fused.load_state_dict(plain.state_dict())
+    tokens, weights = torch.randint(0, 300, (2, 21)), torch.randn(2, 21, 300)
+    expected = logits_and_gradients(plain, tokens, weights)
+    for pair in zip(logits_and_gradients(fused, tokens, weights), expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+    for layer in fused.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    for pair in zip(logits_and_gradients(fused, tokens, weights), expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+def logits_and_gradients(model, tokens, weights):
+    logits = model(tokens)
+    return logits.detach(), *torch.autograd.grad((logits * weights).sum(), list(model.parameters()))

@@ -87,7 +87,7 @@ def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Each layer by itself: they share one graph, and FSDP's hooks stay outside of it.
+    """Each layer by itself, and the last norm: layers share one graph, and FSDP's hooks stay outside of it.
 
     Of a layer without checkpointing, results of norms and of the MLP's gate are not kept for the products that need
     them in the backward pass, but made again from their operands, which are kept anyway and are read there anyway.
@@ -95,6 +95,7 @@ def apply_compile(model: nn.Module) -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+    model.norm.forward = torch.compile(model.norm.forward, fullgraph=True, dynamic=False)
 
 
 def compile_seconds() -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
+from tidar.models.backward import NormWithResidual, RotatedHeads, normalize
 from tidar.models.kernels import PLAIN, Kernels
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
@@ -42,15 +43,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normal.to(x.dtype)
+        return normalize(x, self.weight, self.eps)[0]
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if residual is None else residual + out
 
 
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.linear = kernels, plain_linear
+        if kernels.fused_products:
+            from tidar.models.products import linear  # registers operators, which nothing else needs
+
+            self.linear = linear
         self.head_dim = config.head_dim
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, queries, bias=config.qkv_bias)
@@ -60,26 +68,31 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        """The residual plus attention from x, all `[batch, positions, dim]`."""
         batch, positions, _ = x.shape
         # one product: those of the few key and value heads alone would leave most of a GPU idle
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weight = torch.cat([projection.weight for projection in projections])
         bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
         sizes = [projection.out_features // self.head_dim for projection in projections]
-        heads = F.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
-        q, k, v = heads.split(sizes, dim=2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.kernels.flash)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, positions, -1))
+        heads = self.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
+        if self.kernels.fused_backward and isinstance(self.q_norm, nn.Identity):
+            q, k, v = RotatedHeads.apply(heads, cos, sin, sizes)
+        else:
+            q, k, v = heads.split(sizes, dim=2)
+            q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attention(q, k, v, mask, self.kernels.flash).transpose(1, 2).reshape(batch, positions, -1)
+        return self.linear(out, self.o_proj.weight, self.o_proj.bias, residual)
 
 
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.fused = None
-        if kernels.fused_mlp:
-            from tidar.models.products import gated_mlp  # registers operators, which nothing else needs
+        if kernels.fused_products:
+            from tidar.models.products import gated_mlp
 
             self.fused = gated_mlp
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
@@ -96,14 +109,20 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
+        self.kernels = kernels
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config, kernels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        normal, x = self.normalized(self.input_layernorm, x)
+        x = self.self_attn(normal, x, cos, sin, mask)
+        return self.mlp(*self.normalized(self.post_attention_layernorm, x))
+
+    def normalized(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x, and x."""
+        return NormWithResidual.apply(x, norm.weight, norm.eps) if self.kernels.fused_backward else (norm(x), x)
 
 
 class Decoder(nn.Module):

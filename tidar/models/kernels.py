@@ -7,19 +7,21 @@ import torch
 
 # elements of 16 bits that a row must be a multiple of, so that it begins at 16 bytes
 ALIGNED = 8
-# of QuACK, whose interface changes with each
-KNOWN_VERSION = (0, 6)
+# of QuACK, whose interface changes with each: from the one, before the other
+KNOWN_VERSIONS = (0, 6, 5), (0, 7)
 
 
 @dataclass(frozen=True)
 class Kernels:
     """Kernels that take the place of plain ones where the device has them. All of them compute the same.
 
-    flash: FlashAttention-4's under block masks. fused_mlp: that of `tidar.models.products`.
+    flash: FlashAttention-4's under block masks. fused_products: QuACK's, with what stands beside them inside, of
+    `tidar.models.products`. fused_backward: those of `tidar.models.backward`, for norms and rotary embeddings.
     """
 
     flash: bool = False
-    fused_mlp: bool = False
+    fused_products: bool = False
+    fused_backward: bool = False
 
 
 PLAIN = Kernels()
@@ -28,11 +30,11 @@ PLAIN = Kernels()
 def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     """Whether QuACK's kernels run here. sizes: of the MLP."""
     try:
-        version = tuple(map(int, metadata.version("quack-kernels").split(".")[:2]))
+        version = tuple(map(int, metadata.version("quack-kernels").split(".")[:3]))
     except (metadata.PackageNotFoundError, ValueError):
         return False
     fits = (
-        version == KNOWN_VERSION
+        KNOWN_VERSIONS[0] <= version < KNOWN_VERSIONS[1]
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
         and dtype in (torch.bfloat16, torch.float16)

@@ -114,8 +114,13 @@ class Run:
         fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
         # selective checkpointing keeps the results of products, and makes those of the gate again
         fuses = config.activation_checkpoint.mode != "selective" and not float8
+        kernels = Kernels(
+            flash=backend == "flash",
+            fused_products=fast_products and fuses,
+            fused_backward=compile and self.device.type == "cuda",
+        )
         with torch.device("meta"):
-            self.model = Decoder(decoder, Kernels(backend == "flash", fast_products and fuses))
+            self.model = Decoder(decoder, kernels)
         if float8:
             emulate = self.device.type == "cpu"
             if emulate:

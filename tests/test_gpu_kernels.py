@@ -2,19 +2,41 @@
 
 import pytest
 import torch
-from test_gpu import CUDA, needs_quack, relative
+from gpu import CUDA, needs_quack, relative
 
 from tidar.models.backward import RotatedHeads, norm_backward
-from tidar.objective import Objective
+from tidar.models.products import TILES, gated_mlp, product, quack_product
+from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import Targets
+from tidar.training.optimizer import OfParameter, _update_in_pieces, addressable
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_kernel_equals_plain_torch(dtype):
+    """Vocabularies around the kernel's block, and logits of which many are the largest."""
+    for vocab in (130, 8192, 20001):
+        logits = (3 * torch.randn(50, vocab, device=CUDA)).to(dtype)
+        logits[:20] = logits[:20].round()
+        labels, coefficients = torch.randint(0, vocab, (50,), device=CUDA), torch.rand(50, device=CUDA)
+        labels[::2] = logits[::2].argmax(dim=-1)
+        expected = _score_logits(logits.double(), labels, coefficients.double(), True)
+        nll, correct, gradient = _fused_score_logits(logits.clone(), labels, coefficients, True)
+        assert correct.equal(expected[1]) and 25 <= correct.sum() < 50
+        assert relative(nll, expected[0]) < 1e-6 and relative(gradient, expected[2]) < torch.finfo(dtype).eps + 1e-6
+        assert _fused_score_logits(logits.clone(), labels, coefficients, False)[0].equal(nll)
 
 
 @needs_quack
 def test_the_loss_without_logits_equals_float64():
     """Chunks of any length; targets that are right, and that are far below the others."""
-    for n, dim, vocab, chunk_size in ((1001, 256, 64, 300), (900, 128, 960, 900), (4096, 1536, 151936, 4096)):
+    for n, dim, vocab, chunk_size in (
+        (1001, 256, 64, 300),
+        (301, 128, 320, 100),
+        (900, 128, 960, 900),
+        (4096, 1536, 151936, 4096),
+    ):
         hidden, weight = torch.randn(1, n, dim, device=CUDA).bfloat16(), torch.randn(vocab, dim, device=CUDA)
         weight = (4 * weight / dim**0.5).bfloat16()
         hidden[0, 100:200] *= 3
@@ -61,7 +83,7 @@ def test_the_loss_without_logits_stays_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_backward_equals_plain_torch(dtype):
     """Few rows and many, of sizes around a power of two."""
-    for shape in ((3, 16), (2, 700, 1536), (5000, 130)):
+    for shape in ((3, 16), (2, 700, 1536), (5000, 130), (999, 5120)):
         d_out, d_residual, x = (torch.randn(shape).to(dtype) for _ in range(3))
         weight = torch.rand(shape[-1]).to(dtype)
         inputs = d_out, d_residual, x, weight, torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -95,3 +117,113 @@ def test_heads_backward_equals_autograd(dtype):
 class FakeContext:
     def save_for_backward(self, *_):
         pass
+
+
+class Product(torch.autograd.Function):
+    """`product` with gradients."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return product(a, b)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        a, b = ctx.saved_tensors
+        return product(d_out, b.T), product(a.T, d_out)
+
+
+@needs_quack
+def test_fast_products_equal_plain_ones():
+    """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides."""
+    for m, k, n in (1536, 8192, 8960), (100, 64, 64), (4000, 1536, 2045):
+        check_products(Product.apply, torch.matmul, (torch.randn(m, k), torch.randn(k, n) / k**0.5))
+
+
+@needs_quack
+@pytest.mark.parametrize("tile", TILES)
+def test_each_tile_equals_plain_products(tile):
+    """Of sizes that it does not divide: with an addend, and with rows of gate and up that are concatenated."""
+    torch.manual_seed(0)
+    a, b, addend = (torch.randn(shape, device=CUDA).bfloat16() for shape in ((1008, 2000), (2000, 840), (1008, 840)))
+    tall = torch.randn(2000, 1008, device=CUDA).bfloat16().T
+    interleaved = torch.stack(b.double().chunk(2), dim=1).flatten(0, 1)
+    rows = tall.double() @ b.double()
+    for found, exact in (
+        (quack_product(a, b, tile, addend), addend.double() + a.double() @ b.double()),
+        (quack_product(a, b, tile, bias=addend[0]), addend[0].double() + a.double() @ b.double()),
+        (quack_product(a, b, tile, concatenated=("B",)), a.double() @ interleaved),
+        (quack_product(tall, b, tile, concatenated=("out",)), torch.cat([rows[::2], rows[1::2]])),
+    ):
+        assert relative(found, exact) < 3e-3
+
+
+@needs_quack
+def test_the_fused_mlp_equals_the_plain_one():
+    """With gate and up anywhere in memory, and concatenated."""
+    for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
+        shapes = (2, n, dim), (hidden, dim), (hidden, dim), (dim, hidden), (2, n, dim)
+        x, gate, up, down, residual = (torch.randn(shape) / dim**0.25 for shape in shapes)
+        check_products(gated_mlp, plain_mlp, [x, gate, up, down, residual])
+        check_products(
+            of_concatenated(gated_mlp), of_concatenated(plain_mlp), [x, torch.cat([gate, up]), down, residual]
+        )
+
+
+def of_concatenated(mlp):
+    return lambda x, gate_up, down, residual: mlp(x, *gate_up.chunk(2), down, residual)
+
+
+def check_products(fast, plain, inputs):
+    for dtype in (torch.bfloat16, torch.float16):
+        errors, expected, weights = [], None, None
+        for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast, fullgraph=True))):
+            leaves = [tensor.to(CUDA, dtype).to(kind).requires_grad_() for tensor in inputs]
+            out = multiply(*leaves)
+            weights = torch.randn_like(out).to(dtype) if weights is None else weights
+            found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+            expected = expected or found
+            errors.append([relative(*pair) for pair in zip(found, expected)])
+        print(dtype, errors[1:])
+        assert all(fast <= 1.2 * plain for fast, plain in zip(errors[2], errors[1]))
+
+
+def plain_mlp(x, gate, up, down, residual):
+    return residual + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
+    """Sizes around the kernel's block, with copies where gradients are narrow; and a step that is to be skipped."""
+    from tidar.training.adamw_kernel import BLOCK, update_all  # Triton comes with CUDA's torch only
+
+    sizes = [1, BLOCK - 1, 0, BLOCK, 12 * BLOCK + 5, 3]
+
+    def make():
+        torch.manual_seed(0)
+        made = []
+        for size in sizes:
+            values = (torch.randn(size, device=CUDA) for _ in range(4))
+            parameter, gradient, first, second = values
+            copy = None if gradient_dtype == torch.float32 else parameter.to(gradient_dtype)
+            moments = (first / 10).to(state_dtype), second.square().div(100).to(state_dtype)
+            made.append(OfParameter(parameter, gradient.to(gradient_dtype), *moments, copy, 7 * size))
+        return made
+
+    salts = torch.randint(-(2**31), 2**31, (len(sizes),), device=CUDA, dtype=torch.int32)
+    for found_inf in (0.0, 1.0):
+        scalars = torch.tensor([1e-3, 0.02, 0.3, 4.0, found_inf], device=CUDA)
+        plain, fused = make(), make()
+        for tensors, salt in zip(plain, salts):
+            _update_in_pieces(tensors, salt, scalars, (0.9, 0.999), 1e-8)
+        firsts = [tensors.first for tensors in fused]
+        update_all(addressable(fused), firsts, salts, scalars, (0.9, 0.999), 1e-8)
+        kinds = ["parameter", "exp_avg", "exp_avg_sq"] + ["copy"] * (gradient_dtype != torch.float32)
+        for kind in kinds:
+            expected, found, before = (
+                torch.cat([getattr(tensors, kind).float() for tensors in those]) for those in (plain, fused, make())
+            )
+            # a rounding to 16 bits may go the other way where what is rounded differs in its last bit
+            assert relative(found, expected.double()) < 1e-4
+            assert found.equal(before) == (found_inf == 1)

@@ -7,6 +7,7 @@ from small_models import make_model
 from tidar.config import UserError
 from tidar.distributed.one_device import OneDevice
 from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
+from tidar.models.backward import heads_backward, norm_backward
 from tidar.models.products import _concatenated
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
@@ -205,12 +206,33 @@ def test_the_fused_backward_computes_as_the_plain_one(family, tmp_path):
     fused.load_state_dict(plain.state_dict())
     tokens, weights = torch.randint(0, 300, (2, 21)), torch.randn(2, 21, 300)
     expected = logits_and_gradients(plain, tokens, weights)
+    names = operations(fused(tokens))
+    assert "NormWithResidualBackward" in names and ("RotatedHeadsBackward" in names) == (family == "qwen2")
     for pair in zip(logits_and_gradients(fused, tokens, weights), expected, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
     for layer in fused.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
     for pair in zip(logits_and_gradients(fused, tokens, weights), expected, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+def operations(result: torch.Tensor) -> set[str]:
+    """Names of all that leads to it."""
+    left, found = [result.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    return {node.name() for node in found}
+
+
+def test_backward_operators_are_what_they_say_to_compilers():
+    x, d_out = torch.randn(3, 12, 5).mT, torch.randn(3, 5, 12)
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    torch.library.opcheck(norm_backward, (d_out, d_out, x, torch.rand(12), scale))
+    q, k = torch.randn(2, 5, 4, 8).transpose(1, 2), torch.randn(2, 2, 5, 8)
+    torch.library.opcheck(heads_backward, (q, k, k, torch.rand(1, 1, 5, 8), torch.rand(1, 1, 5, 8)))
 
 
 def logits_and_gradients(model, tokens, weights):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,6 +52,31 @@ def test_chunked_equals_unchunked(dtype, tolerance, loss_weights, counts):
 
 def assert_close(found, expected, tolerance):
     assert (found - expected).norm() <= tolerance * expected.norm(), (found, expected)
+
+
+def test_targets_may_be_filled_up():
+    """As for kernels that want so many at one time: loss, scores and gradients are what they were."""
+    hidden = torch.randn(2, POSITIONS, DIM, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(VOCAB, DIM, dtype=torch.float64, requires_grad=True)
+    targets = {"ar": make_targets(31, 0), "diffusion": make_targets(30, POSITIONS)}
+    denominators = {loss: target.weights.double().sum() for loss, target in targets.items()}
+    results, seen = [], []
+    for padded in (False, True):
+        objective = Objective({"ar": 1.0, "diffusion": 2.0}, chunk_size=50)
+        if padded:
+
+            def score(*inputs, by_logits=objective.by_logits, **options):
+                seen.append(len(inputs[2]))
+                return by_logits(*inputs, **options)
+
+            objective.anchored = SimpleNamespace(fits=lambda *_: True, TARGETS=16, score=score)
+        loss, scores = objective(hidden, weight, targets, denominators)
+        kept = [value for score in scores.values() for value in (score.nll, score.correct.double())]
+        results.append([loss, *kept, *torch.autograd.grad(loss, [hidden, weight])])
+    assert seen == [32, 32]
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        assert_close(found, expected, 1e-12)
 
 
 def test_a_step_without_targets_has_no_loss():

@@ -4,8 +4,8 @@ Of a row with logits z and target y, the product that makes z writes e_j = exp(z
 their sum S on the way. Anchored at the target, it has to know no maximum, and S says all: the cross-entropy is log S,
 its gradient c (e_j / S - [j = y]), with the row's coefficient c. That is one scale for a row, c / S, times what the
 product has written, once S is taken from the target's place. The scale of a row commutes with a product: so no further
-pass over the vocabulary is needed, and logits are never rounded to 16 bits. Needs a Hopper GPU and bfloat16, whose
-range e has to have.
+pass over the vocabulary is needed. Logits are never rounded to 16 bits; e is, and the hidden states scaled. Needs a
+Hopper GPU and bfloat16, whose range e has to have.
 """
 
 import cutlass.cute as cute
@@ -18,6 +18,7 @@ from quack.epilogue.math import pexp2
 from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
 from torch import Tensor
 
+from tidar.models.kernels import ALIGNED
 from tidar.models.products import Tile, best_tile, tile_options
 
 # pingpong hides what the epilogues do
@@ -26,9 +27,11 @@ TILE = Tile(128, 192, pingpong=True, cluster=(2, 1))
 # behind the last one would be added up with the rest
 COLUMNS = 64
 LOG2E = 1.4426950408889634
-# log2 of e at the target, and of the largest e: sums of such are far from the ends of float32's range. Logits more than
-# 111 nats above the target's count as if they were that much, and those 45 nats below it not at all
+# log2 of e at the target, and of the largest e: sums of such are far from the ends of float32's range. In gradients,
+# logits more than 111 nats above the target's count as if they were that much, and those 45 nats below it not at all
 AT_TARGET, LARGEST = -60.0, 100.0
+# number of targets that chunks are best a multiple of; QuACK keeps something of each number that it has seen
+TARGETS = 128
 
 _label = ColVecLoad("label")
 
@@ -41,7 +44,7 @@ _label = ColVecLoad("label")
 )
 def exponentials(acc, anchor):
     """Of logits: their exponentials, the sums and largest logits of each tile's rows, and the targets' logits."""
-    e = pexp2(cute.arch.fmin(acc * LOG2E - anchor, LARGEST))
+    e = pexp2(cute.arch.fmin(acc * LOG2E - anchor, LARGEST, nan=True))
     return {"D": e, "total": e, "largest": acc, "target": acc}
 
 
@@ -50,9 +53,9 @@ def scaled_rows(acc, scale):
     return {"D": acc * scale}
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether an output projection, `[vocab, dim]`, may be of these kernels."""
-    return weight.dtype == torch.bfloat16 and len(weight) % COLUMNS == 0
+def fits(vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels can do an output projection of that size and type."""
+    return dtype == torch.bfloat16 and vocab_size % COLUMNS == 0 and dim % ALIGNED == 0
 
 
 def score(
@@ -65,7 +68,7 @@ def score(
     anew: bool,
 ) -> tuple[Tensor, Tensor]:
     """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
-    them to `d_weight`, or writes them there where `anew`.
+    them to `d_weight`, or writes them there where `anew`. correct: whether no logit is larger than the target's.
 
     hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of COLUMNS; labels:
     `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32.
@@ -78,7 +81,7 @@ def score(
     correct = torch.empty_like(labels, dtype=torch.bool)
     scaled_hidden = torch.empty_like(hidden)
     BLOCK = triton.next_power_of_2(dim)
-    _anchor_kernel[(n,)](hidden, weight, labels, anchors, hidden.stride(0), dim, LOG2E, AT_TARGET, BLOCK)
+    _cross_entropy_anchor_kernel[(n,)](hidden, weight, labels, anchors, hidden.stride(0), dim, LOG2E, AT_TARGET, BLOCK)
     for start, end in ((0, edge), (edge, vocab)):
         if start == end:
             continue
@@ -89,10 +92,10 @@ def score(
         exponentials.gemm(
             hidden, weight[start:end], e[:, start:end], epi_args=epi_args, max_swizzle_size=16, **tile_options(tile)
         )
-    _row_kernel[(n,)](
+    _cross_entropy_row_kernel[(n,)](
         *(totals, largest, anchors, targets, labels, coefficients, hidden, e),
         *(nll, correct, scales, scaled_hidden),
-        *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E),
+        *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
         *(BLOCK, triton.next_power_of_2(totals.shape[1])),
     )
     tile = best_tile(n, vocab, dim, hidden.device) or TILE
@@ -104,7 +107,7 @@ def score(
 
 
 @triton.jit
-def _anchor_kernel(
+def _cross_entropy_anchor_kernel(
     hidden,
     weight,
     labels,
@@ -124,7 +127,7 @@ def _anchor_kernel(
 
 
 @triton.jit
-def _row_kernel(
+def _cross_entropy_row_kernel(
     totals,
     largest,
     anchors,
@@ -142,6 +145,7 @@ def _row_kernel(
     dim: tl.constexpr,
     tiles: tl.constexpr,
     log2e: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -152,10 +156,12 @@ def _row_kernel(
     total = tl.sum(tl.load(totals + row * tiles + lanes, mask=inside, other=0.0))
     maximum = tl.max(tl.load(largest + row * tiles + lanes, mask=inside, other=-float("inf")))
     # the product's sum differs from the anchor's in its last bits
-    target = tl.load(targets + row)
-    at_target = tl.exp2(target * log2e - tl.load(anchors + row))
+    target, anchor = tl.load(targets + row), tl.load(anchors + row)
+    at_target = tl.exp2(target * log2e - anchor)
     ratio = tl.log(tl.minimum(total, 1.0) / at_target)
-    tl.store(nll + row, tl.where(total < 1.0, ratio, tl.log(total) - tl.log(at_target)))
+    value = tl.where(total < 1.0, ratio, tl.log(total) - tl.log(at_target))
+    # where e was cut off, all but the largest logit is nothing
+    tl.store(nll + row, tl.where(maximum * log2e - anchor > LARGEST, maximum - target, value))
     tl.store(correct + row, target >= maximum)
     scale = tl.load(coefficients + row) / total
     tl.store(scales + row, scale)

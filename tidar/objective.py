@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tidar.compiling import compiled
 from tidar.patterns import Targets
@@ -43,6 +44,10 @@ class Objective:
             multiply, self.anchored = product, anchored_cross_entropy
         self.by_logits = partial(_score, multiply=multiply, compile=compile)
 
+    def leaves_out_logits(self, vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
+        """Whether it trains an output projection of that size and type by `tidar.anchored_cross_entropy`."""
+        return self.anchored is not None and self.anchored.fits(vocab_size, dim, dtype)
+
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, TokenScores]]:
@@ -58,22 +63,23 @@ class Objective:
             denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
             coefficients.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
         index = torch.cat([target.index for target in targets.values()])
+        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(coefficients)
         with_gradient = torch.is_grad_enabled()
-        score = self.by_logits
-        if self.anchored and with_gradient and self.anchored.fits(output_weight):
-            score = self.anchored.score
+        score, padding = self.by_logits, 0
+        if with_gradient and self.leaves_out_logits(*output_weight.shape, output_weight.dtype):
+            score, padding = self.anchored.score, -len(labels) % self.anchored.TARGETS
         value, nll, correct = _ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1).index_select(0, index),
+            hidden.flatten(0, 1).index_select(0, F.pad(index, (0, padding))),
             output_weight,
-            torch.cat([target.labels for target in targets.values()]),
-            torch.cat(coefficients),
+            F.pad(labels, (0, padding)),
+            F.pad(coefficients, (0, padding)),  # zeros
             self.chunk_size,
             score,
             self.compile,
             with_gradient,
         )
         sizes = [len(target.labels) for target in targets.values()]
-        parts = zip(nll.split(sizes), correct.split(sizes))
+        parts = zip(nll.split([*sizes, padding]), correct.split([*sizes, padding]))
         return value, {loss: TokenScores(*part) for loss, part in zip(targets, parts)}
 
 

@@ -1,8 +1,9 @@
 """How fast products are, by their tiles: python -m tidar.benchmarks.products [--case NAME] [--only PRODUCT ...] [...]
 
-The products of a layer's MLP and of a chunk of the loss, of the shapes of a case of tidar.benchmarks.train_step: by
-torch, without activation, and by each tile of QuACK's kernels where they run. Times are those of a card that has worked
-for a second, which is then at its limit of power, as in training. Further options go to the trainer.
+The products of a layer's MLP and of a chunk of the loss by logits, of the shapes of a case of
+tidar.benchmarks.train_step: by torch, without activation, and by each tile of QuACK's kernels where they run. Times are
+those of a card that has worked for a second, which is then at its limit of power, as in training. Further options go to
+the trainer.
 """
 
 from collections.abc import Callable, Iterator

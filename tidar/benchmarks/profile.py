@@ -33,7 +33,7 @@ KINDS = {
     "loss": r"cross_entropy|log_softmax",
     "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply",
     "products": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
-    "memory movement": r"Memcpy|Memset|^(?!triton).*(copy|chunk_cat|CatArray|fill|split_with_sizes)",
+    "memory movement": r"Memcpy|Memset|^(?!triton).*(copy|chunk_cat|CatArray|[Ff]ill|split_with_sizes)",
     "norm and elementwise": "",
 }
 
@@ -117,10 +117,12 @@ def floors_ms(
     flops: float,
     rates: tuple[float, float],
     one_device: bool,
+    with_logits: bool,
 ) -> dict[str, float]:
     """The least time of each kind in a step of one micro-batch, float32 states, a plain MLP, nothing recomputed.
 
     one_device: without FSDP2, whose weights are rounded to bfloat16, and gradients widened to float32, by themselves.
+    with_logits: the loss passes over them.
     """
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
@@ -134,7 +136,7 @@ def floors_ms(
         "products": products / rate * 1e3,
         "attention forward": (flops - products) / 3 / rate * 1e3,
         "attention backward": (flops - products) * 2 / 3 / rate * 1e3,
-        "loss": 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
+        "loss": with_logits * 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
         "norm and elementwise": elementwise / bandwidth * 1e3,
         # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4; or 14, 14 and 2
         "optimizer": (30 if one_device else 32) * parameters / bandwidth * 1e3,
@@ -172,8 +174,10 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
     positions = tokens // config.training.seq_len * trainer.pattern.model_positions(config.training.seq_len)
     flops = sum(work[1] for work in trainer.work[WARM_UP:]) / n_steps
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    decoder = trainer.spec.decoder
+    with_logits = not trainer.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, trainer.dtype)
     floors = floors_ms(
-        trainer.spec.decoder, parameters, positions, 2 * tokens, flops, rates, bool(trainer.parallel.copies)
+        decoder, parameters, positions, 2 * tokens, flops, rates, bool(trainer.parallel.copies), with_logits
     )
     print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.engine}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")

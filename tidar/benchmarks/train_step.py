@@ -78,7 +78,7 @@ def measure_overhead(options: list[str], steps: int) -> float:
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
-    """What the replaced script's way reaches on the same rows, of which it takes as many at one time as have room."""
+    """What the replaced script's way reaches on the same rows: at one time all, half of them …, until there is room."""
     with running(options) as trainer:
         batches = first_batches(trainer, steps)
         size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.pattern

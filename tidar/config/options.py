@@ -145,7 +145,9 @@ class Training:
     max_steps_skipped: int = option(
         20, "steps skipped in a row, for a loss or gradient norm that is not finite, before the run stops", minimum=1
     )
-    loss_chunk_size: int = option(4096, "scored positions whose logits exist at one time", minimum=1)
+    loss_chunk_size: int = option(
+        4096, "scored positions whose logits, or what is in their place, exist at one time", minimum=1
+    )
     seed: int = option(0, "seed of the first parameters and of the order of the data", minimum=0, maximum=2**63 - 1)
     deterministic: bool = option(False, "only deterministic kernels: slower, repeats bit for bit")
     gc_freq: int = option(50, "steps between collections of Python's garbage (0: Python decides)", minimum=0)

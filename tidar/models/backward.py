@@ -3,14 +3,8 @@
 import torch
 from torch import Tensor
 
+from tidar.models.norm import normalize
 from tidar.models.rotary import rotate
-
-
-def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of `[…, dim]`, in float32 whatever the type of x, then scaled in it. And its scale, `[…, 1]` float32."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype), scale
 
 
 class NormWithResidual(torch.autograd.Function):
@@ -59,7 +53,7 @@ def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, 
     g = d_out.float() * weight
     d_x = d_residual + scale * (g - normal * (g * normal).mean(-1, keepdim=True))
     d_weight = (d_out.float() * normal.to(x.dtype)).flatten(0, -2).sum(dim=0)
-    return d_x.to(x.dtype), d_weight.to(weight.dtype)
+    return d_x.to(x.dtype).contiguous(), d_weight.to(weight.dtype)
 
 
 @norm_backward.register_fake

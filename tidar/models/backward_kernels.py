@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# of norms, programs for each multiprocessor and the warps of each: enough to have the memory always at work
-PROGRAMS, NORM_WARPS = 16, 2
+# of norms, elements of a row for each warp, so that a program's registers hold them all, and the warps of a
+# multiprocessor: enough to have the memory always at work
+WARP_ELEMENTS, WARPS = 1024, 32
 # positions of which a program turns one head, and its warps
 POSITIONS, HEAD_WARPS = 16, 4
 
@@ -15,10 +16,12 @@ def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, 
     """d_out, d_residual, x: `[n, dim]`, contiguous; weight: `[dim]`; scale: `[n]` float32. As `x`, and as `weight`."""
     n, dim = x.shape
     d_x = torch.empty_like(x)
-    programs = min(n, PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    block = triton.next_power_of_2(dim)
+    warps = min(max(2, block // WARP_ELEMENTS), WARPS)
+    programs = min(n, WARPS // warps * torch.cuda.get_device_properties(x.device).multi_processor_count)
     d_weights = x.new_empty(programs, dim, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
-        d_out, d_residual, x, weight, scale, d_x, d_weights, n, dim, triton.next_power_of_2(dim), num_warps=NORM_WARPS
+        d_out, d_residual, x, weight, scale, d_x, d_weights, n, dim, block, num_warps=warps
     )
     return d_x, d_weights.sum(dim=0).to(weight.dtype)
 
@@ -92,7 +95,7 @@ def _heads_backward_kernel(
     POSITIONS: tl.constexpr,
 ):
     """Some positions of one head: those of queries and keys turned back, those of values copied."""
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     lanes = tl.arange(0, BLOCK)[None, :]
     inside = (position < positions) & (lanes < HALF)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tidar.models.attention import Mask, attention
-from tidar.models.backward import NormWithResidual, RotatedHeads, normalize
+from tidar.models.backward import NormWithResidual, RotatedHeads
 from tidar.models.kernels import PLAIN, Kernels
+from tidar.models.norm import RMSNorm
 from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
@@ -34,18 +35,6 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
 
-class RMSNorm(nn.Module):
-    """Normalises in float32, whatever the type of its input, and scales in that type, as the published models do."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.weight, self.eps)[0]
-
-
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     out = F.linear(x, weight, bias)
     return out if residual is None else residual + out
@@ -54,9 +43,11 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.kernels, self.linear = kernels, plain_linear
+        self.flash = kernels.flash
+        self.rotates_fused = kernels.fused_backward and not config.qk_norm
+        self.linear = plain_linear
         if kernels.fused_products:
-            from tidar.models.products import linear  # registers operators, which nothing else needs
+            from tidar.models.products import linear  # registers operators that nothing else needs
 
             self.linear = linear
         self.head_dim = config.head_dim
@@ -77,13 +68,13 @@ class Attention(nn.Module):
         bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
         sizes = [projection.out_features // self.head_dim for projection in projections]
         heads = self.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
-        if self.kernels.fused_backward and isinstance(self.q_norm, nn.Identity):
+        if self.rotates_fused:
             q, k, v = RotatedHeads.apply(heads, cos, sin, sizes)
         else:
             q, k, v = heads.split(sizes, dim=2)
             q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attention(q, k, v, mask, self.kernels.flash).transpose(1, 2).reshape(batch, positions, -1)
+        out = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(batch, positions, -1)
         return self.linear(out, self.o_proj.weight, self.o_proj.bias, residual)
 
 
@@ -109,7 +100,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.kernels = kernels
+        self.fused_backward = kernels.fused_backward
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
@@ -122,7 +113,7 @@ class DecoderLayer(nn.Module):
 
     def normalized(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x, and x."""
-        return NormWithResidual.apply(x, norm.weight, norm.eps) if self.kernels.fused_backward else (norm(x), x)
+        return NormWithResidual.apply(x, norm.weight, norm.eps) if self.fused_backward else (norm(x), x)
 
 
 class Decoder(nn.Module):

@@ -16,7 +16,8 @@ class Kernels:
     """Kernels that take the place of plain ones where the device has them. All of them compute the same.
 
     flash: FlashAttention-4's under block masks. fused_products: QuACK's, with what stands beside them inside, of
-    `tidar.models.products`. fused_backward: those of `tidar.models.backward`, for norms and rotary embeddings.
+    `tidar.models.products`. fused_backward: those of `tidar.models.backward`, for the norms of the residual stream and
+    for rotary embeddings where no norm comes before them.
     """
 
     flash: bool = False
@@ -42,6 +43,7 @@ def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> 
     )
     if fits:
         try:
+            import quack.epilogue.library
             import quack.gemm_interface  # noqa: F401
         except (ImportError, OSError):  # what it needs itself is missing, or another version
             return False

@@ -112,7 +112,7 @@ class Run:
             self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
         decoder = self.spec.decoder
         fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
-        # selective checkpointing keeps the results of products, and makes those of the gate again
+        # selective checkpointing keeps the results of products, which it does not know QuACK's to be
         fuses = config.activation_checkpoint.mode != "selective" and not float8
         kernels = Kernels(
             flash=backend == "flash",
@@ -130,11 +130,13 @@ class Run:
         self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
         if float8:
             self.engine += ", MLP in float8"
-        if fast_products:
+        if kernels.fused_products:
             self.engine += ", QuACK's products"
 
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile, fast_products)
+        if self.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, dtype):
+            self.engine += ", loss without logits"
         copies = self.parallel.copies
         self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, self.log)
 

@@ -40,7 +40,8 @@ def main(folder: str) -> None:
     watcher.join()
     sums = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    print(f"rank {world.rank} peak {(peak - baseline) / size:.3f} of {size} sum {sum(sums):.6f}", flush=True)
+    line = f"rank {world.rank} peak {(peak - baseline) / size:.3f} of {size} sum {sum(sums):.6f}\n"
+    print(line, end="", flush=True)  # in one write: both ranks have the same output
     leave_world()
 
 

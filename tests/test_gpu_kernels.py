@@ -3,9 +3,11 @@
 import pytest
 import torch
 from gpu import CUDA, needs_quack, relative
+from torch.nn import functional as F
 
 from tidar.models.backward import RotatedHeads, norm_backward
-from tidar.models.products import TILES, gated_mlp, product, quack_product
+from tidar.models.decoder import plain_linear
+from tidar.models.products import TILES, gated_mlp, linear, quack_product
 from tidar.objective import Objective, _fused_score_logits, _score_logits
 from tidar.patterns import Targets
 from tidar.training.optimizer import OfParameter, _update_in_pieces, addressable
@@ -119,25 +121,21 @@ class FakeContext:
         pass
 
 
-class Product(torch.autograd.Function):
-    """`product` with gradients."""
-
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return product(a, b)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        a, b = ctx.saved_tensors
-        return product(d_out, b.T), product(a.T, d_out)
-
-
 @needs_quack
 def test_fast_products_equal_plain_ones():
-    """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides."""
+    """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides.
+
+    Alone, with a bias, and with a residual.
+    """
     for m, k, n in (1536, 8192, 8960), (100, 64, 64), (4000, 1536, 2045):
-        check_products(Product.apply, torch.matmul, (torch.randn(m, k), torch.randn(k, n) / k**0.5))
+        x, weight = torch.randn(m, k), torch.randn(n, k) / k**0.5
+        check_products(linear, F.linear, (x, weight))
+        check_products(linear, F.linear, (x, weight, torch.randn(n)))
+        check_products(with_residual(linear), with_residual(plain_linear), (x, weight, torch.randn(m, n)))
+
+
+def with_residual(multiply):
+    return lambda x, weight, residual: multiply(x, weight, None, residual)
 
 
 @needs_quack

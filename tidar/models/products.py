@@ -97,8 +97,11 @@ def product(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | N
     tile = best_tile(*a.shape, b.shape[1], a.device)
     matrices = [matrix for matrix in (a, b, addend) if matrix is not None]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
-        out = a @ b if bias is None else torch.addmm(bias, a, b)
-        return out if addend is None else out + addend
+        if addend is not None and bias is not None:
+            addend = addend + bias
+        elif addend is None:
+            addend = bias
+        return a @ b if addend is None else torch.addmm(addend, a, b)
     return quack_product(a, b, tile, addend, bias)
 
 

@@ -5,12 +5,15 @@ and then a table. Further options go to the trainer. MFU is of useful FLOPs (tid
 """
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +31,7 @@ from tidar.benchmarks.cases import (
     running,
 )
 from tidar.benchmarks.power import power_log
-from tidar.config import ArgumentParser, user_errors_exit
+from tidar.config import ArgumentParser, Config, user_errors_exit
 from tidar.data import Batch
 from tidar.training.metrics import peak_memory_gib
 
@@ -41,16 +44,48 @@ SWEEPS = {
     "block_size": [f"--tidar.block_size {size}" for size in (1, 2, 4, 8, 16, 32, 64)],
 }
 
+MIN_TURN = 10  # steps of a run, and as many bare ones, that are compared
+OVERHEAD_PAIRS = 5  # of such turns
 
-class BareTrainer(TimedTrainer):
-    """The same steps with the batches on the device before the first one, and nothing reported."""
+
+class AlternatingTrainer(TimedTrainer):
+    """By turns `turn` steps as a run has them, and the same rows bare: on the device before, and nothing reported.
+
+    A turn has one report or several, with half of the steps between two reports at each of its ends.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.log_freq = config.metrics.log_freq
+        self.turn = self.log_freq * math.ceil(MIN_TURN / self.log_freq)
+        self.first_turn = 2 * math.ceil(WARM_UP / self.turn) + 1
+        self.steps = (self.first_turn + 2 * OVERHEAD_PAIRS) * self.turn
+
+    def turn_of(self, step: int) -> int:
+        """Even turns are bare."""
+        return (step + self.log_freq // 2) // self.turn
 
     def training_batches(self) -> Iterator[Batch]:
         batches = super().training_batches()
-        return iter([next(batches).to(self.device) for _ in range(self.steps * self.micro_batches)])
+        kept = deque()
+        while True:
+            if self.turn_of(self.step + 1) % 2:
+                kept.append(next(batches).to(self.device))
+                yield kept[-1]
+            else:
+                yield kept.popleft() if kept else next(batches)
 
-    def report_step(self, *_) -> None:
-        pass
+    def report_step(self, *values) -> None:
+        if self.turn_of(self.step) % 2:
+            super().report_step(*values)
+
+    def overhead(self) -> float:
+        """How much longer a turn takes than the bare one after it, as a share of that: the median."""
+        seconds = defaultdict(float)
+        for number, step in enumerate(self.measured(), start=WARM_UP + 1):
+            seconds[self.turn_of(number)] += step.seconds
+        turns = range(self.first_turn, self.first_turn + 2 * OVERHEAD_PAIRS, 2)
+        return statistics.median(seconds[turn] / seconds[turn + 1] - 1 for turn in turns)
 
 
 def measure(options: list[str], steps: int) -> dict:
@@ -67,14 +102,11 @@ def measure(options: list[str], steps: int) -> dict:
     return result
 
 
-def measure_overhead(options: list[str], steps: int) -> float:
-    """Share of a step that metrics, data and logging take: of the time of the same steps with and without."""
-    totals = []
-    for kind in (TimedTrainer, BareTrainer):
-        with running([*options, "--training.steps", str(WARM_UP + steps)], kind) as trainer:
-            trainer.train()
-            totals.append(sum(step.seconds for step in trainer.measured()))
-    return totals[0] / totals[1] - 1
+def measure_overhead(options: list[str]) -> float:
+    """Share of a step that metrics, data and logging take."""
+    with running(options, AlternatingTrainer) as trainer:
+        trainer.train()
+        return trainer.overhead()
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
@@ -157,7 +189,7 @@ def measure_all(options: list[str], arguments: Namespace) -> dict:
     result = measure_start(options) if arguments.start else {}
     result |= measure(options, arguments.steps)
     if arguments.overhead:
-        result["overhead"] = measure_overhead(options, arguments.steps)
+        result["overhead"] = measure_overhead(options)
     if arguments.baseline:
         result |= measure_baseline(options, arguments.steps)
         if "baseline_error" not in result:

@@ -1,10 +1,16 @@
 """Our kernels, and those of other libraries in our use of them, beside plain torch in a wider type."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from gpu import CUDA, needs_quack, relative
 from torch.nn import functional as F
 
+from tidar.models import size_config
 from tidar.models.backward import RotatedHeads, norm_backward
 from tidar.models.decoder import plain_linear
 from tidar.models.products import TILES, gated_mlp, linear, quack_product
@@ -225,3 +231,40 @@ def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
             # a rounding to 16 bits may go the other way where what is rounded differs in its last bit
             assert relative(found, expected.double()) < 1e-4
             assert found.equal(before) == (found_inf == 1)
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from tidar.config import load_config
+from tidar.train import Trainer
+
+folder, *options = sys.argv[1:]
+kernels = lambda: {path.name for path in Path(folder).rglob("*.o")}
+trainer = Trainer(load_config(options))
+status, ahead = trainer.compiler.wait(), kernels()
+trainer.train()
+print(json.dumps({"status": status, "ahead": len(ahead), "missed": sorted(kernels() - ahead)}))
+"""
+
+
+@needs_quack
+@pytest.mark.parametrize("family, bias, dim, vocab", [("qwen2", True, 1536, 151936), ("qwen3", False, 1024, 384)])
+def test_a_step_finds_its_kernels_compiled(tmp_path, family, bias, dim, vocab):
+    """A layer, and the loss; of micro-batches and chunks whose products are QuACK's, not cuBLAS's."""
+    architecture = {"model_type": family, "architectures": [f"{family.title()}ForCausalLM"], "vocab_size": vocab}
+    sizes = {"hidden_size": dim, "intermediate_size": 4 * dim, "num_hidden_layers": 1, "head_dim": 128}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": bias}
+    (tmp_path / "config.json").write_text(json.dumps(size_config("debug") | architecture | sizes | heads))
+    options = f"--model.hf_path {tmp_path} --job.dump_folder {tmp_path / 'run'} --training.seq_len 1024"
+    options += " --training.local_batch_size 4 --training.steps 1 --validation.enable false --checkpoint.enable false"
+    cache = tmp_path / "quack"
+    process = subprocess.run(
+        [sys.executable, "-c", RUN, str(cache), *options.split()],
+        env=os.environ | {"QUACK_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["status"] == 0 and found["ahead"] >= 8 and found["missed"] == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import make_model
 
+from tidar.compile_ahead import Noted, Work, layer_calls
 from tidar.config import UserError
 from tidar.distributed.one_device import OneDevice
 from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
@@ -181,6 +182,23 @@ def test_fused_products_compute_as_plain_ones():
         outputs.append([logits, *(parameter.grad for parameter in model.parameters())])
     for plain, other in zip(*outputs):
         assert (plain - other).norm() <= 1e-12 * plain.norm()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_what_is_compiled_ahead_is_what_a_layer_calls(family):
+    """Operators, shapes and strides of a layer's forward and backward pass."""
+    config = decoder_config(make_model(family).config.to_dict())
+    work = Work(config, torch.float32, 40, 8, layers=True, loss=False, multiprocessors=132, capability=(9, 0))
+    model = Decoder(config, Kernels(fused_products=True))
+    initialize(model, seed=0)
+    x, angles = torch.randn(2, 20, config.dim, requires_grad=True), torch.randn(2, 1, 20, config.head_dim)
+    with Noted() as noted:
+        model.layers[0](x, angles, angles, None).sin().sum().backward()
+
+    def layouts(calls):
+        return [(name, [(tuple(a.shape), a.stride()) for a in arguments if a is not None]) for name, arguments in calls]
+
+    assert len(noted.calls) == 12 and layouts(noted.calls) == layouts(layer_calls(work))
 
 
 def test_gate_and_up_are_concatenated_in_place_on_one_device():

@@ -65,15 +65,15 @@ def test_targets_may_be_filled_up():
         objective = Objective({"ar": 1.0, "diffusion": 2.0}, chunk_size=50)
         if padded:
 
-            def score(*inputs, by_logits=objective.by_logits, **options):
-                seen.append(len(inputs[2]))
-                return by_logits(*inputs, **options)
+            def score(*inputs, anew, chunk_size, by_logits=objective.by_logits):
+                seen.append((len(inputs[2]), chunk_size))
+                return by_logits(*inputs, anew=anew)
 
             objective.anchored = SimpleNamespace(fits=lambda *_: True, TARGETS=16, score=score)
         loss, scores = objective(hidden, weight, targets, denominators)
         kept = [value for score in scores.values() for value in (score.nll, score.correct.double())]
         results.append([loss, *kept, *torch.autograd.grad(loss, [hidden, weight])])
-    assert seen == [32, 32]
+    assert seen == [(32, 50), (32, 50)]
     for found, expected in zip(*results, strict=True):
         assert found.shape == expected.shape
         assert_close(found, expected, 1e-12)

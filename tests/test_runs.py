@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from results import read_metrics
 
+from tidar.compile_ahead import Work, start_compiling
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.train import Trainer
@@ -225,3 +227,17 @@ def test_bad_run_is_refused_in_two_lines(tmp_path, arguments):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert BAD_RUNS[arguments] in output and len(output.splitlines()) <= 2
+
+
+def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys):
+    """It is told that the process which should have done so has failed."""
+    options = "--training.steps 2 --validation.enable false --checkpoint.enable false".split()
+    trainer = Trainer(load_config(["--job.dump_folder", str(tmp_path), *TINY, *options]))
+    try:
+        trainer.compiler = start_compiling(Work(None, torch.float32, 1, 1, True, True, 132, (9, 0)))
+        assert trainer.compiler.wait(timeout=60) == 1
+        trainer.train()
+    finally:
+        leave_world()
+    output = capsys.readouterr().out
+    assert "warning: python -m tidar.compile_ahead ended with 1: a slow first step\nstep 2/2" in output

@@ -8,6 +8,9 @@ pass over the vocabulary is needed. Logits are never rounded to 16 bits; e is, a
 Hopper GPU and bfloat16, whose range e has to have.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import cutlass.cute as cute
 import torch
 import triton
@@ -19,7 +22,7 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
 from torch import Tensor
 
 from tidar.models.kernels import ALIGNED
-from tidar.models.products import Tile, best_tile, tile_options
+from tidar.models.products import Tile, best_tile, multiprocessors, tile_options
 
 # pingpong hides what the epilogues do
 TILE = Tile(128, 192, pingpong=True, cluster=(2, 1))
@@ -66,44 +69,84 @@ def score(
     d_hidden: Tensor,
     d_weight: Tensor,
     anew: bool,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
     them to `d_weight`, or writes them there where `anew`. correct: whether no logit is larger than the target's.
 
     hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of COLUMNS; labels:
-    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32.
+    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n, for which
+    kernels are chosen.
     """
     (n, dim), vocab = hidden.shape, len(weight)
     e = hidden.new_empty(n, vocab)
     anchors, targets, scales, nll = coefficients.new_empty(4, -(-n // 4) * 4)[:, :n]  # each of them aligned
-    edge = vocab // TILE.columns * TILE.columns
     totals, largest = coefficients.new_empty(2, n, -(-vocab // TILE.columns))
     correct = torch.empty_like(labels, dtype=torch.bool)
     scaled_hidden = torch.empty_like(hidden)
     BLOCK = triton.next_power_of_2(dim)
     _cross_entropy_anchor_kernel[(n,)](hidden, weight, labels, anchors, hidden.stride(0), dim, LOG2E, AT_TARGET, BLOCK)
-    for start, end in ((0, edge), (edge, vocab)):
-        if start == end:
-            continue
-        tile = TILE if start < edge else TILE._replace(columns=vocab - edge)
-        tiles = slice(start // TILE.columns, -(-end // TILE.columns))
-        sums = {"total": totals[:, tiles], "largest": largest[:, tiles], "target": targets}
-        epi_args = {"anchor": anchors, "label": (labels - start).int()} | sums
-        exponentials.gemm(
-            hidden, weight[start:end], e[:, start:end], epi_args=epi_args, max_swizzle_size=16, **tile_options(tile)
-        )
+    for columns in _parts(vocab):
+        _write_exponentials(columns, hidden, weight, labels, anchors, totals, largest, targets, e)
     _cross_entropy_row_kernel[(n,)](
         *(totals, largest, anchors, targets, labels, coefficients, hidden, e),
         *(nll, correct, scales, scaled_hidden),
         *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
         *(BLOCK, triton.next_power_of_2(totals.shape[1])),
     )
-    tile = best_tile(n, vocab, dim, hidden.device) or TILE
-    scaled_rows.gemm(e, weight.mT, d_hidden, epi_args={"scale": scales}, **tile_options(tile))
+    _write_d_hidden(chunk_size, multiprocessors(hidden.device), e, weight, scales, d_hidden)
     if anew:
         d_weight.zero_()  # a kernel that writes would be one more to compile
-    identity_epi.gemm(e.mT, scaled_hidden.mT, d_weight, epi_args={}, add_to_output=True, **tile_options(TILE))
+    _add_d_weight(e, scaled_hidden, d_weight)
     return nll, correct
+
+
+def kernels(chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, count: int) -> Iterator[Callable[[], None]]:
+    """Calls of QuACK's kernels of `score`, one by one, on meta tensors. count: of multiprocessors."""
+    empty = partial(torch.empty, device="meta")
+    e, hidden, weight = (empty(*size, dtype=dtype) for size in ((chunk_size, vocab), (chunk_size, dim), (vocab, dim)))
+    rows, labels = empty(chunk_size), empty(chunk_size, dtype=torch.int64)
+    tiles = empty(chunk_size, -(-vocab // TILE.columns))
+    for columns in _parts(vocab):
+        yield partial(_write_exponentials, columns, hidden, weight, labels, rows, tiles, tiles, rows, e)
+    yield partial(_write_d_hidden, chunk_size, count, e, weight, rows, hidden)
+    yield partial(_add_d_weight, e, hidden, empty(vocab, dim))
+
+
+def _parts(vocab: int) -> list[slice]:
+    """The columns that are whole tiles, and those that are left."""
+    edge = vocab // TILE.columns * TILE.columns
+    return [columns for columns in (slice(0, edge), slice(edge, vocab)) if columns.start < columns.stop]
+
+
+def _write_exponentials(
+    columns: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    totals: Tensor,
+    largest: Tensor,
+    targets: Tensor,
+    e: Tensor,
+) -> None:
+    start, end = columns.start, columns.stop
+    tile = TILE if end - start >= TILE.columns else TILE._replace(columns=end - start)
+    tiles = slice(start // TILE.columns, -(-end // TILE.columns))
+    sums = {"total": totals[:, tiles], "largest": largest[:, tiles], "target": targets}
+    epi_args = {"anchor": anchors, "label": (labels - start).int()} | sums
+    exponentials.gemm(
+        hidden, weight[columns], e[:, columns], epi_args=epi_args, max_swizzle_size=16, **tile_options(tile)
+    )
+
+
+def _write_d_hidden(chunk_size: int, count: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
+    tile = best_tile(chunk_size, *weight.shape, count) or TILE
+    scaled_rows.gemm(e, weight.mT, d_hidden, epi_args={"scale": scales}, **tile_options(tile))
+
+
+def _add_d_weight(e: Tensor, scaled_hidden: Tensor, d_weight: Tensor) -> None:
+    identity_epi.gemm(e.mT, scaled_hidden.mT, d_weight, epi_args={}, add_to_output=True, **tile_options(TILE))
 
 
 @triton.jit

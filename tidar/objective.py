@@ -67,7 +67,8 @@ class Objective:
         with_gradient = torch.is_grad_enabled()
         score, padding = self.by_logits, 0
         if with_gradient and self.leaves_out_logits(*output_weight.shape, output_weight.dtype):
-            score, padding = self.anchored.score, -len(labels) % self.anchored.TARGETS
+            score = partial(self.anchored.score, chunk_size=self.chunk_size)
+            padding = -len(labels) % self.anchored.TARGETS
         value, nll, correct = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1).index_select(0, F.pad(index, (0, padding))),
             output_weight,

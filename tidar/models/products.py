@@ -83,18 +83,23 @@ class _GatedMLP(torch.autograd.Function):
         x, gate, up, down, preactivation = ctx.saved_tensors
         d_preactivation, activation = gated_product_backward(d_out, down, preactivation)
         d_down = product(d_out.T, activation)
-        d_x, d_gate_up = gated_inputs_backward(d_preactivation, x, gate, up)
-        return d_x, *d_gate_up.chunk(2), d_down, d_out
+        d_x = gated_input_backward(d_preactivation, gate, up)
+        return d_x, *gate_up_backward(d_preactivation, x).chunk(2), d_down, d_out
 
 
 # Operators, because torch.compile cannot look into QuACK's kernels. Columns of gate and up are interleaved in what a
-# single product makes of both: so one tile has all that an element of the activation needs
+# single product makes of both: so one tile has all that an element of the activation needs. What is beneath each one
+# takes the number of multiprocessors, too, None for a CPU: `tidar.compile_ahead` calls it where there is no device
 
 
 @torch.library.custom_op("tidar::product", mutates_args=())
 def product(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`a @ b`, `[m, n]`, of `[m, k]` and `[k, n]`, plus `addend`, `[m, n]`, and `bias`, `[n]`, where they are given."""
-    tile = best_tile(*a.shape, b.shape[1], a.device)
+    return _product(multiprocessors(a.device), a, b, addend, bias)
+
+
+def _product(count: int | None, a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None):
+    tile = best_tile(*a.shape, b.shape[1], count)
     matrices = [matrix for matrix in (a, b, addend) if matrix is not None]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
         if addend is not None and bias is not None:
@@ -113,7 +118,11 @@ def _(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = 
 @torch.library.custom_op("tidar::gated_product", mutates_args=())
 def gated_product(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """`x @ gate.T` and `x @ up.T`, interleaved, `[n, 2 * hidden]`; silu of the one times the other, `[n, hidden]`."""
-    if not x.is_cuda:
+    return _gated_product(multiprocessors(x.device), x, gate, up)
+
+
+def _gated_product(count: int | None, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    if count is None:
         gate, up = x @ gate.T, x @ up.T
         return torch.stack([gate, up], dim=-1).flatten(1), F.silu(gate) * up
     return quack_gated_product(x, _concatenated(gate, up), GATED_TILE)
@@ -127,7 +136,13 @@ def _(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("tidar::gated_product_backward", mutates_args=())
 def gated_product_backward(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of `activation @ down.T`: that of `preactivation`, and `activation`, as of `gated_product`."""
-    if not d_out.is_cuda:
+    return _gated_product_backward(multiprocessors(d_out.device), d_out, down, preactivation)
+
+
+def _gated_product_backward(
+    count: int | None, d_out: Tensor, down: Tensor, preactivation: Tensor
+) -> tuple[Tensor, Tensor]:
+    if count is None:
         d_activation = d_out @ down
         gate, up = preactivation.view(len(preactivation), -1, 2).unbind(-1)
         share = gate.sigmoid()
@@ -142,22 +157,49 @@ def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tenso
     return torch.empty_like(preactivation), preactivation.new_empty(n, both // 2)
 
 
-@torch.library.custom_op("tidar::gated_inputs_backward", mutates_args=())
-def gated_inputs_backward(d_preactivation: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `x`, and of gate and up, concatenated, `[2 * hidden, dim]`, from that of `preactivation`."""
+@torch.library.custom_op("tidar::gated_input_backward", mutates_args=())
+def gated_input_backward(d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradient of `x`, from that of `preactivation`, as of `gated_product`."""
+    return _gated_input_backward(multiprocessors(gate.device), d_preactivation, gate, up)
+
+
+def _gated_input_backward(count: int | None, d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    if tile := best_tile(*d_preactivation.shape, gate.shape[1], count):
+        return quack_product(d_preactivation, _concatenated(gate, up), tile, concatenated=("B",))
+    return d_preactivation @ torch.stack([gate, up], dim=1).flatten(0, 1)
+
+
+@gated_input_backward.register_fake
+def _(d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return d_preactivation.new_empty(len(d_preactivation), gate.shape[1])
+
+
+@torch.library.custom_op("tidar::gate_up_backward", mutates_args=())
+def gate_up_backward(d_preactivation: Tensor, x: Tensor) -> Tensor:
+    """The gradients of gate and up, concatenated, `[2 * hidden, dim]`, from that of `preactivation`."""
+    return _gate_up_backward(multiprocessors(x.device), d_preactivation, x)
+
+
+def _gate_up_backward(count: int | None, d_preactivation: Tensor, x: Tensor) -> Tensor:
     (n, both), dim = d_preactivation.shape, x.shape[1]
-    if tile := best_tile(n, both, dim, x.device):
-        d_x = quack_product(d_preactivation, _concatenated(gate, up), tile, concatenated=("B",))
-    else:
-        d_x = d_preactivation @ torch.stack([gate, up], dim=1).flatten(0, 1)
-    if tile := best_tile(both, n, dim, x.device):
-        return d_x, quack_product(d_preactivation.T, x, tile, concatenated=("out",))
-    return d_x, (d_preactivation.T @ x).view(-1, 2, dim).transpose(0, 1).reshape(both, dim)
+    if tile := best_tile(both, n, dim, count):
+        return quack_product(d_preactivation.T, x, tile, concatenated=("out",))
+    return (d_preactivation.T @ x).view(-1, 2, dim).transpose(0, 1).reshape(both, dim)
 
 
-@gated_inputs_backward.register_fake
-def _(d_preactivation: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), gate.new_empty(2 * len(gate), gate.shape[1])
+@gate_up_backward.register_fake
+def _(d_preactivation: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(d_preactivation.shape[1], x.shape[1])
+
+
+# what is beneath the operators, by their names
+BENEATH = {
+    "tidar::product": _product,
+    "tidar::gated_product": _gated_product,
+    "tidar::gated_product_backward": _gated_product_backward,
+    "tidar::gated_input_backward": _gated_input_backward,
+    "tidar::gate_up_backward": _gate_up_backward,
+}
 
 
 def quack_product(
@@ -206,18 +248,22 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 @lru_cache
-def best_tile(m: int, k: int, n: int, device: torch.device) -> Tile | None:
-    """The tile with which `[m, k] @ [k, n]` takes the least time, by an estimate.
+def multiprocessors(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
+@lru_cache
+def best_tile(m: int, k: int, n: int, count: int | None) -> Tile | None:
+    """The tile with which `[m, k] @ [k, n]` takes the least time on `count` multiprocessors, by an estimate.
 
     None is for torch: on a CPU, and where there is less than about one tile for each multiprocessor, for cuBLAS then
     divides the sums along k.
     """
-    if device.type != "cuda":
+    if count is None:
         return None
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     best, least = None, float("inf")
     for tile, rate in TILES.items():
-        waves = ceil(m / tile.rows) * ceil(n / tile.columns) / multiprocessors
+        waves = ceil(m / tile.rows) * ceil(n / tile.columns) / count
         if waves < 0.9 or not tile.pingpong and k < SMALL_K:
             continue
         # multiprocessors that idle in the last wave leave their power to the others: measured, it costs half a wave

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from tidar.compile_ahead import Work, start_compiling
 from tidar.config import (
     Config,
     UserError,
@@ -135,8 +136,24 @@ class Run:
 
         self.loss_weights = loss_weights(config, self.pattern)
         self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile, fast_products)
-        if self.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, dtype):
+        leaves_out_logits = self.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, dtype)
+        if leaves_out_logits:
             self.engine += ", loss without logits"
+        self.compiler = None
+        if fast_products and self.device.index == 0:  # for all processes of this machine
+            gpu = torch.cuda.get_device_properties(self.device)
+            self.compiler = start_compiling(
+                Work(
+                    decoder,
+                    dtype,
+                    config.training.local_batch_size * self.pattern.model_positions(config.training.seq_len),
+                    config.training.loss_chunk_size,
+                    layers=kernels.fused_products,
+                    loss=leaves_out_logits,
+                    multiprocessors=gpu.multi_processor_count,
+                    capability=(gpu.major, gpu.minor),
+                )
+            )
         copies = self.parallel.copies
         self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, self.log)
 

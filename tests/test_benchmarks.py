@@ -7,8 +7,9 @@ import sys
 import torch
 from results import read_metrics
 
+from tidar.benchmarks import train_step
 from tidar.benchmarks.baseline import _loss
-from tidar.benchmarks.cases import first_batches, running
+from tidar.benchmarks.cases import WARM_UP, first_batches, running
 from tidar.config import load_config
 from tidar.distributed import leave_world
 from tidar.train import Trainer
@@ -33,6 +34,32 @@ def test_train_step_measures_a_case_its_baseline_and_its_start():
     assert {"overhead", "peak_gib", "start_cold_s", "start_warm_s"} < result.keys()
     title, row = output.splitlines()[-2:]
     assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
+
+
+def test_bare_steps_have_the_rows_of_the_reported_ones(monkeypatch):
+    """Turn by turn, and are not reported."""
+    monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
+    rows, reported = {}, []
+
+    class Noting(train_step.AlternatingTrainer):
+        def count(self, batch):
+            rows.setdefault(self.turn_of(self.step + 1), []).append(batch.rows.input_ids)
+            return super().count(batch)
+
+        def report_step(self, *values):
+            before = self.throughput.steps
+            super().report_step(*values)
+            reported.extend([self.step] * (self.throughput.steps < before))
+
+    with running([*SMALL, "--metrics.log_freq", "3", "--validation.enable", "false"], Noting) as trainer:
+        trainer.train()
+        turns = range(trainer.first_turn, trainer.first_turn + 4)
+        assert all(len(rows[turn]) == trainer.turn == 12 for turn in turns) and min(turns) * 12 > WARM_UP + 1
+        for turn in turns[::2]:
+            assert torch.stack(rows[turn]).equal(torch.stack(rows[turn + 1]))
+            assert [step for step in reported if trainer.turn_of(step) == turn] == [12 * turn + i for i in (0, 3, 6, 9)]
+        assert not any(trainer.turn_of(step) % 2 == 0 for step in reported)
+        assert abs(trainer.overhead()) < 1
 
 
 def test_the_baselines_micro_batches_have_the_losses_of_the_whole():

@@ -240,11 +240,11 @@ from tidar.config import load_config
 from tidar.train import Trainer
 
 folder, *options = sys.argv[1:]
-kernels = lambda: {path.name for path in Path(folder).rglob("*.o")}
+kernels = lambda: {path.name: path.stat().st_mtime_ns for path in Path(folder).rglob("*.o")}
 trainer = Trainer(load_config(options))
-status, ahead = trainer.compiler.wait(), kernels()
+status, ahead = trainer.compiler.process.wait(timeout=120), kernels()
 trainer.train()
-print(json.dumps({"status": status, "ahead": len(ahead), "missed": sorted(kernels() - ahead)}))
+print(json.dumps({"status": status, "ahead": len(ahead), "anew": sorted(kernels().items() - ahead.items())}))
 """
 
 
@@ -259,12 +259,9 @@ def test_a_step_finds_its_kernels_compiled(tmp_path, family, bias, dim, vocab):
     options = f"--model.hf_path {tmp_path} --job.dump_folder {tmp_path / 'run'} --training.seq_len 1024"
     options += " --training.local_batch_size 4 --training.steps 1 --validation.enable false --checkpoint.enable false"
     cache = tmp_path / "quack"
-    process = subprocess.run(
-        [sys.executable, "-c", RUN, str(cache), *options.split()],
-        env=os.environ | {"QUACK_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", RUN, str(cache), *options.split()]
+    environment = os.environ | {"QUACK_CACHE_DIR": str(cache)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
-    assert found["status"] == 0 and found["ahead"] >= 8 and found["missed"] == []
+    assert found["status"] == 0 and found["ahead"] >= 8 and found["anew"] == []

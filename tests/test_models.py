@@ -9,7 +9,7 @@ from tidar.config import UserError
 from tidar.distributed.one_device import OneDevice
 from tidar.models import Decoder, DecoderConfig, Kernels, decoder_config, from_pretrained, initialize, size_config
 from tidar.models.backward import heads_backward, norm_backward
-from tidar.models.products import _concatenated
+from tidar.models.products import BENEATH, _concatenated
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
@@ -186,19 +186,22 @@ def test_fused_products_compute_as_plain_ones():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_what_is_compiled_ahead_is_what_a_layer_calls(family):
-    """Operators, shapes and strides of a layer's forward and backward pass."""
+    """Operators of products, with shapes and strides, of a layer's forward and backward pass with all that is fused."""
     config = decoder_config(make_model(family).config.to_dict())
     work = Work(config, torch.float32, 40, 8, layers=True, loss=False, multiprocessors=132, capability=(9, 0))
-    model = Decoder(config, Kernels(fused_products=True))
+    model = Decoder(config, Kernels(fused_products=True, fused_backward=True))
     initialize(model, seed=0)
     x, angles = torch.randn(2, 20, config.dim, requires_grad=True), torch.randn(2, 1, 20, config.head_dim)
     with Noted() as noted:
         model.layers[0](x, angles, angles, None).sin().sum().backward()
 
     def layouts(calls):
-        return [(name, [(tuple(a.shape), a.stride()) for a in arguments if a is not None]) for name, arguments in calls]
+        tensors = [(name, filter(torch.is_tensor, arguments)) for name, arguments in calls if name in BENEATH]
+        return [(name, [(one.dtype, one.shape, one.stride()) for one in those]) for name, those in tensors]
 
-    assert len(noted.calls) == 12 and layouts(noted.calls) == layouts(layer_calls(work))
+    forward, backward = layer_calls(work)
+    assert len(forward) == 4 and len(backward) == 8
+    assert layouts(noted.calls) == layouts(forward + backward)
 
 
 def test_gate_and_up_are_concatenated_in_place_on_one_device():

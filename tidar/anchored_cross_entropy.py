@@ -75,8 +75,7 @@ def score(
     them to `d_weight`, or writes them there where `anew`. correct: whether no logit is larger than the target's.
 
     hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of COLUMNS; labels:
-    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n, for which
-    kernels are chosen.
+    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n.
     """
     (n, dim), vocab = hidden.shape, len(weight)
     e = hidden.new_empty(n, vocab)
@@ -94,14 +93,16 @@ def score(
         *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
         *(BLOCK, triton.next_power_of_2(totals.shape[1])),
     )
-    _write_d_hidden(chunk_size, multiprocessors(hidden.device), e, weight, scales, d_hidden)
+    # the same kernel for all chunks of steps that have several, each of them larger than half of the largest
+    size = chunk_size if 2 * n > chunk_size else n
+    _write_d_hidden(size, multiprocessors(hidden.device), e, weight, scales, d_hidden)
     if anew:
         d_weight.zero_()  # a kernel that writes would be one more to compile
     _add_d_weight(e, scaled_hidden, d_weight)
     return nll, correct
 
 
-def kernels(chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, count: int) -> Iterator[Callable[[], None]]:
+def kernel_calls(chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, count: int) -> Iterator[Callable[[], None]]:
     """Calls of QuACK's kernels of `score`, one by one, on meta tensors. count: of multiprocessors."""
     empty = partial(torch.empty, device="meta")
     e, hidden, weight = (empty(*size, dtype=dtype) for size in ((chunk_size, vocab), (chunk_size, dim), (vocab, dim)))
@@ -140,8 +141,8 @@ def _write_exponentials(
     )
 
 
-def _write_d_hidden(chunk_size: int, count: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
-    tile = best_tile(chunk_size, *weight.shape, count) or TILE
+def _write_d_hidden(size: int, count: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
+    tile = best_tile(size, *weight.shape, count) or TILE
     scaled_rows.gemm(e, weight.mT, d_hidden, epi_args={"scale": scales}, **tile_options(tile))
 
 

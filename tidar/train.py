@@ -48,6 +48,8 @@ class Trainer(Run):
         finally:
             self.stops.close()
             self.checkpointer.close()
+            if self.compiler:
+                self.compiler.stop()
             if self.lock:
                 self.lock.release()
 
@@ -277,8 +279,8 @@ class Trainer(Run):
         """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
         if compilation := compile_seconds():
             self.log(f"compilation took {compilation:.1f} s of the first step")
-        if self.compiler and self.compiler.poll():
-            self.log(f"warning: python -m tidar.compile_ahead ended with {self.compiler.returncode}: a slow first step")
+        if self.compiler and (trouble := self.compiler.trouble()):
+            self.log(f"warning: step {self.step} was slow, for its kernels were not compiled ahead: {trouble}")
         shorten_timeout(self.config, self.world)
         self.patience = self.config.comm.train_timeout_seconds
 

@@ -70,10 +70,14 @@ class AlternatingTrainer(TimedTrainer):
         kept = deque()
         while True:
             if self.turn_of(self.step + 1) % 2:
-                kept.append(next(batches).to(self.device))
-                yield kept[-1]
+                batch = next(batches)
+                kept.append(batch.to(self.device))
+                yield batch
             else:
                 yield kept.popleft() if kept else next(batches)
+
+    def count(self, batch: Batch) -> Batch:
+        return batch  # counting would wait for those on the device
 
     def report_step(self, *values) -> None:
         if self.turn_of(self.step) % 2:
@@ -203,7 +207,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help=f"steps that are measured, after {WARM_UP} [20]")
     parser.add_argument("--sweep", choices=SWEEPS, help="each case over a range of lengths or block sizes")
     parser.add_argument("--baseline", action="store_true", help="also train a transformers model with dense masks")
-    parser.add_argument("--overhead", action="store_true", help="what metrics, data and logging take of a step")
+    parser.add_argument(
+        "--overhead", action="store_true", help="what metrics, data and logging take of a step, of more steps"
+    )
     parser.add_argument("--start", action="store_true", help="seconds to the end of step 1, cold and warm")
     with user_errors_exit():
         arguments, others = parser.parse_known_args()

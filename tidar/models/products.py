@@ -98,7 +98,9 @@ def product(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | N
     return _product(multiprocessors(a.device), a, b, addend, bias)
 
 
-def _product(count: int | None, a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None):
+def _product(
+    count: int | None, a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     tile = best_tile(*a.shape, b.shape[1], count)
     matrices = [matrix for matrix in (a, b, addend) if matrix is not None]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
@@ -249,6 +251,7 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int | None:
+    """Of a GPU; None where QuACK's kernels do not run."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from tidar.compile_ahead import Work, start_compiling
+from tidar.compile_ahead import Compiler, Work
 from tidar.config import (
     Config,
     UserError,
@@ -71,11 +71,14 @@ class Run:
         minutes = config.checkpoint.max_wall_minutes
         deadline = self.started + 60 * minutes if minutes else None
         self.stops = StopRequests(self.world, self.group, deadline, self.fail)
+        self.compiler: Compiler | None = None
         try:
             self.prepare(save_group)
         except BaseException as error:
             self.fail(str(error) or type(error).__name__)
             self.stops.close()
+            if self.compiler:
+                self.compiler.stop()
             raise
 
     def prepare(self, save_group: dist.ProcessGroup) -> None:
@@ -139,21 +142,23 @@ class Run:
         leaves_out_logits = self.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, dtype)
         if leaves_out_logits:
             self.engine += ", loss without logits"
-        self.compiler = None
-        if fast_products and self.device.index == 0:  # for all processes of this machine
+        # one process for all of this machine's
+        if (kernels.fused_products or leaves_out_logits) and self.device.index == 0:
             gpu = torch.cuda.get_device_properties(self.device)
-            self.compiler = start_compiling(
-                Work(
-                    decoder,
-                    dtype,
-                    config.training.local_batch_size * self.pattern.model_positions(config.training.seq_len),
-                    config.training.loss_chunk_size,
-                    layers=kernels.fused_products,
-                    loss=leaves_out_logits,
-                    multiprocessors=gpu.multi_processor_count,
-                    capability=(gpu.major, gpu.minor),
-                )
+            work = Work(
+                decoder,
+                dtype,
+                config.training.local_batch_size * self.pattern.model_positions(config.training.seq_len),
+                config.training.loss_chunk_size,
+                layers=kernels.fused_products,
+                loss=leaves_out_logits,
+                multiprocessors=gpu.multi_processor_count,
+                capability=(gpu.major, gpu.minor),
             )
+            try:
+                self.compiler = Compiler(work)
+            except OSError as error:
+                self.log(f"warning: no process can be started that compiles kernels ahead ({error.strerror})")
         copies = self.parallel.copies
         self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, self.log)
 

@@ -224,7 +224,7 @@ HSDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parall
 def test_resharded_it_goes_on(tmp_path, ranks, uneven_data):
     """Saved on 4 ranks, HSDP 2 x 2; resumed on 1, 2 and 3 with the same losses, on 4 bit for bit."""
     options = [*TINY, *uneven_data.split(), "--training.global_batch_size", "12", "--training.local_batch_size", "1"]
-    options += ["--training.steps", "9", "--checkpoint.interval", "3"]
+    options += ["--training.steps", "7", "--checkpoint.interval", "3"]
     whole = tmp_path / "whole"
     ranks.run(4, *options, *HSDP.split(), "--job.dump_folder", str(whole), weights=tmp_path / "whole.pt")
     expected = [line["train/batch_loss"] for line in read_metrics(whole)]

@@ -26,7 +26,7 @@ CUTS = [
     (2, "ZeRO-3", "full", 2, "micro_batch"),
     (2, "replicate", "selective", 2, "step"),
     (4, "HSDP 2x2", "full", 1, "micro_batch"),
-    (4, "ZeRO-2", "none", 4, "step"),
+    (4, "ZeRO-2", "none", 2, "step"),
 ]
 
 

@@ -71,12 +71,13 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
     assert content(out) == expected
     # nothing is left to do; and other data is not mixed in
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
-    assert prepare(tmp_path / "whole", *options, "1").wait() == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
-    refused = prepare(tmp_path / "whole", *options, "1", "--data.text_field", "other")
+    idle = prepare(tmp_path / "whole", *options, "1")
+    refused = prepare(out, *options, "1", "--data.text_field", "other")
     output, _ = refused.communicate()
     assert refused.returncode == 1 and "was prepared from other options; remove it" in output
     assert len(output.splitlines()) == 1
+    assert idle.wait() == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):

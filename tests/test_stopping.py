@@ -51,20 +51,20 @@ def is_past(folder: Path, step: int) -> bool:
 def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
     """And the run ends as one that was left alone."""
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = launch(folder, 40)
+    process = launch(folder, 24)
     wait_for(lambda: is_past(folder, 3), process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     found = outcome(folder)
     assert (found["outcome"], found["reason"]) == ("stopped", "SIGUSR1"), output
-    assert 3 <= found["step"] < 40
+    assert 3 <= found["step"] < 24
     saved = folder / "checkpoint" / f"step-{found['step']}"
     assert found["checkpoint"] == str(saved) and saved.exists()
     assert f"stopped after step {found['step']} by SIGUSR1: saved in {saved}" in output
     for path in (folder, whole):
-        ranks.run(2, *OPTIONS.split(), "40", "--job.dump_folder", str(path))
+        ranks.run(2, *OPTIONS.split(), "24", "--job.dump_folder", str(path))
         assert outcome(path)["outcome"] == "finished"
-    assert len(batch_losses(folder)) == 40 and batch_losses(folder) == batch_losses(whole)
+    assert len(batch_losses(folder)) == 24 and batch_losses(folder) == batch_losses(whole)
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):

@@ -171,7 +171,7 @@ def test_first_values_depend_on_seed_and_name_alone():
 
 
 def test_fused_products_compute_as_plain_ones():
-    """Without its kernels, which tests/test_gpu.py compares: the model, and all its gradients, in float64."""
+    """Without its kernels, which tests/test_gpu_kernels.py compares: the model, and all its gradients, in float64."""
     outputs = []
     for fast in (False, True):
         config = decoder_config(size_config("debug") | {"vocab_size": 258})

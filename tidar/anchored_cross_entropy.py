@@ -21,8 +21,8 @@ from quack.epilogue.math import pexp2
 from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
 from torch import Tensor
 
-from tidar.models.kernels import ALIGNED
-from tidar.models.products import Tile, best_tile, multiprocessors, tile_options
+from tidar.models.kernels import ALIGNED, multiprocessors
+from tidar.models.products import Tile, best_tile, tile_options
 
 # pingpong hides what the epilogues do
 TILE = Tile(128, 192, pingpong=True, cluster=(2, 1))

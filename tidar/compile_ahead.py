@@ -108,8 +108,6 @@ def layer_calls(work: Work) -> tuple[list[tuple[str, tuple]], list[tuple[str, tu
 
 def kernel_calls(work: Work) -> Iterator[Callable[[], object]]:
     """Calls of QuACK, in the order in which a step comes to them."""
-    import quack.gemm_interface  # noqa: F401  (once, before the forks)
-
     from tidar.models.products import BENEATH
 
     forward, backward = layer_calls(work) if work.layers else ((), ())
@@ -140,6 +138,7 @@ def main() -> None:
     work = pickle.load(sys.stdin.buffer)
     os.nice(5)  # the run has to get ready meanwhile
     import quack.cache
+    import quack.gemm_interface  # once, before the forks
     from quack.gemm import _compile_gemm
     from quack.gemm_runtime.host import _compile_gemm_epi
 

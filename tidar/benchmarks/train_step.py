@@ -207,9 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help=f"steps that are measured, after {WARM_UP} [20]")
     parser.add_argument("--sweep", choices=SWEEPS, help="each case over a range of lengths or block sizes")
     parser.add_argument("--baseline", action="store_true", help="also train a transformers model with dense masks")
-    parser.add_argument(
-        "--overhead", action="store_true", help="what metrics, data and logging take of a step, of more steps"
-    )
+    parser.add_argument("--overhead", action="store_true", help="what metrics, data and logging take, by more steps")
     parser.add_argument("--start", action="store_true", help="seconds to the end of step 1, cold and warm")
     with user_errors_exit():
         arguments, others = parser.parse_known_args()

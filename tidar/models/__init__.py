@@ -7,7 +7,7 @@ from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.export import write_huggingface_folder
 from tidar.models.float8 import check_float8, make_mlps_float8
 from tidar.models.initialize import initialize
-from tidar.models.kernels import Kernels, has_fast_products
+from tidar.models.kernels import Kernels, has_fast_products, multiprocessors
 from tidar.models.masks import (
     TILE,
     MaskBuilder,
@@ -57,6 +57,7 @@ __all__ = [
     "load_weights",
     "make_mlps_float8",
     "mask_of_words",
+    "multiprocessors",
     "open_weights",
     "read_config_json",
     "read_metadata",

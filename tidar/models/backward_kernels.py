@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.models.kernels import multiprocessors
+
 # of norms, elements of a row for each warp, so that a program's registers hold them all, and the warps of a
 # multiprocessor: enough to have the memory always at work
 WARP_ELEMENTS, WARPS = 1024, 32
@@ -18,7 +20,7 @@ def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, 
     d_x = torch.empty_like(x)
     block = triton.next_power_of_2(dim)
     warps = min(max(2, block // WARP_ELEMENTS), WARPS)
-    programs = min(n, WARPS // warps * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    programs = min(n, WARPS // warps * multiprocessors(x.device))
     d_weights = x.new_empty(programs, dim, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
         d_out, d_residual, x, weight, scale, d_x, d_weights, n, dim, block, num_warps=warps

@@ -1,6 +1,7 @@
 """Which kernels of other libraries a decoder runs."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 
 import torch
@@ -26,6 +27,12 @@ class Kernels:
 
 
 PLAIN = Kernels()
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int | None:
+    """Of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tidar.models.kernels import ALIGNED
+from tidar.models.kernels import ALIGNED, multiprocessors
 
 
 class Tile(NamedTuple):
@@ -250,12 +250,6 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 @lru_cache
-def multiprocessors(device: torch.device) -> int | None:
-    """Of a GPU; None where QuACK's kernels do not run."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-
-
-@lru_cache
 def best_tile(m: int, k: int, n: int, count: int | None) -> Tile | None:
     """The tile with which `[m, k] @ [k, n]` takes the least time on `count` multiprocessors, by an estimate.
 
@@ -277,7 +271,7 @@ def best_tile(m: int, k: int, n: int, count: int | None) -> Tile | None:
 
 
 def tile_options(tile: Tile) -> dict[str, int | bool]:
-    """Of the `gemm` of QuACK's epilogues."""
+    """As QuACK's `gemm` of an epilogue names them, and its GemmConfig in small letters."""
     cluster_m, cluster_n = tile.cluster
     return {
         "tile_M": tile.rows,
@@ -292,12 +286,5 @@ def tile_options(tile: Tile) -> dict[str, int | bool]:
 def _config(tile: Tile):
     from quack.gemm_config import GemmConfig
 
-    cluster_m, cluster_n = tile.cluster
-    return GemmConfig(
-        tile_m=tile.rows,
-        tile_n=tile.columns,
-        pingpong=tile.pingpong,
-        cluster_m=cluster_m,
-        cluster_n=cluster_n,
-        is_dynamic_persistent=False,
-    )
+    options = {name.lower(): value for name, value in tile_options(tile).items()}
+    return GemmConfig(**options, is_dynamic_persistent=False)

@@ -34,6 +34,7 @@ from tidar.models import (
     check_float8,
     has_fast_products,
     make_mlps_float8,
+    multiprocessors,
     resolve_backend,
 )
 from tidar.objective import Objective
@@ -144,7 +145,6 @@ class Run:
             self.engine += ", loss without logits"
         # one process for all of this machine's
         if (kernels.fused_products or leaves_out_logits) and self.device.index == 0:
-            gpu = torch.cuda.get_device_properties(self.device)
             work = Work(
                 decoder,
                 dtype,
@@ -152,8 +152,8 @@ class Run:
                 config.training.loss_chunk_size,
                 layers=kernels.fused_products,
                 loss=leaves_out_logits,
-                multiprocessors=gpu.multi_processor_count,
-                capability=(gpu.major, gpu.minor),
+                multiprocessors=multiprocessors(self.device),
+                capability=torch.cuda.get_device_capability(self.device),
             )
             try:
                 self.compiler = Compiler(work)

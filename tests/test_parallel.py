@@ -23,10 +23,10 @@ MODES = ("none", "full", "selective")
 # ranks, sharding, activation checkpointing, micro-batches, gradients reduced after each
 CUTS = [
     (1, "ZeRO-2", "selective", 4, "step"),
-    (2, "ZeRO-3", "full", 2, "micro_batch"),
-    (2, "replicate", "selective", 2, "step"),
+    (2, "ZeRO-3", "full", 4, "micro_batch"),
+    (2, "replicate", "selective", 4, "step"),
     (4, "HSDP 2x2", "full", 1, "micro_batch"),
-    (4, "ZeRO-2", "none", 2, "step"),
+    (4, "ZeRO-2", "none", 4, "step"),
 ]
 
 

@@ -35,16 +35,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
-    """SIGKILL to all its processes at two random moments, one after the other; then a call that is let be."""
+    """SIGKILL to all its processes at three random moments, one after the other; then a call that is let be."""
     write_tokenizer(tmp_path / "tokenizer")
     rng = random.Random(0)
     file = tmp_path / "a.jsonl"
     words = ["in", "the", "beginning", "—", "thin", "\n"]
     with open(file, "w", encoding="utf-8") as lines:
-        for _ in range(16_000):
+        for _ in range(30_000):
             text = " ".join(rng.choices(words, k=rng.randint(0, 120)))
             lines.write(json.dumps({"text": text}) + "\n" if rng.random() < 0.99 else "no JSON\n")
-    assert file.stat().st_size > 2 * 2**21  # several parts
+    assert file.stat().st_size > 4 * 2**21  # several parts
     options = ["--data.source", "text", "--data.paths", str(file), "--data.tokenizer", str(tmp_path / "tokenizer")]
     options += ["--data.on_error", "skip", "--processes"]
     whole = prepare(tmp_path / "whole", *options, "1")
@@ -54,7 +54,7 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
     meta = json.loads(expected["meta.json"])
     assert meta["dropped"] > 100 and f"left out: {meta['dropped']:,} documents" in output
     out = tmp_path / "killed"
-    for _ in range(2):
+    for _ in range(3):
         process = prepare(out, *options, "1")
         wanted = len(list(out.glob(".tidar-parts/*.npz"))) + rng.randint(0, 1)
         deadline = time.time() + 60

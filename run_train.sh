@@ -17,7 +17,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 CONFIG_FILE=${CONFIG_FILE:-$root/train_configs/debug.toml}
-PYTHON=$("${PYTHON:-python3}" "$root/tidar/environment.py")
+PYTHON=$("${PYTHON:-python3}" "$root/scripts/environment.py")
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 options=(--job.config_file "$CONFIG_FILE" "$@")

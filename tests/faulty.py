@@ -12,7 +12,7 @@ import time
 import uneven  # noqa: F401  (registers the source)
 
 from tidar import train
-from tidar.training.checkpoint import Checkpointer
+from tidar.training.checkpoint.checkpointer import Checkpointer
 
 FAULTS = ("hang", "stop", "kill", "slow", "slow_commit")
 

@@ -11,7 +11,8 @@ import torch
 
 from tidar.config import load_config
 from tidar.distributed import join_world, leave_world, parallelize
-from tidar.models import ASSETS, Decoder, decoder_config, load_weights, open_weights, read_config_json
+from tidar.models import Decoder
+from tidar.models.huggingface import ASSETS, decoder_config, load_weights, open_weights, read_config_json
 
 
 def anonymous_bytes() -> int:

@@ -69,7 +69,7 @@ def main() -> None:
 
     from tidar.config import UserError, load_config
     from tidar.distributed import leave_world
-    from tidar.train import Trainer
+    from tidar.training.trainer import Trainer
 
     class Recording:
         """Rows that remember which of them were asked for."""

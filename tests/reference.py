@@ -4,6 +4,10 @@ import random
 
 import torch
 
+from tidar.patterns import Documents, get_pattern
+
+HALVES = ("tidar", "tidar_random", "block_diffusion")
+
 
 def places(document_lengths: list[int]) -> tuple[list[int], list[int]]:
     """Number of the document, and place in it, of each token of a row."""
@@ -96,3 +100,32 @@ def random_lengths(rng: random.Random, seq_len: int) -> list[int]:
 def ids_of(document_lengths: list[int]) -> torch.Tensor:
     """Document ids `[1, seq_len]`."""
     return torch.tensor([[number for number, length in enumerate(document_lengths) for _ in range(length)]])
+
+
+def random_pattern(name: str, rng: random.Random, block_size: int):
+    """With experiments of its options, each on or off, and the numbers of the reference."""
+    options = {} if name == "causal" else {"block_size": block_size, "mask_token_id": 99}
+    if name == "tidar_split":
+        options["clean_ratio"] = rng.choice([0.5, rng.uniform(0.01, 0.99)])
+    if name != "causal" and rng.random() < 0.5:
+        options |= {"block_sizes": [rng.randint(1, block_size), block_size], "random_block_offset": rng.random() < 0.7}
+    if name in HALVES and rng.random() < 0.5:
+        options["diffusion_share"] = rng.uniform(0.01, 1)
+    return get_pattern(name, **options)
+
+
+def expected_mask(name: str, pattern, documents: Documents, row: int, lengths: list[int]) -> torch.Tensor:
+    """The reference's mask of a row, with what was drawn for it."""
+    drawn = {}
+    block_size = pattern.block_size
+    if documents.blocks is not None:
+        block_size, offset = documents.blocks.size[row].item(), documents.blocks.offset[row].item()
+        shown = documents.blocks.tokens
+        drawn = {"offset": offset, "shown": None if shown is None else shown[row].tolist()}
+    return pattern_mask(name, lengths, block_size, clean_ratio=getattr(pattern, "clean_ratio", 0.5), **drawn)
+
+
+def listed(block_mask, of: str) -> list[list[int]]:
+    """The tiles that are listed for each row and tile of it, in their order. of: kv, full_kv, q or full_q."""
+    counts, indices = getattr(block_mask, f"{of}_num_blocks"), getattr(block_mask, f"{of}_indices")
+    return [row[:count] for count, row in zip(counts.flatten().tolist(), indices.flatten(0, 2).tolist())]

@@ -29,10 +29,10 @@ import uneven  # noqa: F401  (registers the source)
 from results import read_metrics
 
 from tidar import train
-from tidar.models.checkpoint_files import CheckpointTensors
+from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.training import checkpoint_writer
-from tidar.training.checkpoint import Checkpointer
-from tidar.training.manifest import saved_steps
+from tidar.training.checkpoint.checkpointer import Checkpointer
+from tidar.training.checkpoint.manifest import saved_steps
 
 STEPS, INTERVAL, TIMEOUT = 8, 2, 90
 PHASES = ("elsewhere", "staging", "writing", "committing", "cleaning up")

@@ -24,10 +24,12 @@ from tidar.config import (
     user_errors_exit,
 )
 from tidar.distributed import arithmetic_dtype, check_device_count, check_offload, logging_ranks, resolve_degrees
-from tidar.models import Decoder, check_float8, check_weights, open_weights, resolve_backend
+from tidar.kernels import check_float8
+from tidar.models import Decoder, resolve_backend
+from tidar.models.huggingface import check_weights, open_weights
 from tidar.patterns import checked_pattern, loss_weights
+from tidar.training.checkpoint.manifest import saved_steps
 from tidar.training.inputs import load_inputs
-from tidar.training.manifest import saved_steps
 from tidar.training.run_lock import RunLock
 
 # torchrun's own, and what Slurm sends before a job's time is over (--signal=B:USR1@300)

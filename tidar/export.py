@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from tidar.config import ArgumentParser, UserError, user_errors_exit
-from tidar.models import (
+from tidar.models import Decoder
+from tidar.models.huggingface import (
     ASSETS,
-    Decoder,
     StepFolder,
     check_weights,
     decoder_config,
@@ -23,7 +23,7 @@ from tidar.models import (
     read_metadata,
     write_huggingface_folder,
 )
-from tidar.training.manifest import check_files, check_whole, read_manifest, saved_steps
+from tidar.training.checkpoint.manifest import check_files, check_whole, read_manifest, saved_steps
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:

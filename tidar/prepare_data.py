@@ -12,7 +12,7 @@ from pathlib import Path
 from tidar.config import ArgumentParser, UserError, in_range, load_config, user_errors_exit
 from tidar.data import Corpus, data_tokenizer, load_tokenizer, make_source, prepare
 from tidar.data.dataset import progress_printer
-from tidar.models import read_model
+from tidar.models.huggingface import read_model
 
 
 def main() -> None:

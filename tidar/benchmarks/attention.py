@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
 from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.models import Mask, MaskBuilder, attention, resolve_backend
-from tidar.train import Trainer
+from tidar.training.trainer import Trainer
 
 REPEATS = 10
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tidar.benchmarks.cases import WARM_UP, Step
 from tidar.data import Batch
 from tidar.models import MaskBuilder, size_config
+from tidar.models.flops import batch_flops
 from tidar.patterns import ModelBatch, Pattern
-from tidar.training.flops import batch_flops
 
 
 def time_baseline(

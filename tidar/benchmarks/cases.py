@@ -13,8 +13,8 @@ import torch
 from tidar.config import Config, UserError, load_config
 from tidar.data import Batch
 from tidar.distributed import leave_world
-from tidar.train import Trainer
-from tidar.training.flops import batch_flops
+from tidar.models.flops import batch_flops
+from tidar.training.trainer import Trainer
 
 # seconds of work after which a GPU has the clock that its power allows for long
 SUSTAINED = 2.0

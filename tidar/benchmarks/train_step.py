@@ -1,7 +1,7 @@
 """How fast the trainer trains: python -m tidar.benchmarks.train_step [--case NAME ...] [--section.option value ...]
 
 Runs tidar.train's Trainer on packed rows of the embedded corpus, with metrics, and prints one JSON line for each case
-and then a table. Further options go to the trainer. MFU is of useful FLOPs (tidar/training/flops.py).
+and then a table. Further options go to the trainer. MFU is of useful FLOPs (tidar/models/flops.py).
 """
 
 import json
@@ -33,7 +33,7 @@ from tidar.benchmarks.cases import (
 from tidar.benchmarks.power import power_log
 from tidar.config import ArgumentParser, Config, user_errors_exit
 from tidar.data import Batch
-from tidar.training.metrics import peak_memory_gib
+from tidar.training.reporting.metrics import peak_memory_gib
 
 SWEEPS = {
     # rows so that a step has about as many tokens, as far as one row allows

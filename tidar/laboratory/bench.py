@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tidar.models import Mask, MaskBuilder, attention, block_mask_of_points, build_block_mask, count_pairs
+from tidar.models.flops import ATTENTION_FLOPS
 from tidar.patterns import Documents, Pattern, key_ranges
-from tidar.training.flops import ATTENTION_FLOPS
 
 # tokens of the row on which results are compared, and how far from float64 bfloat16 may be: relative, in the 2-norm
 CHECKED, TOLERANCE = 512, 2e-2

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tidar.models import TILE, count_tiles
+from tidar.models.flops import ATTENTION_FLOPS
 from tidar.patterns import Pattern
-from tidar.training.flops import ATTENTION_FLOPS
 
 SEQ_LENS = [512 * 2**n for n in range(7)]
 HEADER = (

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from tidar.compiling import compiled
 from tidar.config import UserError
+from tidar.kernels.compiling import compiled
 
 Mask = BlockMask | Tensor | None
 

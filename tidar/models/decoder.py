@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tidar.kernels.backward import NormWithResidual, RotatedHeads
+from tidar.kernels.norm import RMSNorm
+from tidar.kernels.rotary import RopeScaling, rotary, rotate
+from tidar.kernels.selection import PLAIN, Kernels
 from tidar.models.attention import Mask, attention
-from tidar.models.backward import NormWithResidual, RotatedHeads
-from tidar.models.kernels import PLAIN, Kernels
-from tidar.models.norm import RMSNorm
-from tidar.models.rotary import RopeScaling, rotary, rotate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.rotates_fused = kernels.fused_backward and not config.qk_norm
         self.linear = plain_linear
         if kernels.fused_products:
-            from tidar.models.products import linear  # registers operators that nothing else needs
+            from tidar.kernels.matmul import linear  # registers operators that nothing else needs
 
             self.linear = linear
         self.head_dim = config.head_dim
@@ -83,7 +83,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fused = None
         if kernels.fused_products:
-            from tidar.models.products import gated_mlp
+            from tidar.kernels.matmul import gated_mlp
 
             self.fused = gated_mlp
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)

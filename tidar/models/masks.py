@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from tidar.compiling import compiled
+from tidar.kernels.compiling import compiled
 from tidar.models.attention import Mask
 from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, key_ranges
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tidar.config import UserError
-from tidar.models import write_huggingface_folder
+from tidar.models.huggingface import write_huggingface_folder
 
 
 def export_parameters(

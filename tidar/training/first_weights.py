@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 from tidar.config import Config, UserError
-from tidar.models import Decoder, ModelSpec, fill_new_rows, initialize, load_weights, open_weights
-from tidar.training.manifest import check_whole
+from tidar.models import Decoder, initialize
+from tidar.models.huggingface import ModelSpec, fill_new_rows, load_weights, open_weights
+from tidar.training.checkpoint.manifest import check_whole
 
 
 def check_first_weights(config: Config) -> None:

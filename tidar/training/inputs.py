@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tidar.config import Config
 from tidar.data import Dataset, check_token_ids, data_tokenizer, load_data, load_tokenizer
-from tidar.models import ModelSpec, read_model, resolve_model
+from tidar.models.huggingface import ModelSpec, read_model, resolve_model
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Progress:
         return self.samples // self.n_rows
 
     def add_step(self, samples: int, tokens: Tensor, weights: Tensor, sums: Tensor) -> None:
-        """Counts a step of so many samples and tokens, and its sums of `tidar.training.scores` if these are finite."""
+        """Counts a step of so many samples and tokens, and its sums of `tidar.losses.sums` if these are finite."""
         self.state["step"] += 1
         self.state["samples"] += samples
         self.state["tokens"] += tokens.long()

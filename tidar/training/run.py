@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from tidar.compile_ahead import Compiler, Work
 from tidar.config import (
     Config,
     UserError,
@@ -27,28 +26,21 @@ from tidar.distributed import (
     parallelize,
     rank_zero_first,
 )
-from tidar.models import (
-    Decoder,
-    Kernels,
-    MaskBuilder,
-    check_float8,
-    has_fast_products,
-    make_mlps_float8,
-    multiprocessors,
-    resolve_backend,
-)
-from tidar.objective import Objective
+from tidar.kernels import Kernels, check_float8, has_fast_products, make_mlps_float8, multiprocessors
+from tidar.losses.objective import Objective
+from tidar.models import Decoder, MaskBuilder, resolve_backend
 from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
-from tidar.training.checkpoint import Checkpointer
+from tidar.training.checkpoint.checkpointer import Checkpointer
+from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options
+from tidar.training.compile_ahead import Compiler, Work
 from tidar.training.first_weights import check_first_weights, set_first_weights
 from tidar.training.inputs import load_inputs
+from tidar.training.optim.updates import Updates
 from tidar.training.outcome import Outcome
 from tidar.training.progress import Progress
-from tidar.training.resume import about_checkpoint, check_model, check_options, compared_options
+from tidar.training.reporting.throughput import Throughput
 from tidar.training.run_lock import hold_folder
 from tidar.training.stopping import StopRequests
-from tidar.training.throughput import Throughput
-from tidar.training.updates import Updates
 
 
 class Run:

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar.data import Batch
-from tidar.objective import TokenScores
+from tidar.losses.objective import TokenScores
+from tidar.losses.sums import mean_scores, score_sums, target_weights
 from tidar.patterns import ModelBatch, Targets
-from tidar.training.scores import mean_scores, score_sums, target_weights
 
 
 @torch.no_grad()

@@ -1,0 +1,267 @@
+"""Our kernels, and those of other libraries in our use of them, beside plain torch in a wider type."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from gpu_helpers import CUDA, needs_quack, relative
+from torch.nn import functional as F
+
+from tidar.kernels.backward import RotatedHeads, norm_backward
+from tidar.kernels.matmul import TILES, gated_mlp, linear, quack_product
+from tidar.losses.objective import Objective, _fused_score_logits, _score_logits
+from tidar.models import size_config
+from tidar.models.decoder import plain_linear
+from tidar.patterns import Targets
+from tidar.training.optim.optimizer import OfParameter, _update_in_pieces, addressable
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_kernel_equals_plain_torch(dtype):
+    """Vocabularies around the kernel's block, and logits of which many are the largest."""
+    for vocab in (130, 8192, 20001):
+        logits = (3 * torch.randn(50, vocab, device=CUDA)).to(dtype)
+        logits[:20] = logits[:20].round()
+        labels, coefficients = torch.randint(0, vocab, (50,), device=CUDA), torch.rand(50, device=CUDA)
+        labels[::2] = logits[::2].argmax(dim=-1)
+        expected = _score_logits(logits.double(), labels, coefficients.double(), True)
+        nll, correct, gradient = _fused_score_logits(logits.clone(), labels, coefficients, True)
+        assert correct.equal(expected[1]) and 25 <= correct.sum() < 50
+        assert relative(nll, expected[0]) < 1e-6 and relative(gradient, expected[2]) < torch.finfo(dtype).eps + 1e-6
+        assert _fused_score_logits(logits.clone(), labels, coefficients, False)[0].equal(nll)
+
+
+@needs_quack
+def test_the_loss_without_logits_equals_float64():
+    """Chunks of any length; targets that are right, and that are far below the others."""
+    for n, dim, vocab, chunk_size in (
+        (1001, 256, 64, 300),
+        (301, 128, 320, 100),
+        (900, 128, 960, 900),
+        (4096, 1536, 151936, 4096),
+    ):
+        hidden, weight = torch.randn(1, n, dim, device=CUDA).bfloat16(), torch.randn(vocab, dim, device=CUDA)
+        weight = (4 * weight / dim**0.5).bfloat16()
+        hidden[0, 100:200] *= 3
+        labels = torch.randint(0, vocab, (n,), device=CUDA)
+        labels[::3] = (hidden[0, ::3] @ weight.T).argmax(dim=-1)
+        weights = torch.rand(n, device=CUDA)
+        weights[5:50] = 0
+        targets = {"ar": Targets(torch.arange(n, device=CUDA), labels, weights, torch.zeros_like(labels))}
+        denominators = {"ar": torch.tensor(7.0, device=CUDA)}
+
+        def losses(objective, kind, targets=targets, denominators=denominators, inputs=(hidden, weight)):
+            leaves = [tensor.to(kind).requires_grad_() for tensor in inputs]
+            loss, scores = objective(*leaves, targets, denominators)
+            return scores["ar"].correct, loss, scores["ar"].nll, *torch.autograd.grad(loss, leaves)
+
+        exact = losses(Objective({"ar": 1.0}, 500), torch.float64)
+        plain = losses(Objective({"ar": 1.0}, chunk_size, compile=True), torch.bfloat16)
+        found = losses(Objective({"ar": 1.0}, chunk_size, compile=True, fast_products=True), torch.bfloat16)
+        errors = [[relative(*pair) for pair in zip(values[1:], exact[1:])] for values in (found, plain)]
+        print(errors, (found[0] != exact[0]).sum().item(), (plain[0] != exact[0]).sum().item())
+        assert (found[0] != exact[0]).sum() <= 1 < exact[0].sum() < n
+        assert max(errors[0][:2]) < 1e-5 and all(a < 1.6 * b for a, b in zip(errors[0][2:], errors[1][2:]))
+
+
+@needs_quack
+def test_the_loss_without_logits_stays_finite():
+    """Where a target's probability is less than float32 can tell."""
+    hidden, weight = torch.randn(1, 64, 128, device=CUDA).bfloat16(), torch.randn(256, 128, device=CUDA).bfloat16()
+    hidden *= 10
+    logits = hidden[0].double() @ weight.double().T
+    labels = logits.argmin(dim=-1)
+    targets = {"ar": Targets(torch.arange(64, device=CUDA), labels, torch.ones(64, device=CUDA), 0 * labels)}
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    objective = Objective({"ar": 1.0}, 64, fast_products=True)
+    loss, scores = objective(*leaves, targets, {"ar": torch.tensor(64.0, device=CUDA)})
+    d_hidden, d_weight = torch.autograd.grad(loss, leaves)
+    assert (logits.logsumexp(dim=-1) - logits.amin(dim=-1)).min() > 200
+    assert scores["ar"].nll.min() > 110 and not scores["ar"].correct.any()
+    assert d_hidden.isfinite().all() and d_weight.isfinite().all()
+    # what the target lacks goes to those above it
+    assert ((d_hidden[0].double() @ weight.double().T).gather(1, labels[:, None]) < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_backward_equals_plain_torch(dtype):
+    """Few rows and many, of sizes around a power of two."""
+    for shape in ((3, 16), (2, 700, 1536), (5000, 130), (999, 5120)):
+        d_out, d_residual, x = (torch.randn(shape).to(dtype) for _ in range(3))
+        weight = torch.rand(shape[-1]).to(dtype)
+        inputs = d_out, d_residual, x, weight, torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        # in float32 but for the rounded norm, whose rounding the weight's gradient contains
+        expected = norm_backward(*(value.float() for value in inputs))
+        found = norm_backward(*(value.to(CUDA) for value in inputs))
+        for pair in zip(found, expected):
+            assert pair[0].dtype == dtype
+            assert relative(pair[0].cpu(), pair[1].double()) < max(1e-6, torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_backward_equals_autograd(dtype):
+    """Of gradients that lie in memory as attention leaves them, and otherwise."""
+    for rows, positions, head_dim, sizes in ((2, 77, 24, [4, 2, 2]), (1, 300, 128, [12, 2, 2])):
+        heads = torch.randn(rows, positions, sum(sizes), head_dim, device=CUDA).to(dtype).requires_grad_()
+        for batch in {1, rows}:
+            angles = torch.randn(batch, 1, positions, head_dim // 2, device=CUDA).repeat(1, 1, 1, 2)
+            cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+            found = RotatedHeads.apply(heads, cos, sin, sizes)
+            d_parts = [torch.randn_like(part) for part in found]
+            d_parts[0] = d_parts[0].transpose(1, 2).contiguous().transpose(1, 2)
+            d_parts[1] = d_parts[1].mT.contiguous().mT
+            (gradient,) = torch.autograd.grad(found, heads, d_parts)
+            wide = heads.detach().double().requires_grad_()
+            expected = RotatedHeads.forward(FakeContext(), wide, cos.double(), sin.double(), sizes)
+            (exact,) = torch.autograd.grad(expected, wide, [part.double() for part in d_parts])
+            assert gradient.is_contiguous() and relative(gradient, exact) < torch.finfo(dtype).eps
+
+
+class FakeContext:
+    def save_for_backward(self, *_):
+        pass
+
+
+@needs_quack
+def test_fast_products_equal_plain_ones():
+    """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides.
+
+    Alone, with a bias, and with a residual.
+    """
+    for m, k, n in (1536, 8192, 8960), (100, 64, 64), (4000, 1536, 2045):
+        x, weight = torch.randn(m, k), torch.randn(n, k) / k**0.5
+        check_products(linear, F.linear, (x, weight))
+        check_products(linear, F.linear, (x, weight, torch.randn(n)))
+        check_products(with_residual(linear), with_residual(plain_linear), (x, weight, torch.randn(m, n)))
+
+
+def with_residual(multiply):
+    return lambda x, weight, residual: multiply(x, weight, None, residual)
+
+
+@needs_quack
+@pytest.mark.parametrize("tile", TILES)
+def test_each_tile_equals_plain_products(tile):
+    """Of sizes that it does not divide: with an addend, and with rows of gate and up that are concatenated."""
+    torch.manual_seed(0)
+    a, b, addend = (torch.randn(shape, device=CUDA).bfloat16() for shape in ((1008, 2000), (2000, 840), (1008, 840)))
+    tall = torch.randn(2000, 1008, device=CUDA).bfloat16().T
+    interleaved = torch.stack(b.double().chunk(2), dim=1).flatten(0, 1)
+    rows = tall.double() @ b.double()
+    for found, exact in (
+        (quack_product(a, b, tile, addend), addend.double() + a.double() @ b.double()),
+        (quack_product(a, b, tile, bias=addend[0]), addend[0].double() + a.double() @ b.double()),
+        (quack_product(a, b, tile, concatenated=("B",)), a.double() @ interleaved),
+        (quack_product(tall, b, tile, concatenated=("out",)), torch.cat([rows[::2], rows[1::2]])),
+    ):
+        assert relative(found, exact) < 3e-3
+
+
+@needs_quack
+def test_the_fused_mlp_equals_the_plain_one():
+    """With gate and up anywhere in memory, and concatenated."""
+    for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
+        shapes = (2, n, dim), (hidden, dim), (hidden, dim), (dim, hidden), (2, n, dim)
+        x, gate, up, down, residual = (torch.randn(shape) / dim**0.25 for shape in shapes)
+        check_products(gated_mlp, plain_mlp, [x, gate, up, down, residual])
+        check_products(
+            of_concatenated(gated_mlp), of_concatenated(plain_mlp), [x, torch.cat([gate, up]), down, residual]
+        )
+
+
+def of_concatenated(mlp):
+    return lambda x, gate_up, down, residual: mlp(x, *gate_up.chunk(2), down, residual)
+
+
+def check_products(fast, plain, inputs):
+    for dtype in (torch.bfloat16, torch.float16):
+        errors, expected, weights = [], None, None
+        for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast, fullgraph=True))):
+            leaves = [tensor.to(CUDA, dtype).to(kind).requires_grad_() for tensor in inputs]
+            out = multiply(*leaves)
+            weights = torch.randn_like(out).to(dtype) if weights is None else weights
+            found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+            expected = expected or found
+            errors.append([relative(*pair) for pair in zip(found, expected)])
+        print(dtype, errors[1:])
+        assert all(fast <= 1.2 * plain for fast, plain in zip(errors[2], errors[1]))
+
+
+def plain_mlp(x, gate, up, down, residual):
+    return residual + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
+    """Sizes around the kernel's block, with copies where gradients are narrow; and a step that is to be skipped."""
+    from tidar.kernels.adamw import BLOCK, update_all  # Triton comes with CUDA's torch only
+
+    sizes = [1, BLOCK - 1, 0, BLOCK, 12 * BLOCK + 5, 3]
+
+    def make():
+        torch.manual_seed(0)
+        made = []
+        for size in sizes:
+            values = (torch.randn(size, device=CUDA) for _ in range(4))
+            parameter, gradient, first, second = values
+            copy = None if gradient_dtype == torch.float32 else parameter.to(gradient_dtype)
+            moments = (first / 10).to(state_dtype), second.square().div(100).to(state_dtype)
+            made.append(OfParameter(parameter, gradient.to(gradient_dtype), *moments, copy, 7 * size))
+        return made
+
+    salts = torch.randint(-(2**31), 2**31, (len(sizes),), device=CUDA, dtype=torch.int32)
+    for found_inf in (0.0, 1.0):
+        scalars = torch.tensor([1e-3, 0.02, 0.3, 4.0, found_inf], device=CUDA)
+        plain, fused = make(), make()
+        for tensors, salt in zip(plain, salts):
+            _update_in_pieces(tensors, salt, scalars, (0.9, 0.999), 1e-8)
+        firsts = [tensors.first for tensors in fused]
+        update_all(addressable(fused), firsts, salts, scalars, (0.9, 0.999), 1e-8)
+        kinds = ["parameter", "exp_avg", "exp_avg_sq"] + ["copy"] * (gradient_dtype != torch.float32)
+        for kind in kinds:
+            expected, found, before = (
+                torch.cat([getattr(tensors, kind).float() for tensors in those]) for those in (plain, fused, make())
+            )
+            # a rounding to 16 bits may go the other way where what is rounded differs in its last bit
+            assert relative(found, expected.double()) < 1e-4
+            assert found.equal(before) == (found_inf == 1)
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from tidar.config import load_config
+from tidar.training.trainer import Trainer
+
+folder, *options = sys.argv[1:]
+kernels = lambda: {path.name: path.stat().st_mtime_ns for path in Path(folder).rglob("*.o")}
+trainer = Trainer(load_config(options))
+status, ahead = trainer.compiler.process.wait(timeout=120), kernels()
+trainer.train()
+print(json.dumps({"status": status, "ahead": len(ahead), "anew": sorted(kernels().items() - ahead.items())}))
+"""
+
+
+@needs_quack
+@pytest.mark.parametrize("family, bias, dim, vocab", [("qwen2", True, 1536, 151936), ("qwen3", False, 1024, 384)])
+def test_a_step_finds_its_kernels_compiled(tmp_path, family, bias, dim, vocab):
+    """A layer, and the loss; of micro-batches and chunks whose products are QuACK's, not cuBLAS's."""
+    architecture = {"model_type": family, "architectures": [f"{family.title()}ForCausalLM"], "vocab_size": vocab}
+    sizes = {"hidden_size": dim, "intermediate_size": 4 * dim, "num_hidden_layers": 1, "head_dim": 128}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": bias}
+    (tmp_path / "config.json").write_text(json.dumps(size_config("debug") | architecture | sizes | heads))
+    options = f"--model.hf_path {tmp_path} --job.dump_folder {tmp_path / 'run'} --training.seq_len 1024"
+    options += " --training.local_batch_size 4 --training.steps 1 --validation.enable false --checkpoint.enable false"
+    cache = tmp_path / "quack"
+    command = [sys.executable, "-c", RUN, str(cache), *options.split()]
+    environment = os.environ | {"QUACK_CACHE_DIR": str(cache)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["status"] == 0 and found["ahead"] >= 8 and found["anew"] == []

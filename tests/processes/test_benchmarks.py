@@ -1,0 +1,113 @@
+"""The benchmarks run anywhere: with the debug model on a CPU."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from results import read_metrics
+
+from tidar.benchmarks import train_step
+from tidar.benchmarks.baseline import _loss
+from tidar.benchmarks.cases import WARM_UP, first_batches, running
+from tidar.config import load_config
+from tidar.distributed import leave_world
+from tidar.training.trainer import Trainer
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"tidar.benchmarks.{name}", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--data.num_workers", "0")
+
+
+def test_train_step_measures_a_case_its_baseline_and_its_start():
+    output = run("train_step", "--case", "debug", *SMALL, "--steps", "2", "--baseline", "--overhead", "--start")
+    (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert result["case"] == "debug" and result["torch"] == torch.__version__
+    assert result["ratio"] == result["tokens_per_second"] / result["baseline_tokens_per_second"]
+    assert 64 * 1e3 / result["step_ms_max"] <= result["tokens_per_second"] < 64 * 1e5
+    assert {"overhead", "peak_gib", "start_cold_s", "start_warm_s"} < result.keys()
+    title, row = output.splitlines()[-2:]
+    assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
+
+
+def test_bare_steps_have_the_rows_of_the_reported_ones(monkeypatch):
+    """Turn by turn, and are not reported."""
+    monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
+    rows, reported = {}, []
+
+    class Noting(train_step.AlternatingTrainer):
+        def count(self, batch):
+            rows.setdefault(self.turn_of(self.step + 1), []).append(batch.rows.input_ids)
+            return super().count(batch)
+
+        def report_step(self, *values):
+            before = self.throughput.steps
+            super().report_step(*values)
+            reported.extend([self.step] * (self.throughput.steps < before))
+
+    with running([*SMALL, "--metrics.log_freq", "3", "--validation.enable", "false"], Noting) as trainer:
+        trainer.train()
+        turns = range(trainer.first_turn, trainer.first_turn + 4)
+        assert all(len(rows[turn]) == trainer.turn == 12 for turn in turns) and min(turns) * 12 > WARM_UP + 1
+        for turn in turns[::2]:
+            assert torch.stack(rows[turn]).equal(torch.stack(rows[turn + 1]))
+            assert [step for step in reported if trainer.turn_of(step) == turn] == [12 * turn + i for i in (0, 3, 6, 9)]
+        assert not any(trainer.turn_of(step) % 2 == 0 for step in reported)
+        assert abs(trainer.overhead()) < 1
+
+
+def test_the_baselines_micro_batches_have_the_losses_of_the_whole():
+    """A plain mean over the targets of each loss, of rows in parts of any number."""
+    with running("--training.seq_len 32 --training.local_batch_size 3 --data.num_workers 0".split()) as trainer:
+        (batch,) = first_batches(trainer, 1)
+    logits = torch.randn(*batch.rows.input_ids.shape, 300, dtype=torch.float64)
+    kept = [(logits.flatten(0, 1)[targets.index], targets.labels) for targets in batch.rows.targets.values()]
+    expected = sum(torch.nn.functional.cross_entropy(*pair) for pair in kept) / 2
+    for size in (1, 2, 3):
+        parts = [_loss(logits[start : start + size], batch.rows, start) for start in range(0, 3, size)]
+        assert torch.isclose(sum(parts).double(), expected, rtol=1e-5)
+
+
+def test_profile_tells_every_kind_and_its_floor():
+    output = run("profile", *SMALL, "--steps", "2")
+    table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
+    times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
+    assert min(*times["products"], *times["attention forward"], *times["norm and elementwise"]) > 0
+    *parts, whole = times.values()
+    assert sum(floor for _, floor in parts) - whole[1] < 0.1
+    assert "aten::mm" in output
+
+
+def test_training_writes_traces(tmp_path):
+    options = "--training.seq_len 32 --training.local_batch_size 2 --training.steps 7 --validation.enable false"
+    options += " --checkpoint.enable false --data.num_workers 0 --metrics.log_freq 7"
+    options += f" --profiling.enable_profiling --profiling.profile_freq 3 --job.dump_folder {tmp_path}"
+    try:
+        Trainer(load_config(options.split())).train()
+    finally:
+        leave_world()
+    traces = sorted(path.name for path in (tmp_path / "profile_traces").iterdir())
+    assert traces == ["step-3-rank-0.json.gz", "step-6-rank-0.json.gz"]
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_products_are_those_of_the_decoder():
+    _, _, *lines = run("products", *SMALL, "--only", "down", "d_gate_up").splitlines()
+    assert [line.split()[:6] for line in lines] == [
+        ["down", "128", "x", "512", "x", "192"],
+        ["d_gate_up", "1024", "x", "128", "x", "192"],
+    ]
+    assert all(float(line.split("torch ")[1].split()[0]) > 0 for line in lines)
+
+
+def test_attention_compares_masks():
+    output = run("attention", *SMALL)
+    rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]
+    assert len(rows) == 3 and all(float(number) > 0 for row in rows for number in row[-4:-3])
+    assert "flash    model.attention_backend = flash: has no backward pass without CUDA" in output

@@ -1,0 +1,136 @@
+"""Runs that are asked to stop: by signals to the launcher, and by the clock."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from results import batch_losses, read_metrics
+
+from tidar.check import signal_options
+from tidar.config import UserError, load_config
+from tidar.distributed import leave_world
+from tidar.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = "--data.source uneven --validation.enable false --training.seq_len 16 --training.local_batch_size 2"
+OPTIONS += " --metrics.log_freq 1 --checkpoint.interval 1000 --training.steps"
+
+
+def outcome(folder: Path) -> dict:
+    return json.loads((folder / "outcome.json").read_text())
+
+
+def launch(folder: Path, steps: int, *options: str, script: str = "tests/uneven.py") -> subprocess.Popen:
+    """Two ranks."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [*signal_options(load_config([])).split(), script, *OPTIONS.split(), str(steps)]
+    return subprocess.Popen(
+        [*command, *options, "--job.dump_folder", str(folder)], cwd=ROOT, text=True, start_new_session=True,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.time() + 100
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def is_past(folder: Path, step: int) -> bool:
+    return (folder / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(folder))
+
+
+def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
+    """And the run ends as one that was left alone."""
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    process = launch(folder, 24)
+    wait_for(lambda: is_past(folder, 3), process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    found = outcome(folder)
+    assert (found["outcome"], found["reason"]) == ("stopped", "SIGUSR1"), output
+    assert 3 <= found["step"] < 24
+    saved = folder / "checkpoint" / f"step-{found['step']}"
+    assert found["checkpoint"] == str(saved) and saved.exists()
+    assert f"stopped after step {found['step']} by SIGUSR1: saved in {saved}" in output
+    for path in (folder, whole):
+        ranks.run(2, *OPTIONS.split(), "24", "--job.dump_folder", str(path))
+        assert outcome(path)["outcome"] == "finished"
+    assert len(batch_losses(folder)) == 24 and batch_losses(folder) == batch_losses(whole)
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    process = launch(tmp_path, 100_000, "slow_commit", script="tests/faulty.py")
+    wait_for(lambda: is_past(tmp_path, 2), process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: list(tmp_path.glob("checkpoint/*.partial")), process)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGTERM)
+    started = time.time()
+    process.communicate(timeout=30)
+    assert time.time() - started < 10 and process.returncode != 0
+    assert outcome(tmp_path)["outcome"] == "failed"
+    assert not list(tmp_path.glob("checkpoint/step-?")) + list(tmp_path.glob("checkpoint/step-??"))
+
+
+def test_the_clock_saves_and_stops(tmp_path, ranks, uneven_data):
+    """All ranks at the same step; the next start has its minutes anew."""
+    options = [*uneven_data.split(), *OPTIONS.split()[2:], "100000", "--job.dump_folder", str(tmp_path)]
+    answers = ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05")
+    assert all(answer["error"] is None for answer in answers)
+    (first,) = re.findall(r"stopped after step (\d+) by checkpoint.max_wall_minutes", answers[0]["printed"])
+    assert outcome(tmp_path)["step"] == int(first) > 2
+    ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05")
+    assert outcome(tmp_path)["outcome"] == "stopped" and outcome(tmp_path)["step"] > int(first)
+
+
+def test_without_checkpoints_nothing_is_saved(tmp_path, uneven_data, capsys):
+    options = [*uneven_data.split(), *OPTIONS.split()[2:], "100", "--job.dump_folder", str(tmp_path)]
+    options += ["--checkpoint.max_wall_minutes", "1e-6", "--checkpoint.enable", "false"]
+    try:
+        Trainer(load_config(options)).train()
+    finally:
+        leave_world()
+    assert "stopped after step 2 by checkpoint.max_wall_minutes: nothing is saved" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoint").exists() and outcome(tmp_path)["checkpoint"] is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    wait = "import time; from tidar import train; from tidar.training import run; "
+    wait += "run.load_inputs = lambda *_, **__: time.sleep(60); train.main()"
+    command = [sys.executable, "-c", wait, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((tmp_path / "outcome.json").exists, process)
+        time.sleep(0.5)
+        process.terminate()
+        output = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in output
+    assert outcome(tmp_path)["outcome"] == "failed"
+
+
+def test_an_error_is_the_outcome(tmp_path, uneven_data):
+    class Broken(Trainer):
+        def train_step(self, batches):
+            raise RuntimeError("something broke")
+
+    options = [*uneven_data.split(), *OPTIONS.split()[2:], "100", "--job.dump_folder", str(tmp_path)]
+    with pytest.raises(RuntimeError):
+        try:
+            Broken(load_config(options)).train()
+        finally:
+            leave_world()
+    assert outcome(tmp_path)["outcome"] == "failed" and outcome(tmp_path)["reason"] == "rank 0: something broke"
+    with pytest.raises(UserError):
+        Trainer(load_config([*options, "--checkpoint.initial_load_path", str(tmp_path)]))
+    leave_world()
+    assert outcome(tmp_path)["outcome"] == "failed" and "must be a Hugging Face folder" in outcome(tmp_path)["reason"]

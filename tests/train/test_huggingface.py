@@ -1,0 +1,399 @@
+"""Weights in from Hugging Face's folders and state dicts, the mask token, and weights out."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import uneven
+from results import read_metrics, whole
+from safetensors.torch import load_file
+from small_models import make_model, write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tidar.config import UserError, load_config
+from tidar.data import load_tokenizer
+from tidar.distributed import leave_world
+from tidar.export import export
+from tidar.models import from_pretrained
+from tidar.models.huggingface import read_model, resolve_model
+from tidar.models.huggingface.export import write_huggingface_folder
+from tidar.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+SHORT = "--data.source uneven --training.seq_len 32 --training.local_batch_size 2 --data.num_workers 0".split()
+SHORT += "--validation.enable false --metrics.log_freq 1".split()
+TOKENS = 263  # ids of the tokenizer that tests write
+
+
+@pytest.fixture(params=[("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)], ids=str)
+def published(request, tmp_path) -> Path:
+    """A folder as they are published: bfloat16, several files, a tokenizer, more rows than tokens."""
+    family, tied = request.param
+    folder = tmp_path / "published"
+    model = make_model(family, tie_word_embeddings=tied).to(torch.bfloat16)
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert write_tokenizer(folder) == TOKENS
+    return folder
+
+
+def train(folder: Path, *options: str) -> Trainer:
+    try:
+        trainer = Trainer(load_config([*SHORT, "--job.dump_folder", str(folder), *options]))
+        trainer.train()
+    finally:
+        leave_world()
+    return trainer
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_round_trip_is_bit_for_bit(published, tmp_path):
+    """Folder, trainer, checkpoint, export, where nothing was trained: all but the mask token's row."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    train(run, "--model.hf_path", str(published), "--training.steps", "0", "--tidar.block_size", "5")
+    command = [sys.executable, "-m", "tidar.export", "--checkpoint", run / "checkpoint" / "step-0", "--output", out]
+    subprocess.run(command, cwd=ROOT, check=True)
+    before, after = tensors(published), tensors(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        if name == "model.embed_tokens.weight":
+            mean = tensor[:TOKENS].double().mean(dim=0).bfloat16()
+            assert after[name][TOKENS].equal(mean)
+            after[name][TOKENS] = tensor[TOKENS]
+        assert after[name].equal(tensor), name
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (published, out))
+    assert new.pop("tidar") == {"pattern": "tidar", "block_size": 5, "mask_token_id": TOKENS}
+    assert new == old
+    for name in ("generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (published / name).read_bytes()
+    text = "in the beginning"
+    ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (published, out)]
+    assert ids[0] == ids[1] and len(ids[0]) < len(text)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+
+
+@torch.no_grad()
+def greedy(model, tokens: torch.Tensor, n: int) -> torch.Tensor:
+    for _ in range(n):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+    return tokens
+
+
+def test_trained_and_exported_it_generates_the_same(published, tmp_path):
+    """What transformers reads is this project's model in AR mode: 200 greedy tokens, from a trained checkpoint."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--model.hf_path", str(published), "--training.steps", "3", "--optimizer.lr", "1e-2"]
+    trainer = train(run, *options, "--lr_scheduler.warmup_steps", "0")
+    export(run / "checkpoint" / "step-3", out, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = from_pretrained(run / "checkpoint" / "step-3")
+    exported = from_pretrained(out)
+    for name, parameter in trainer.model.named_parameters():
+        assert whole(parameter).equal(dict(ours.named_parameters())[name])
+        assert whole(parameter).equal(dict(exported.named_parameters())[name])
+    prompt = torch.tensor([[72, 101, 108, 108, 111]])
+    expected = greedy(ours, prompt, 200)
+    assert len(set(expected[0].tolist())) > 3
+    assert theirs.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None).equal(expected)
+
+
+def test_a_shard_holds_at_most_its_bytes(tmp_path):
+    """Several files and their index, each within the limit, which transformers puts together again."""
+    model = make_model("qwen3", tie_word_embeddings=False, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "in")
+    ours = from_pretrained(tmp_path / "in")
+    parameters = dict(ours.named_parameters())
+    limit = 2**20 + 100_000  # a header is given 2**20
+    write_huggingface_folder(
+        tmp_path / "out",
+        {name: parameter.shape for name, parameter in parameters.items()},
+        torch.float32,
+        read=lambda name: parameters[name].detach().split(7),
+        write_assets=lambda folder: shutil.copytree(tmp_path / "in", folder, ignore=lambda *_: ["model.safetensors"]),
+        max_shard_bytes=limit,
+    )
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size <= limit for file in files)
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, before), after in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert before.equal(after), name
+
+
+def resolve(*options: str, data_ids: int = 257):
+    config = load_config(list(options))
+    files = read_model(config)
+    size = load_tokenizer(files.tokenizer).size if files.tokenizer else None
+    return resolve_model(files, config.tidar.mask_token_id, data_ids, size)
+
+
+def test_the_mask_token_is_the_first_free_row(tmp_path):
+    assert resolve("--model.name", "qwen2.5-1.5b").mask_token_id == 151665
+    assert resolve("--model.name", "qwen3-8b").mask_token_id == 151669
+    debug = resolve()
+    assert (debug.mask_token_id, debug.decoder.vocab_size) == (257, 258)
+    write_tokenizer(tmp_path)
+    for vocab_size, mask_token_id, rows in ((300, TOKENS, 300), (264, TOKENS, 264), (TOKENS, TOKENS, 320)):
+        make_model("qwen3", vocab_size=vocab_size).config.save_pretrained(tmp_path)
+        spec = resolve("--model.hf_path", str(tmp_path))
+        assert (spec.mask_token_id, spec.decoder.vocab_size, spec.used_rows) == (mask_token_id, rows, TOKENS)
+    # named: any row, but none outside
+    assert resolve("--model.hf_path", str(tmp_path), "--tidar.mask_token_id", "7").decoder.vocab_size == TOKENS
+    with pytest.raises(UserError, match="tidar.mask_token_id = 263: must be from 0 to 262, a row of the embedding"):
+        resolve("--model.hf_path", str(tmp_path), "--tidar.mask_token_id", str(TOKENS))
+
+
+def test_a_full_vocabulary_grows(tmp_path, capfd):
+    """New rows, of the embedding and of the output, start as the mean; the export says that it has grown."""
+    folder, run, out = tmp_path / "in", tmp_path / "run", tmp_path / "out"
+    make_model("qwen2", tie_word_embeddings=False, vocab_size=TOKENS).save_pretrained(folder)
+    write_tokenizer(folder)
+    train(run, "--model.hf_path", str(folder), "--training.steps", "0")
+    assert "grows from 263 to 320 rows" in capfd.readouterr().out
+    arguments = ["--checkpoint", run / "checkpoint" / "step-0", "--output", out, "--dtype", "float32"]
+    subprocess.run([sys.executable, "-m", "tidar.export", *arguments], cwd=ROOT, check=True)
+    assert "has grown from 263 to 320 rows" in capfd.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == 320 and config["tidar"]["vocab_size_before_mask_token"] == 263
+    before, after = tensors(folder), tensors(out)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after[name][:TOKENS].equal(before[name])
+        assert all(row.equal(before[name].double().mean(dim=0).float()) for row in after[name][TOKENS:])
+    AutoModelForCausalLM.from_pretrained(out)
+    # trained on from the export: it keeps its rows and its mask token
+    again = train(tmp_path / "again", "--model.hf_path", str(out), "--training.steps", "0")
+    assert again.spec.mask_token_id == TOKENS and again.spec.decoder.vocab_size == 320
+    assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
+    # and from the first run's checkpoint, though model.hf_path names the folder before it grew
+    options = ["--checkpoint.initial_load_path", str(run / "checkpoint" / "step-0"), "--training.steps", "0"]
+    again = train(tmp_path / "third", "--model.hf_path", str(folder), *options)
+    assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("init, row", [("auto", "mean"), ("mean", "mean"), ("keep", "kept")])
+@pytest.mark.parametrize("mask_token_id", [-1, 5])
+def test_first_value_of_the_mask_row(init, row, mask_token_id, tmp_path):
+    """A free row starts as the mean of the used ones, a token's as it is; either can be asked for."""
+    folder = tmp_path / "in"
+    model = make_model("qwen2")
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    options = ["--tidar.mask_token_init", init, "--tidar.mask_token_id", str(mask_token_id), "--training.steps", "0"]
+    trainer = train(tmp_path / "run", "--model.hf_path", str(folder), *options)
+    embedding, before = whole(trainer.model.embed_tokens.weight), model.model.embed_tokens.weight
+    number = TOKENS if mask_token_id == -1 else mask_token_id
+    kept = row == "kept" or (init == "auto" and mask_token_id == 5)
+    expected = before[number] if kept else before[:TOKENS].double().mean(dim=0).float()
+    assert embedding[number].equal(expected)
+    rest = torch.arange(300) != number
+    assert embedding[rest].equal(before[rest])
+
+
+def test_a_mask_token_in_the_data(tmp_path, capfd):
+    """Refused, unless the option named it: then it is counted."""
+    folder = tmp_path / "in"
+    make_model("qwen2").save_pretrained(folder)
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"tidar": {"mask_token_id": 8}})
+    )
+    with pytest.raises(UserError, match=r"tidar.mask_token_id = 8: stands \d+ times in the data; name"):
+        train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0")
+    train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0", "--tidar.mask_token_id", "8")
+    times = int(re.search(r"warning: tidar.mask_token_id = 8: stands (\d+) times", capfd.readouterr().out)[1])
+    documents = uneven.Uneven(load_config([]).data, None).documents(None)
+    assert times == sum(int((document.tokens == 8).sum()) for document in documents)
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"vocab_size": 90})
+    )
+    with pytest.raises(UserError, match="holds the token 256, but the model's embedding has 90 rows"):
+        train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0", "--tidar.mask_token_id", "8")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
+    """The replaced script's 16-bit dump, the output weight saved twice, at step 0 with a fresh optimizer."""
+    folder, dump = tmp_path / "qwen", tmp_path / "pytorch_model.bin"
+    make_model("qwen2", tie_word_embeddings=True).save_pretrained(folder)
+    trained = make_model("qwen2", seed=1, tie_word_embeddings=True).half()
+    torch.save({prefix + name: tensor for name, tensor in trained.state_dict().items()}, dump)
+    options = [
+        "--model.hf_path",
+        str(folder),
+        "--checkpoint.initial_load_path",
+        str(dump),
+        "--tidar.mask_token_id",
+        "6",
+    ]
+    trainer = train(tmp_path / "run", *options, "--training.steps", "0")
+    for name, parameter in trainer.model.named_parameters():
+        assert whole(parameter).equal(trained.state_dict()[f"model.{name}"].float())
+    trainer = train(tmp_path / "next", "--model.hf_path", str(folder), "--training.steps", "2", *options[2:])
+    moments = trainer.updates.optimizer.state[trainer.model.norm.weight]
+    # weights alone from a step of that run
+    start = [
+        "--checkpoint.initial_load_path",
+        str(tmp_path / "next" / "checkpoint" / "step-2"),
+        "--training.steps",
+        "1",
+    ]
+    third = train(tmp_path / "third", "--model.hf_path", str(folder), *start)
+    assert (
+        third.step == 1 and moments["step"] == 2 and third.updates.optimizer.state[third.model.norm.weight]["step"] == 1
+    )
+    assert third.spec.mask_token_id == 6  # that of the checkpoint
+    lines = read_metrics(tmp_path / "third")
+    assert [line["step"] for line in lines] == [1]
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    """Shapes do not show the base of the rotary positions; the weights' own config.json does."""
+    for name, theta in (("model", 1e6), ("start", 1e4)):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        make_model("qwen2", rope_parameters=rope).save_pretrained(tmp_path / name)
+    options = ["--model.hf_path", str(tmp_path / "model"), "--checkpoint.initial_load_path", str(tmp_path / "start")]
+    with pytest.raises(UserError, match="rope_theta is 10000.0, but the model's is 1000000.0"):
+        resolve(*options)
+
+
+def test_epochs_are_exported(tmp_path):
+    """Every second epoch, as the run goes; rows of the uneven source make an epoch of several steps."""
+    options = "--training.global_batch_size 128 --training.local_batch_size 64 --training.steps 14".split()
+    trainer = train(tmp_path, *options, "--checkpoint.export_epochs", "2")
+    steps = -(-len(trainer.training_rows) * 2 // 128)
+    numbers = sorted(int(path.name.removeprefix("epoch_")) for path in (tmp_path / "export").iterdir())
+    assert numbers == [2 * n for n in range(1, 14 // steps + 1)] and len(numbers) >= 1
+    last = read_metrics(tmp_path)[-1]
+    assert last["step"] == 14
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / f"epoch_{numbers[-1]}")
+    assert model.dtype == torch.bfloat16
+
+
+def test_the_export_target_is_not_overwritten(tmp_path):
+    train(tmp_path / "run", "--training.steps", "0")
+    checkpoint, out = tmp_path / "run" / "checkpoint" / "step-0", tmp_path / "out"
+    out.mkdir()
+    export(checkpoint, out, torch.bfloat16)  # an empty one may be there
+    before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
+    command = [sys.executable, "-m", "tidar.export", "--output", out, "--checkpoint"]
+    for source, message in (
+        (checkpoint, f"--output {out}: exists and is not an empty folder"),
+        (tmp_path / "run", "must be a checkpoint of a run"),
+    ):
+        result = subprocess.run([*command, source], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
+        assert len(result.stderr.splitlines()) <= 2
+    assert before == sorted((path.name, path.read_bytes()) for path in out.iterdir())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_export_leaves_what_is_not_its_own(tmp_path, monkeypatch):
+    train(tmp_path / "run", "--training.steps", "0")
+    checkpoint = tmp_path / "run" / "checkpoint" / "step-0"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    export(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(checkpoint, tmp_path / "link", torch.bfloat16)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(checkpoint, Path("."), torch.bfloat16)
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("out", "empty", "here")]
+    assert names[0] == names[1] == names[2] and "config.json" in names[0]
+
+
+def test_values_that_float16_cannot_hold_are_not_exported(tmp_path):
+    folder, run = tmp_path / "in", tmp_path / "run"
+    model = make_model("qwen2")
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    model.save_pretrained(folder)
+    train(run, "--model.hf_path", str(folder), "--training.steps", "0")
+    with pytest.raises(UserError, match="model.norm.weight: has values that float16 cannot hold"):
+        export(run / "checkpoint" / "step-0", tmp_path / "out", torch.float16)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_goes_on_with_its_own_mask_token(tmp_path):
+    train(tmp_path, "--training.steps", "0")
+    with pytest.raises(UserError, match="vocabulary of 258 and mask token 257, and now they are 258 and 1"):
+        train(tmp_path, "--training.steps", "0", "--tidar.mask_token_id", "1")
+
+
+def test_bad_models_are_refused_before_anything_is_loaded(tmp_path):
+    """What stands in config.json is checked by the run, and not only by the function that reads it."""
+    folder = tmp_path / "in"
+    make_model("qwen2").save_pretrained(folder)
+    write_tokenizer(folder)
+    good = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    for change, message in (
+        ({"vocab_size": "300"}, 'vocab_size = "300": must be an integer >= 1'),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"model_type": ["qwen2"]}, "supported are"),
+        ({"tidar": [1]}, "must keep a mask_token_id below vocab_size"),
+        ({"tidar": {"mask_token_id": "a"}}, "must keep a mask_token_id below vocab_size"),
+        ({"tidar": {"mask_token_id": 300}}, "must keep a mask_token_id below vocab_size"),
+        ({"tidar": {"mask_token_id": -5}}, "must keep a mask_token_id below vocab_size"),
+        ({"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers"),
+        ({"layer_types": 5}, "layer_types = 5: must be a list"),
+        ({"rope_scaling": yarn}, "rope_parameters and rope_scaling are both there and differ"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 4.0}}, "has a factor, but no rope_type"),
+        ({"rope_parameters": yarn | {"rope_theta": 1.0}}, "rope_theta = 1.0: must be a number > 1"),
+        ({"rope_parameters": yarn | {"mscale": "a", "mscale_all_dim": 1}}, 'mscale = "a"'),
+    ):
+        (folder / "config.json").write_text(json.dumps(good | change))
+        with pytest.raises(UserError) as error:
+            train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0")
+        assert message in str(error.value) and "\n" not in str(error.value)
+    (folder / "config.json").write_text(json.dumps(good | {"tidar": {"pattern": "x"}}))
+    for name, content in (("tokenizer.json", "{}"), ("tokenizer.json", ""), ("vocab.json", "[]")):
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match="its tokenizer cannot be read"):
+            train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0")
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "config.json").write_text(json.dumps(good))
+    with pytest.raises(UserError, match="holds no weights"):
+        options = ["--model.hf_path", str(without), "--checkpoint.initial_load_path", str(without)]
+        train(tmp_path / "run", *options, "--training.steps", "0")
+
+
+def test_data_beyond_the_embedding_is_refused_though_the_vocabulary_may_grow(tmp_path):
+    make_model("qwen2", vocab_size=200).save_pretrained(tmp_path / "in")
+    with pytest.raises(UserError, match="holds the token 256, but the model's embedding has 200 rows"):
+        train(tmp_path / "run", "--model.hf_path", str(tmp_path / "in"), "--training.steps", "0")
+
+
+def test_two_ranks_export_what_one_does(tmp_path):
+    """At the end of an epoch, of a model whose vocabulary has grown and does not divide by two."""
+    make_model("qwen2", vocab_size=TOKENS, tie_word_embeddings=False).save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    options = [*SHORT, "--model.hf_path", str(tmp_path / "in"), "--training.epochs", "1", "--checkpoint.export_epochs"]
+    options += ["1", "--training.global_batch_size", "128", "--training.local_batch_size", "64"]
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        folder = ["--job.dump_folder", str(tmp_path / str(processes))]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *launcher, "tests/uneven.py", *options, *folder]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    one, two = (tensors(tmp_path / str(processes) / "export" / "epoch_1") for processes in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name].double() - two[name].double()).norm() <= 1e-3 * one[name].double().norm(), name

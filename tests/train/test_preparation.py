@@ -1,0 +1,167 @@
+"""Preparing data: killed and begun again, by one process or more; and real text, packed and found again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import write_tokenizer
+
+from tidar.config import load_config
+from tidar.data import data_tokenizer, load_data, load_tokenizer, make_rows
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+real_text = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs GSM8K and Qwen3's tokenizer")
+
+
+def prepare(output: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tidar.prepare_data", "--output", str(output), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".tidar-lock"}
+
+
+def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
+    """SIGKILL to all its processes at three random moments, one after the other; then a call that is let be."""
+    write_tokenizer(tmp_path / "tokenizer")
+    rng = random.Random(0)
+    file = tmp_path / "a.jsonl"
+    words = ["in", "the", "beginning", "—", "thin", "\n"]
+    with open(file, "w", encoding="utf-8") as lines:
+        for _ in range(30_000):
+            text = " ".join(rng.choices(words, k=rng.randint(0, 120)))
+            lines.write(json.dumps({"text": text}) + "\n" if rng.random() < 0.99 else "no JSON\n")
+    assert file.stat().st_size > 4 * 2**21  # several parts
+    options = ["--data.source", "text", "--data.paths", str(file), "--data.tokenizer", str(tmp_path / "tokenizer")]
+    options += ["--data.on_error", "skip", "--processes"]
+    whole = prepare(tmp_path / "whole", *options, "1")
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+    expected = content(tmp_path / "whole")
+    meta = json.loads(expected["meta.json"])
+    assert meta["dropped"] > 100 and f"left out: {meta['dropped']:,} documents" in output
+    out = tmp_path / "killed"
+    for _ in range(3):
+        process = prepare(out, *options, "1")
+        wanted = len(list(out.glob(".tidar-parts/*.npz"))) + rng.randint(0, 1)
+        deadline = time.time() + 60
+        while len(list(out.glob(".tidar-parts/*.npz"))) < wanted or not (out / ".tidar-parts").exists():
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (out / "meta.json").exists()
+    again = prepare(out, *options, "2")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert content(out) == expected
+    # nothing is left to do; and other data is not mixed in
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+    idle = prepare(tmp_path / "whole", *options, "1")
+    refused = prepare(out, *options, "1", "--data.text_field", "other")
+    output, _ = refused.communicate()
+    assert refused.returncode == 1 and "was prepared from other options; remove it" in output
+    assert len(output.splitlines()) == 1
+    assert idle.wait() == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """And a folder that holds something else is not touched."""
+    write_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "in the beginning " * 20}) + "\n" * 2)
+    file.write_text(file.read_text() * 40_000)
+    options = ["--data.source", "text", "--data.paths", str(file), "--data.tokenizer", str(tmp_path / "tokenizer")]
+    process = prepare(tmp_path / "out", *options, "--processes", "2")
+
+    def group() -> list[str]:
+        found = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        return [line for line in found if line.split()[1] == str(process.pid) and "Z" not in line]
+
+    deadline = time.time() + 60
+    while not list((tmp_path / "out").glob(".tidar-parts/*.npz")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    assert len(group()) >= 3
+    process.kill()
+    process.wait()
+    while group():
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.communicate()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    refused = prepare(tmp_path / "mine", *options)
+    output, _ = refused.communicate()
+    assert refused.returncode == 1 and "holds thesis.txt: must be empty" in output
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@real_text
+@pytest.mark.parametrize("source", ["text", "chat"])
+def test_gsm8k_is_found_again(source, tmp_path):
+    """Packed at 2048: at least 97 % of positions are tokens, and every document is there, whole and unchanged."""
+    file = SHARED / "data" / "gsm8k" / "train.jsonl"
+    options = ["--data.source", source, "--data.paths", str(file), "--data.text_field", "question"]
+    options += ["--data.tokenizer", str(SHARED / "tokenizers" / "qwen3"), "--validation.enable", "false"]
+    config = load_config([*options, "--training.seq_len", "2048", "--job.dump_folder", str(tmp_path)])
+    data = load_data(config, data_tokenizer(config.data, load_tokenizer(config.data.tokenizer)))
+    rows, _ = make_rows(config, data)
+    backend = load_tokenizer(config.data.tokenizer).backend
+    found = []
+    for row in range(len(rows)):
+        tokens, ids, mask = rows[row]
+        for number in range(int(ids.max()) + 1):
+            found.append((tuple(tokens[ids == number].tolist()), mask[ids == number].tolist()))
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    share = rows.n_tokens / (len(rows) * 2048)
+    print(
+        f"{source}: {len(records):,} documents, {rows.n_tokens:,} tokens, {len(rows):,} rows, padding {1 - share:.3%}"
+    )
+    assert len(found) == len(records) == 7473 and share >= 0.97
+    by_tokens = dict(found)
+    for record in records:
+        if source == "text":
+            ids = tuple(backend(record["question"], add_special_tokens=False)["input_ids"] + [151643])
+            assert all(by_tokens[ids])
+        else:
+            head = f"<|im_start|>user\n{record['question']}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            pieces = [backend(text)["input_ids"] for text in (head, record["answer"] + "<|im_end|>", "\n")]
+            ids = tuple(sum(pieces, []))
+            assert by_tokens[ids] == [float(number == 1) for number, piece in enumerate(pieces) for _ in piece]
+
+
+def test_a_step_sees_targets_only(tmp_path):
+    """From a chat on disk to the trainer's targets: both losses score what the assistant says, and nothing else."""
+    write_tokenizer(tmp_path / "tokenizer")
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "in the", "response": "beginning"}) + "\n")
+    options = ["--data.source", "chat", "--data.paths", str(tmp_path / "a.jsonl"), "--validation.enable", "false"]
+    options += ["--data.tokenizer", str(tmp_path / "tokenizer"), "--training.seq_len", "64"]
+    config = load_config([*options, "--job.dump_folder", str(tmp_path / "run")])
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    rows, _ = make_rows(config, load_data(config, tokenizer))
+    tokens, ids, mask = (part[None] for part in rows[0])
+    from tidar.patterns import get_pattern
+
+    batch = get_pattern("tidar", block_size=4, mask_token_id=263).layout(tokens, ids, mask)
+    for targets in batch.targets.values():
+        assert tokenizer.backend.decode(targets.labels) == "beginning<|im_end|>"
+    assert torch.equal(batch.input_ids[0, batch.targets["ar"].index + 1], batch.targets["ar"].labels)
+    assert np.all(mask.numpy()[ids.numpy() < 0] == 0)

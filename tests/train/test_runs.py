@@ -1,0 +1,248 @@
+"""Whole runs: real processes, real files."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from results import read_metrics
+
+from tidar.config import UserError, load_config
+from tidar.distributed import leave_world
+from tidar.training.compile_ahead import Compiler, Work
+from tidar.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+TINY = "--training.seq_len 32 --training.local_batch_size 2 --metrics.log_freq 1 --data.num_workers 0".split()
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def train_here(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
+    try:
+        trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+        trainer.train()
+    finally:
+        leave_world()
+    return trainer
+
+
+def metrics(folder: Path, *names: str) -> list[dict]:
+    lines = read_metrics(folder)
+    return [{name: line[name] for name in ("step", *names)} for line in lines if all(name in line for name in names)]
+
+
+def results(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what is not repeatable."""
+    lines = read_metrics(folder)
+    return [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
+
+
+def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
+    options = "--training.steps 6 --training.global_batch_size 4 --checkpoint.interval 1 --validation.freq 3".split()
+    train_here(tmp_path / "whole", *options, "--validation.steps", "2")
+    expected = results(tmp_path / "whole")
+    assert [line["step"] for line in expected] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for step in range(1, 6):
+        folder = tmp_path / f"stopped-{step}"
+        shutil.copytree(tmp_path / "whole", folder)
+        for later in range(step + 1, 7):
+            shutil.rmtree(folder / "checkpoint" / f"step-{later}")
+        train_here(folder, *options, "--validation.steps", "2")
+        assert results(folder) == expected
+    again = train_here(tmp_path / "whole", *options)
+    assert again.step == 6 and results(tmp_path / "whole") == expected
+
+
+def test_killed_it_goes_on(tmp_path):
+    options = [*TINY, "--training.steps", "24", "--checkpoint.interval", "3", "--validation.enable", "false"]
+    command = [sys.executable, "-m", "tidar.train", *options, "--job.dump_folder", str(tmp_path / "killed")]
+    process = start(command)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "checkpoint" / "step-6").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    output = finish(start(command))
+    assert "goes on from" in output
+    finish(start([*command[:-1], str(tmp_path / "whole")]))
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+class KilledInValidation(Trainer):
+    def validate(self):
+        raise KeyboardInterrupt
+
+
+def test_killed_in_its_last_validation_it_validates_again(tmp_path):
+    options = ["--training.steps", "4", "--checkpoint.interval", "3", "--validation.steps", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        train_here(tmp_path / "killed", *options, kind=KilledInValidation)
+    train_here(tmp_path / "killed", *options)
+    train_here(tmp_path / "whole", *options)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_a_run_learns_and_writes_what_it_says(tmp_path):
+    """Both losses fall, a draft gets worse with its place in the block, and the resolved options train again."""
+    options = "--training.seq_len 128 --training.local_batch_size 8 --training.steps 80 --optimizer.lr 2e-3".split()
+    options += "--metrics.log_freq 20 --validation.steps 10 --checkpoint.interval 100".split()
+    train_here(tmp_path, *options)
+    (validation,) = [line for line in results(tmp_path) if "val/loss" in line]
+    # untrained: 5.6; without any context: 3.26
+    assert validation["val/ar_loss"] < 3.2 and validation["val/diffusion_loss"] < 3.35
+    by_place = [validation[f"val/diffusion_loss_at/{place}"] for place in range(8)]
+    assert by_place[0] < by_place[7] and sum(by_place[:4]) < sum(by_place[4:])
+    assert 0 < validation["val/accepted_prefix"] < 8 and 0 < validation["val/accuracy_diff_at/7"] < 1
+    logged = read_metrics(tmp_path)[0]
+    assert {
+        "train/batch_loss", "train/batch_ar_loss", "train/batch_diffusion_loss", "train/batch_accuracy",
+        "train/batch_accuracy_diff", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/tflops",
+        "perf/data_wait_fraction", "memory/peak_gib",
+    } < logged.keys()  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "tb",
+        "checkpoint",
+        "data",
+        ".lock",
+        "outcome.json",
+    }
+    again = train_here(tmp_path / "again", "--job.config_file", str(tmp_path / "config.toml"), "--training.steps", "1")
+    assert again.config.optimizer.lr == 2e-3
+
+
+class Recorded(Trainer):
+    """Keeps the sums that every step reports."""
+
+    def report_step(self, weights, sums, *rest):
+        self.recorded = [*getattr(self, "recorded", []), (weights.clone(), sums.clone())]
+        super().report_step(weights, sums, *rest)
+
+
+def test_epochs_are_reported(tmp_path, uneven_data):
+    """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
+    options = f"{uneven_data} --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
+    options += "--training.global_batch_size 40 --training.local_batch_size 20".split()
+    trainer = train_here(tmp_path, *options, kind=Recorded)
+    names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
+    epochs = metrics(tmp_path, *names)
+    n_rows = len(trainer.training_rows)
+    assert [epoch["step"] for epoch in epochs] == [-(-n_rows // 40), -(-2 * n_rows // 40)]
+    weights, sums = (sum(parts) for parts in zip(*trainer.recorded[: epochs[0]["step"]]))
+    ar_loss, diffusion_loss = (sums[0] / weights).tolist()
+    means = dict(zip(names, [(ar_loss + diffusion_loss) / 2, ar_loss, diffusion_loss]))
+    assert epochs[0] == pytest.approx({"step": epochs[0]["step"]} | means, rel=1e-12)
+    for step in (12, 16, 20):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    train_here(tmp_path, *options)
+    assert metrics(tmp_path, *names) == epochs
+
+
+def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
+    """One and a half passes over the data, the first half of them with smaller steps."""
+    options = [*uneven_data.split(), "--validation.enable", "false", "--training.local_batch_size", "20"]
+    options += ["--training.global_batch_size"]
+    first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
+    n_rows = len(first.training_rows)
+    assert first.step == -(-n_rows // 40)
+    second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5", "--checkpoint.allow_changes")
+    samples = second.progress.samples
+    assert samples == 20 * first.step + 60 * (second.step - first.step)
+    assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
+
+
+def test_the_launcher_starts_as_many_processes_as_it_is_told(tmp_path):
+    options = [*TINY, "--training.steps", "2", "--validation.steps", "1", "--job.dump_folder", str(tmp_path)]
+    command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options]
+    output = finish(start(command))
+    assert "2 devices x 1 micro-batch x 2 rows" in output
+    assert output.count("step 2/2") == 2
+    assert (tmp_path / "checkpoint" / "step-2").exists()
+
+
+def test_bfloat16_follows_float32(tmp_path):
+    losses = {}
+    for name in ("float32", "bfloat16"):
+        options = ["--training.steps", "3", "--validation.steps", "1", "--training.mixed_precision_param", name]
+        train_here(tmp_path / name, *options, "--training.gc_freq", "2")
+        losses[name] = [line["train/batch_loss"] for line in metrics(tmp_path / name, "train/batch_loss")]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+
+
+def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
+    options = ["--training.steps", "1", "--validation.enable", "false"]
+    train_here(tmp_path, *options)
+    written = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text()
+    for change, words in (
+        (["--checkpoint.enable", "false"], "checkpoint.enable = false: .* holds the checkpoints of another run"),
+        (["--training.steps", "2", "--training.seq_len", "16"], "training.seq_len: 32 -> 16; rows of data: "),
+        (["--training.steps", "2", "--training.seed", "7"], "training.seed: 0 -> 7; data, or options of packing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_here(tmp_path, *options, *change)
+    assert written == ((tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text())
+
+
+BAD_RUNS = {
+    ("CONFIG_FILE=/no/such.toml",): "job.config_file = /no/such.toml: cannot be read",
+    ("NGPU=two",): "NGPU = two: must be integer >= 1",
+    ("LOG_RANK=1",): "LOG_RANK = 1: must be ranks from 0 to 0",
+    ("NNODES=2", "MASTER_ADDR=localhost"): "NODE_RANK: must be this node's number where NNODES = 2",
+    ("NNODES=2", "NODE_RANK=1"): "MASTER_ADDR: must be the address of node 0 where NNODES = 2",
+    ("NNODES=2", "MASTER_ADDR=localhost", "NODE_RANK=2"): "NODE_RANK = 2: must be integer from 0 to 1",
+    ("NGPU=3", "--training.global_batch_size", "16"): "must be a multiple of 24",
+    ("--data.paths", "{empty}"): "holds no .py file",
+    ("--data.paths", "{empty}/none"): "must be a folder",
+    ("--job.dump_folder", "/proc/run"): "job.dump_folder = /proc/run: cannot be written",
+    ("--model.attention_backend", "flex"): "has no backward pass without CUDA",
+}
+
+
+def test_bad_runs_are_refused_in_two_lines(tmp_path):
+    processes = {}
+    for number, arguments in enumerate(BAD_RUNS):
+        words = ["--job.dump_folder", str(tmp_path / "runs" / str(number))]
+        words += [word.format(empty=tmp_path) for word in arguments]
+        variables = [word for word in words if word[0].isupper()]
+        options = [word for word in words if not word[0].isupper()]
+        command = ["env", f"PYTHON={sys.executable}", *variables, "./run_train.sh", *options]
+        processes[arguments] = start(command)
+    for arguments, process in processes.items():
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, arguments
+        assert BAD_RUNS[arguments] in output and len(output.splitlines()) <= 2
+
+
+def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys):
+    """It is told that the process which should have done so has failed."""
+    options = "--training.steps 2 --validation.enable false --checkpoint.enable false".split()
+    trainer = Trainer(load_config(["--job.dump_folder", str(tmp_path), *TINY, *options]))
+    try:
+        trainer.compiler = Compiler(Work(None, torch.float32, 1, 1, True, True, 132, (9, 0)))
+        assert trainer.compiler.process.wait(timeout=60) == 1
+        trainer.train()
+    finally:
+        leave_world()
+    output = capsys.readouterr().out
+    assert re.search("warning: step 1 was slow, for its kernels were not compiled ahead: \\w+Error.*\nstep 2/2", output)

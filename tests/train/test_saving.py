@@ -1,0 +1,254 @@
+"""Saving while training goes on, and what comes of saves that fail."""
+
+import errno
+import gc
+import logging
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from results import read_metrics
+
+from tidar.config import UserError, load_config
+from tidar.distributed import leave_world
+from tidar.models.huggingface.checkpoint_files import CheckpointTensors
+from tidar.training.checkpoint.checkpointer import Checkpointer
+from tidar.training.checkpoint.manifest import check_files, read_manifest, saved_steps
+from tidar.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+TINY = "--training.seq_len 16 --training.local_batch_size 2 --metrics.log_freq 1 --validation.enable false".split()
+
+
+def train(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
+    try:
+        trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+        trainer.train()
+    finally:
+        leave_world()
+    return trainer
+
+
+def tensors_of(step: Path) -> dict[str, torch.Tensor]:
+    tensors = CheckpointTensors(step)
+    return {name: tensors.rows(name, 0, shape[0]) for name, shape in tensors.shapes.items() if shape}
+
+
+def is_whole(step: Path) -> bool:
+    return check_files(step, read_manifest(step)["files"]) is None
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, uneven_data, monkeypatch, mode):
+    """Every second step is saved, as it is at that step, though the writing takes longer than the steps."""
+    options = [*uneven_data.split(), "--training.steps", "7", "--checkpoint.interval", "2"]
+    train(tmp_path / "disabled", *options)
+    write, step_writing, overlapped = Checkpointer._write, [0], []
+
+    def slow(self, step, *rest):
+        step_writing[0] = step
+        time.sleep(0.3)
+        files = write(self, step, *rest)
+        step_writing[0] = 0
+        return files
+
+    class Watching(Trainer):
+        def train_step(self, batches):
+            super().train_step(batches)
+            overlapped.append(step_writing[0])
+
+    monkeypatch.setattr(Checkpointer, "_write", slow)
+    train(tmp_path / mode, *options, "--checkpoint.async_mode", mode, kind=Watching)
+    assert {2, 4, 6} <= set(overlapped)
+    for step in (2, 4, 6, 7):
+        expected, found = (tensors_of(tmp_path / name / "checkpoint" / f"step-{step}") for name in ("disabled", mode))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    stalls = {line["step"]: line.get("perf/save_stall_seconds") for line in read_metrics(tmp_path / mode)}
+    # the second save waits for the first, which takes longer than the two steps between them
+    assert stalls[2] is None and 0 < stalls[3] < 0.2 and stalls[5] > stalls[3]
+
+
+def test_what_a_checkpoint_counts(tmp_path, ranks, uneven_data):
+    """Tokens of all ranks, samples, and the time of all processes that have trained the run."""
+    options = [*TINY, *uneven_data.split(), "--training.global_batch_size", "4", "--checkpoint.interval", "2"]
+    options += ["--job.dump_folder", str(tmp_path)]
+    ranks.run(2, *options, "--training.steps", "2")
+    ranks.run(1, *options, "--training.steps", "4")
+    first, last = (read_manifest(tmp_path / "checkpoint" / f"step-{step}")["about"] for step in (2, 4))
+    assert (first["samples"], last["samples"]) == (8, 16) and (first["devices"], last["devices"]) == (2, 1)
+    assert 0 < first["seconds"] < last["seconds"] < 60
+    # rows of 16 are nearly full
+    assert 0.9 * 8 * 16 < first["tokens"] <= 8 * 16 and 0.9 * 16 * 16 < last["tokens"] <= 16 * 16
+    assert first["torch"] == torch.__version__ and last["options"]["training"]["seq_len"] == 16
+
+
+@contextmanager
+def file_limit(n_bytes: int):
+    """Files of this process cannot grow beyond it, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_full_disk(tmp_path, uneven_data, capsys, mode, on_error):
+    """The save of step 4 finds no room: the run stops or goes on, and the one before is untouched."""
+    options = [*uneven_data.split(), "--training.steps", "6", "--checkpoint.interval", "2"]
+    options += ["--checkpoint.async_mode", mode, "--checkpoint.on_error", on_error]
+
+    class Full(Trainer):
+        def save(self):
+            self.checkpointer.finish()
+            if self.step != 4:
+                super().save()
+                return
+            with file_limit(1_000_000):
+                super().save()
+                if self.checkpointer.thread:
+                    self.checkpointer.thread.join()
+
+    message = f"{tmp_path / 'checkpoint' / 'step-4'}: could not be saved: File too large"
+    if on_error == "stop":
+        with pytest.raises(UserError) as error:
+            train(tmp_path, *options, kind=Full)
+        assert str(error.value) == f"{message}\nthe last whole one is {tmp_path / 'checkpoint' / 'step-2'}"
+        assert f'"reason": "rank 0: {message}' in (tmp_path / "outcome.json").read_text()
+        assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-2"]
+        train(tmp_path, *options)
+    else:
+        trainer = train(tmp_path, *options, kind=Full)
+        assert f"warning: {message}" in capsys.readouterr().out and trainer.step == 6
+        assert '"outcome": "finished"' in (tmp_path / "outcome.json").read_text()
+    steps = saved_steps(tmp_path)
+    assert list(steps) == ([2, 4, 6] if on_error == "stop" else [2, 6]) and all(map(is_whole, steps.values()))
+    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {path.name for path in steps.values()}
+
+
+def test_the_last_save_must_be_whole(tmp_path, uneven_data):
+    """The run has nothing to show for its end without it, whatever checkpoint.on_error says."""
+
+    class Full(Trainer):
+        def save(self):
+            with file_limit(1_000_000):
+                super().save()
+
+    options = [*uneven_data.split(), "--training.steps", "2", "--checkpoint.on_error", "continue"]
+    with pytest.raises(UserError, match="step-2: could not be saved: see above\nthe run has no whole one yet"):
+        train(tmp_path, *options, kind=Full)
+    assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()
+
+
+def test_what_cannot_be_removed_stays(tmp_path, uneven_data, capsys, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr("tidar.training.checkpoint.checkpointer.remove_folder", refuse)
+    options = [*uneven_data.split(), "--training.steps", "3", "--checkpoint.interval", "1"]
+    train(tmp_path, *options, "--checkpoint.keep_latest_k", "2")
+    assert f"warning: {tmp_path / 'checkpoint' / 'step-1'}: cannot be removed (Device or" in capsys.readouterr().out
+    assert list(saved_steps(tmp_path)) == [1, 2, 3] and '"finished"' in (tmp_path / "outcome.json").read_text()
+
+
+def test_an_error_ends_the_process(tmp_path):
+    """And the workers that prepare its batches."""
+    script = "import resource, uneven; from tidar import train; "
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); train.main()"
+    options = ["--data.source", "uneven", "--data.num_workers", "2", "--training.steps", "2", *TINY]
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *options, "--job.dump_folder", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert finished.returncode == 1 and "step-2: could not be saved: File too large" in finished.stderr
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_disk_that_is_full_for_one_rank(tmp_path, ranks, uneven_data, mode):
+    options = [*TINY, *uneven_data.split(), "--training.steps", "4", "--checkpoint.interval", "2"]
+    options += ["--checkpoint.async_mode", mode, "--job.dump_folder", str(tmp_path)]
+    answers = ranks.run(2, *options, faults=[(1, 1, "disk")])
+    message = "step-2: could not be saved: File too large (rank 1)\nthe run has no whole one yet"
+    assert [answer["error"].split("/")[-1] for answer in answers] == [message] * 2
+    assert not any((tmp_path / "checkpoint").iterdir())
+
+
+def growth(tmp_path: Path, uneven_data: str, saves: int) -> None:
+    """Saves after each step, and fails where memory, threads or open files grow."""
+    found = []
+    logging.disable()  # pytest would keep each line that DCP logs
+
+    class Saving(Trainer):
+        def save(self):
+            super().save()
+            if self.step in (saves // 4, saves):
+                self.checkpointer.finish()
+                gc.collect()
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+                found.append((len(os.listdir("/proc/self/fd")), threading.active_count(), resident))
+
+    options = [*uneven_data.split(), "--training.steps", str(saves), "--checkpoint.interval", "1"]
+    options += ["--checkpoint.async_mode", "async", "--training.gc_freq", "10"]
+    try:
+        train(tmp_path, *options, kind=Saving)
+    finally:
+        logging.disable(logging.NOTSET)
+    files, threads, memory = (after - before for before, after in zip(*found))
+    print(f"{saves} saves: {files} files, {threads} threads, {memory / 1e6:.1f} MB more")
+    assert files <= 0 and threads <= 0 and memory < 30e6
+
+
+def test_saves_leave_nothing_behind(tmp_path, uneven_data):
+    growth(tmp_path, uneven_data, saves=24)
+
+
+@pytest.mark.long
+def test_a_thousand_saves_leave_nothing_behind(tmp_path, uneven_data):
+    growth(tmp_path, uneven_data, saves=1000)
+
+
+HSDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 2"
+
+
+def test_resharded_it_goes_on(tmp_path, ranks, uneven_data):
+    """Saved on 4 ranks, HSDP 2 x 2; resumed on 1, 2 and 3 with the same losses, on 4 bit for bit."""
+    options = [*TINY, *uneven_data.split(), "--training.global_batch_size", "12", "--training.local_batch_size", "1"]
+    options += ["--training.steps", "7", "--checkpoint.interval", "3"]
+    whole = tmp_path / "whole"
+    ranks.run(4, *options, *HSDP.split(), "--job.dump_folder", str(whole), weights=tmp_path / "whole.pt")
+    expected = [line["train/batch_loss"] for line in read_metrics(whole)]
+    for size in (1, 2, 3, 4):
+        folder = tmp_path / str(size)
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / "step-3").symlink_to(whole / "checkpoint" / "step-3")
+        sharding = HSDP.split() if size == 4 else []
+        ranks.run(size, *options, *sharding, "--job.dump_folder", str(folder), weights=tmp_path / f"{size}.pt")
+        losses = [line["train/batch_loss"] for line in read_metrics(folder)]
+        assert losses == pytest.approx(expected[3:], rel=1e-5)
+        if size == 4:
+            before, after = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", size))
+            assert losses == expected[3:] and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def torture(*arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tests/torture.py", *arguments]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr
+
+
+def test_killed_anywhere_it_ends_the_same():
+    torture("--trials", "2")

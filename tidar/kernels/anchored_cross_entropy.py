@@ -1,0 +1,215 @@
+"""Cross-entropy of an output projection and its gradients, with exponentials in place of logits, by QuACK's kernels.
+
+Of a row with logits z and target y, the product that makes z writes e_j = exp(z_j - z_y) in place of it, and adds up
+their sum S on the way. Anchored at the target, it has to know no maximum, and S says all: the cross-entropy is log S,
+its gradient c (e_j / S - [j = y]), with the row's coefficient c. That is one scale for a row, c / S, times what the
+product has written, once S is taken from the target's place. The scale of a row commutes with a product: so no further
+pass over the vocabulary is needed. Logits are never rounded to 16 bits; e is, and the hidden states scaled. Needs a
+Hopper GPU and bfloat16, whose range e has to have.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import cutlass.cute as cute
+import torch
+import triton
+import triton.language as tl
+from quack.epilogue.frontend import gemm_epilogue
+from quack.epilogue.library import identity_epi
+from quack.epilogue.math import pexp2
+from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
+from torch import Tensor
+
+from tidar.kernels.matmul import Tile, best_tile, tile_options
+from tidar.kernels.selection import ALIGNED, multiprocessors
+
+# pingpong hides what the epilogues do
+TILE = Tile(128, 192, pingpong=True, cluster=(2, 1))
+# what a vocabulary is a multiple of: its last columns, fewer than those of TILE, are a tile of their own, for what lies
+# behind the last one would be added up with the rest
+COLUMNS = 64
+LOG2E = 1.4426950408889634
+# log2 of e at the target, and of the largest e: sums of such are far from the ends of float32's range. In gradients,
+# logits more than 111 nats above the target's count as if they were that much, and those 45 nats below it not at all
+AT_TARGET, LARGEST = -60.0, 100.0
+# number of targets that chunks are best a multiple of; QuACK keeps something of each number that it has seen
+TARGETS = 128
+
+_label = ColVecLoad("label")
+
+
+@gemm_epilogue(
+    ops={"anchor": ColVecLoad("anchor")},
+    reduces={"total": ColVecReduce("total"), "largest": ColVecReduce("largest", combine="max", check_oob=False)},
+    outs={"target": ColVecSelect("target", idx_op=_label)},
+    extra_ops=(_label,),
+)
+def exponentials(acc, anchor):
+    """Of logits: their exponentials, the sums and largest logits of each tile's rows, and the targets' logits."""
+    e = pexp2(cute.arch.fmin(acc * LOG2E - anchor, LARGEST, nan=True))
+    return {"D": e, "total": e, "largest": acc, "target": acc}
+
+
+@gemm_epilogue(ops={"scale": ColVecLoad("scale")})
+def scaled_rows(acc, scale):
+    return {"D": acc * scale}
+
+
+def fits(vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels can do an output projection of that size and type."""
+    return dtype == torch.bfloat16 and vocab_size % COLUMNS == 0 and dim % ALIGNED == 0
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    anew: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
+    them to `d_weight`, or writes them there where `anew`. correct: whether no logit is larger than the target's.
+
+    hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of COLUMNS; labels:
+    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n.
+    """
+    (n, dim), vocab = hidden.shape, len(weight)
+    e = hidden.new_empty(n, vocab)
+    anchors, targets, scales, nll = coefficients.new_empty(4, -(-n // 4) * 4)[:, :n]  # each of them aligned
+    totals, largest = coefficients.new_empty(2, n, -(-vocab // TILE.columns))
+    correct = torch.empty_like(labels, dtype=torch.bool)
+    scaled_hidden = torch.empty_like(hidden)
+    BLOCK = triton.next_power_of_2(dim)
+    _cross_entropy_anchor_kernel[(n,)](hidden, weight, labels, anchors, hidden.stride(0), dim, LOG2E, AT_TARGET, BLOCK)
+    for columns in _parts(vocab):
+        _write_exponentials(columns, hidden, weight, labels, anchors, totals, largest, targets, e)
+    _cross_entropy_row_kernel[(n,)](
+        *(totals, largest, anchors, targets, labels, coefficients, hidden, e),
+        *(nll, correct, scales, scaled_hidden),
+        *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
+        *(BLOCK, triton.next_power_of_2(totals.shape[1])),
+    )
+    # the same kernel for all chunks of steps that have several, each of them larger than half of the largest
+    size = chunk_size if 2 * n > chunk_size else n
+    _write_d_hidden(size, multiprocessors(hidden.device), e, weight, scales, d_hidden)
+    if anew:
+        d_weight.zero_()  # a kernel that writes would be one more to compile
+    _add_d_weight(e, scaled_hidden, d_weight)
+    return nll, correct
+
+
+def kernel_calls(chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, count: int) -> Iterator[Callable[[], None]]:
+    """Calls of QuACK's kernels of `score`, one by one, on meta tensors. count: of multiprocessors."""
+    empty = partial(torch.empty, device="meta")
+    e, hidden, weight = (empty(*size, dtype=dtype) for size in ((chunk_size, vocab), (chunk_size, dim), (vocab, dim)))
+    rows, labels = empty(chunk_size), empty(chunk_size, dtype=torch.int64)
+    tiles = empty(chunk_size, -(-vocab // TILE.columns))
+    for columns in _parts(vocab):
+        yield partial(_write_exponentials, columns, hidden, weight, labels, rows, tiles, tiles, rows, e)
+    yield partial(_write_d_hidden, chunk_size, count, e, weight, rows, hidden)
+    yield partial(_add_d_weight, e, hidden, empty(vocab, dim))
+
+
+def _parts(vocab: int) -> list[slice]:
+    """The columns that are whole tiles, and those that are left."""
+    edge = vocab // TILE.columns * TILE.columns
+    return [columns for columns in (slice(0, edge), slice(edge, vocab)) if columns.start < columns.stop]
+
+
+def _write_exponentials(
+    columns: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    totals: Tensor,
+    largest: Tensor,
+    targets: Tensor,
+    e: Tensor,
+) -> None:
+    start, end = columns.start, columns.stop
+    tile = TILE if end - start >= TILE.columns else TILE._replace(columns=end - start)
+    tiles = slice(start // TILE.columns, -(-end // TILE.columns))
+    sums = {"total": totals[:, tiles], "largest": largest[:, tiles], "target": targets}
+    epi_args = {"anchor": anchors, "label": (labels - start).int()} | sums
+    exponentials.gemm(
+        hidden, weight[columns], e[:, columns], epi_args=epi_args, max_swizzle_size=16, **tile_options(tile)
+    )
+
+
+def _write_d_hidden(size: int, count: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
+    tile = best_tile(size, *weight.shape, count) or TILE
+    scaled_rows.gemm(e, weight.mT, d_hidden, epi_args={"scale": scales}, **tile_options(tile))
+
+
+def _add_d_weight(e: Tensor, scaled_hidden: Tensor, d_weight: Tensor) -> None:
+    identity_epi.gemm(e.mT, scaled_hidden.mT, d_weight, epi_args={}, add_to_output=True, **tile_options(TILE))
+
+
+@triton.jit
+def _cross_entropy_anchor_kernel(
+    hidden,
+    weight,
+    labels,
+    anchors,
+    stride,
+    dim: tl.constexpr,
+    log2e: tl.constexpr,
+    AT_TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What to subtract from a row's logits, times log2(e), for its target to become AT_TARGET."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(hidden + row * stride + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
+    w = tl.load(weight + tl.load(labels + row) * dim + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
+    tl.store(anchors + row, tl.sum(x * w) * log2e - AT_TARGET)
+
+
+@triton.jit
+def _cross_entropy_row_kernel(
+    totals,
+    largest,
+    anchors,
+    targets,
+    labels,
+    coefficients,
+    hidden,
+    e,
+    nll,
+    correct,
+    scales,
+    scaled_hidden,
+    hidden_stride,
+    e_stride,
+    dim: tl.constexpr,
+    tiles: tl.constexpr,
+    log2e: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What a row's sums over tiles say: its cross-entropy, the scale of its gradients, and its target's place in e."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, TILES)
+    inside = lanes < tiles
+    total = tl.sum(tl.load(totals + row * tiles + lanes, mask=inside, other=0.0))
+    maximum = tl.max(tl.load(largest + row * tiles + lanes, mask=inside, other=-float("inf")))
+    # the product's sum differs from the anchor's in its last bits
+    target, anchor = tl.load(targets + row), tl.load(anchors + row)
+    at_target = tl.exp2(target * log2e - anchor)
+    ratio = tl.log(tl.minimum(total, 1.0) / at_target)
+    value = tl.where(total < 1.0, ratio, tl.log(total) - tl.log(at_target))
+    # where e was cut off, all but the largest logit is nothing
+    tl.store(nll + row, tl.where(maximum * log2e - anchor > LARGEST, maximum - target, value))
+    tl.store(correct + row, target >= maximum)
+    scale = tl.load(coefficients + row) / total
+    tl.store(scales + row, scale)
+    tl.store(e + row * e_stride + tl.load(labels + row), (at_target - total).to(e.dtype.element_ty))
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(hidden + row * hidden_stride + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
+    tl.store(scaled_hidden + row * dim + lanes, (scale * x).to(scaled_hidden.dtype.element_ty), mask=lanes < dim)

@@ -1,0 +1,1 @@
+"""Hidden states to losses; sums of losses over micro-batches and ranks."""

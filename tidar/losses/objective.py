@@ -1,0 +1,199 @@
+"""From hidden states to both losses, without ever holding the logits of all positions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tidar.kernels.compiling import compiled
+from tidar.patterns import Targets
+
+
+@dataclass
+class TokenScores:
+    """Each target token of one loss: its cross-entropy in nats and whether the arg-max was right, both `[n]`."""
+
+    nll: Tensor
+    correct: Tensor
+
+
+class Objective:
+    """L = (sum over losses of w * weighted sum of nll / denominator) / (sum of w), as a head of the decoder.
+
+    The denominator of a loss is the sum of its target weights over the whole optimizer step, all ranks and all
+    micro-batches, so the losses and gradients of the parts add up to those of the step, however it is cut.
+    """
+
+    def __init__(
+        self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False, fast_products: bool = False
+    ):
+        """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA.
+        fast_products: the products are QuACK's, and where they can they leave out logits.
+        """
+        self.loss_weights = loss_weights
+        self.chunk_size = chunk_size
+        self.compile = compile
+        multiply, self.anchored = torch.matmul, None
+        if fast_products:
+            from tidar.kernels import anchored_cross_entropy
+            from tidar.kernels.matmul import product
+
+            multiply, self.anchored = product, anchored_cross_entropy
+        self.by_logits = partial(_score, multiply=multiply, compile=compile)
+
+    def leaves_out_logits(self, vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
+        """Whether it trains an output projection of that size and type by `tidar.kernels.anchored_cross_entropy`."""
+        return self.anchored is not None and self.anchored.fits(vocab_size, dim, dtype)
+
+    def __call__(
+        self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, TokenScores]]:
+        """This micro-batch's share of L, and the scores of its target tokens by loss.
+
+        hidden: `[batch, positions, dim]`; output_weight: `[vocab, dim]`; denominators: scalars.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total_weight = sum(self.loss_weights.values())
+        coefficients = []
+        for loss, target in targets.items():
+            # a step without any target has loss 0, not 0 / 0
+            denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
+            coefficients.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
+        index = torch.cat([target.index for target in targets.values()])
+        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(coefficients)
+        with_gradient = torch.is_grad_enabled()
+        score, padding = self.by_logits, 0
+        if with_gradient and self.leaves_out_logits(*output_weight.shape, output_weight.dtype):
+            score = partial(self.anchored.score, chunk_size=self.chunk_size)
+            padding = -len(labels) % self.anchored.TARGETS
+        value, nll, correct = _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1).index_select(0, F.pad(index, (0, padding))),
+            output_weight,
+            F.pad(labels, (0, padding)),
+            F.pad(coefficients, (0, padding)),  # zeros
+            self.chunk_size,
+            score,
+            self.compile,
+            with_gradient,
+        )
+        sizes = [len(target.labels) for target in targets.values()]
+        parts = zip(nll.split([*sizes, padding]), correct.split([*sizes, padding]))
+        return value, {loss: TokenScores(*part) for loss, part in zip(targets, parts)}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """sum(coefficients * cross-entropy), its gradient made in the forward pass while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,  # [n, dim]
+        weight: Tensor,  # [vocab, dim]
+        labels: Tensor,  # [n]
+        coefficients: Tensor,  # [n], at least float32
+        chunk_size: int,
+        score: Callable,
+        compile: bool,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
+        smallest = coefficients.new_full((1,), torch.finfo(coefficients.dtype).tiny)
+        scale = torch.cat([coefficients.abs(), smallest]).amax()
+        scaled = coefficients / scale
+        nll = torch.empty_like(coefficients)
+        correct = torch.empty_like(labels, dtype=torch.bool)
+        d_hidden = d_weight = None
+        if with_gradient:
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.empty_like(weight, dtype=coefficients.dtype)
+        n_chunks = -(-len(labels) // chunk_size)
+        for number in range(n_chunks):
+            chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
+            d_chunk = d_hidden[chunk] if with_gradient else None
+            nll[chunk], correct[chunk] = score(
+                hidden[chunk], weight, labels[chunk], scaled[chunk], d_chunk, d_weight, anew=number == 0
+            )
+        if with_gradient:
+            if n_chunks == 0:
+                d_weight.zero_()
+            ctx.save_for_backward(d_hidden, d_weight, scale)
+            ctx.weight_dtype, ctx.compile = weight.dtype, compile
+        ctx.mark_non_differentiable(nll, correct)
+        return (coefficients * nll).sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx, d_value: Tensor, *_):
+        d_hidden, d_weight, scale = ctx.saved_tensors
+        scale = d_value * scale
+        # scaled and rounded in one pass, at the memory's rate where it is compiled
+        if ctx.compile and d_weight.is_cuda:
+            narrow = compiled(_scaled)(d_weight, scale, ctx.weight_dtype)
+        else:
+            narrow = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden * scale, narrow, *[None] * 6
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * scale).to(dtype)
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    anew: bool,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    compile: bool,
+) -> tuple[Tensor, Tensor]:
+    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
+    them to `d_weight`, or writes them there where `anew`; with None for both it makes none.
+    """
+    with_gradient = d_hidden is not None
+    score_logits = _fused_score_logits if compile else _score_logits
+    nll, correct, d_logits = score_logits(multiply(hidden, weight.T), labels, coefficients, with_gradient)
+    if with_gradient:
+        d_hidden.copy_(multiply(d_logits, weight))
+        _add_product(d_weight, d_logits.T, hidden, anew)
+    return nll, correct
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
+    """total += a @ b, or = where `anew`, summed in the dtype of `total`, which is that of the matrices or wider."""
+    if total.is_cuda and total.dtype == torch.float32 != a.dtype:
+        if anew:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif anew:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def _score_logits(
+    logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """nll `[n]`, correct `[n]`, and d sum(coefficients * nll) / d logits `[n, vocab]` in the logits' dtype."""
+    wide = logits.to(coefficients.dtype)
+    normalizer = wide.logsumexp(dim=-1)
+    nll = normalizer - wide.gather(1, labels[:, None])[:, 0]
+    correct = wide.argmax(dim=-1) == labels
+    if not with_gradient:
+        return nll, correct, None
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    d_logits = (wide - normalizer[:, None]).exp() - is_label.to(wide.dtype)
+    return nll, correct, (d_logits * coefficients[:, None]).to(logits.dtype)
+
+
+def _fused_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
+    if not logits.is_cuda or coefficients.dtype != torch.float32:
+        return _score_logits(logits, labels, coefficients, with_gradient)
+    from tidar.kernels.cross_entropy import cross_entropy_  # Triton comes with CUDA's torch only
+
+    return cross_entropy_(logits, labels, coefficients, with_gradient)

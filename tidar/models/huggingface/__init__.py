@@ -1,0 +1,33 @@
+"""Models in Hugging Face's form: config.json, weights in and out, export."""
+
+from tidar.models.huggingface.checkpoint_files import CheckpointReader, read_metadata
+from tidar.models.huggingface.config_json import decoder_config, read_config_json
+from tidar.models.huggingface.export import write_huggingface_folder
+from tidar.models.huggingface.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
+from tidar.models.huggingface.weights import (
+    StepFolder,
+    check_weights,
+    fill_new_rows,
+    from_pretrained,
+    load_weights,
+    open_weights,
+)
+
+__all__ = [
+    "ASSETS",
+    "CheckpointReader",
+    "ModelSpec",
+    "StepFolder",
+    "check_weights",
+    "decoder_config",
+    "fill_new_rows",
+    "from_pretrained",
+    "load_weights",
+    "open_weights",
+    "read_config_json",
+    "read_metadata",
+    "read_model",
+    "recorded_model",
+    "resolve_model",
+    "write_huggingface_folder",
+]

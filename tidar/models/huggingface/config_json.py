@@ -1,0 +1,180 @@
+"""Hugging Face's config.json, as published for the dense models of the Qwen2, Qwen2.5 and Qwen3 families."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tidar.config import UserError
+from tidar.kernels.rotary import RopeScaling
+from tidar.models.decoder import DecoderConfig
+
+# model_type: the class that reads it
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The options in `folder`/config.json. Raises UserError where there is none or it is not a JSON object."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: must be a local folder with a Hugging Face model")
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return options
+
+
+def decoder_config(options: dict[str, Any], origin: str = "config.json") -> DecoderConfig:
+    """The decoder that a config.json describes, with the defaults that transformers has for what it leaves out.
+
+    origin: names the file in messages. Raises UserError for another architecture, for what this decoder does not
+    compute (sliding windows, other scalings of rotary positions, dropout, quantised weights) and for bad values.
+    """
+    read = _Reader(options, origin)
+    family = options.get("model_type")
+    expected = ARCHITECTURES.get(family) if isinstance(family, str) else None
+    architectures = options.get("architectures") or [expected]
+    if not expected or architectures != [expected]:
+        supported = " and ".join(f"{name} ({kind})" for kind, name in ARCHITECTURES.items())
+        raise UserError(
+            f"{origin}: model_type = {family}, architectures = {json.dumps(architectures)}: "
+            f"supported are {supported}: the dense Qwen2, Qwen2.5 and Qwen3 models"
+        )
+    n_layers = read.integer("num_hidden_layers")
+    n_heads = read.integer("num_attention_heads")
+    n_kv_heads = read.integer("num_key_value_heads", n_heads)
+    dim = read.integer("hidden_size")
+    head_dim = read.integer("head_dim", 128 if family == "qwen3" else dim // n_heads)
+    bias = read.boolean("attention_bias", False) if family == "qwen3" else False
+    if n_heads % n_kv_heads:
+        raise UserError(
+            f"{origin}: num_attention_heads = {n_heads}: must be a multiple of num_key_value_heads = {n_kv_heads}"
+        )
+    if head_dim % 2:
+        raise UserError(f"{origin}: head_dim = {head_dim}: must be even")
+    for name, allowed in (("hidden_act", "silu"), ("attention_dropout", 0), ("quantization_config", None)):
+        if options.get(name, allowed) != allowed:
+            raise UserError(
+                f"{origin}: {name} = {json.dumps(options[name])}: is not supported, only {json.dumps(allowed)}"
+            )
+    _refuse_sliding_windows(options, n_layers, origin)
+    theta, scaling = _rope(options, head_dim, origin)
+    return DecoderConfig(
+        vocab_size=read.integer("vocab_size"),
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_dim=read.integer("intermediate_size"),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        qk_norm=family == "qwen3",
+        tie_embeddings=read.boolean("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=read.number("rms_norm_eps", 1e-6),
+        initializer_range=read.number("initializer_range", 0.02),
+    )
+
+
+class _Reader:
+    """Typed access to the options of a config.json; UserError where one is missing or of another type."""
+
+    def __init__(self, options: dict[str, Any], origin: str):
+        self.options = options
+        self.origin = origin
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._get(name, default)
+        if type(value) is not int or value < minimum:
+            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be an integer >= {minimum}")
+        return value
+
+    def number(self, name: str, default: float | None = None, above: float = 0) -> float:
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be a number > {above}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise UserError(f"{self.origin}: {name} = {json.dumps(value)}: must be true or false")
+        return value
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.options.get(name)
+        if value is None and default is None:
+            raise UserError(f"{self.origin}: {name} is missing")
+        return default if value is None else value
+
+
+def _refuse_sliding_windows(options: dict[str, Any], n_layers: int, origin: str) -> None:
+    types = options.get("layer_types") or []
+    if not isinstance(types, list):
+        raise UserError(f"{origin}: layer_types = {json.dumps(types)}: must be a list")
+    windowed = [kind for kind in types if kind != "full_attention"]
+    if windowed:
+        raise UserError(f"{origin}: layer_types has {json.dumps(windowed[0])}: only full_attention is supported")
+    if types or not options.get("use_sliding_window") or options.get("sliding_window", 4096) is None:
+        return
+    first_windowed = _Reader(options, origin).integer("max_window_layers", 28, minimum=0)
+    if first_windowed < n_layers:
+        raise UserError(
+            f"{origin}: use_sliding_window = true: layers from {first_windowed} on would have a window; "
+            "only full attention is supported"
+        )
+
+
+def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary positions, from `rope_parameters` or, older, `rope_theta` and `rope_scaling`."""
+    name = "rope_parameters" if options.get("rope_parameters") else "rope_scaling"
+    parameters = options.get(name) or {}
+    if options.get("rope_scaling") not in (None, {}, parameters):
+        raise UserError(f"{origin}: rope_parameters and rope_scaling are both there and differ: leave one out")
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError(f"{origin}: {name}: must be one set of parameters for all layers")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default" and parameters.get("factor", 1) != 1:
+        raise UserError(f"{origin}: {name} = {json.dumps(parameters)}: has a factor, but no rope_type")
+    if kind not in ("default", "linear", "yarn"):
+        raise UserError(f"{origin}: {name} = {json.dumps(parameters)}: supported are default, linear and yarn")
+    for place in (options, parameters):
+        if place.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{origin}: partial_rotary_factor = {place['partial_rotary_factor']}: only 1 is supported")
+    theta = _Reader({"rope_theta": options.get("rope_theta"), **parameters}, origin).number(
+        "rope_theta", 10000.0, above=1
+    )
+    if kind == "default":
+        return theta, None
+    read = _Reader(parameters, f"{origin}: {name}")
+    factor = read.number("factor")
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        usual = _magnitude(factor, read.number("mscale")) / _magnitude(factor, read.number("mscale_all_dim"))
+    else:
+        usual = _magnitude(factor, 1.0)
+    name = "original_max_position_embeddings"
+    length = options.get(name) or parameters.get(name) or options.get("max_position_embeddings") or 32768
+    scaling = RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=_Reader({name: length}, origin).integer(name),
+        attention_factor=read.number("attention_factor", usual),
+        beta_fast=read.number("beta_fast", 32.0),
+        beta_slow=read.number("beta_slow", 1.0),
+        truncate=read.boolean("truncate", True),
+    )
+    return theta, scaling
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    """Of cosines and sines under YaRN (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,102 @@
+"""Weights out: a folder that everything reads that reads Hugging Face's models."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tidar.config import UserError
+from tidar.models.huggingface.weights import published_name
+
+MAX_SHARD_BYTES = 5 * 10**9
+HEADER_BYTES = 2**20  # more than the header of a file ever takes
+SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def write_huggingface_folder(
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    read: Callable[[str], Iterable[Tensor]],
+    write_assets: Callable[[Path], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes an exported model. What bears a final name in `folder`, which may be there and be empty, is whole.
+
+    shapes: of the decoder's parameters by name. read: the rows of a tensor, in one piece or in several, none of which
+    is held longer than it takes to write it. write_assets: makes a folder with all but the weights. Raises OSError
+    where it cannot be written, and UserError for a value that `dtype` cannot hold.
+    """
+    folder = folder.resolve()
+    into = folder if folder.exists() else folder.parent
+    into.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=into))
+    try:
+        written = partial / "model"
+        write_assets(written)
+        config = json.loads((written / "config.json").read_text(encoding="utf-8"))
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files = _divide(shapes, dtype, max_shard_bytes)
+        for file, names in files.items():
+            _write_safetensors(written / file, {name: shapes[name] for name in names}, dtype, read)
+        index = {
+            "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
+            "weight_map": {published_name(name): file for file, names in files.items() for name in names},
+        }
+        path = written / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            # without config.json, which comes last, nothing takes it for a model
+            for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(written, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors by file, in order, so that a file of more than one tensor stays within `max_shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    filled = HEADER_BYTES
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = HEADER_BYTES
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def _write_safetensors(
+    path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """One file: the length of its header, the header, the tensors. The library wants them all in memory at one time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[published_name(name)] = {
+            "dtype": SAFETENSORS_TYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            for rows in read(name):
+                converted = rows.to(dtype).contiguous()
+                if dtype == torch.float16 and not converted.isfinite().equal(rows.isfinite()):
+                    raise UserError(f"{published_name(name)}: has values that float16 cannot hold; export bfloat16")
+                file.write(memoryview(converted.flatten().view(torch.uint8).numpy()))

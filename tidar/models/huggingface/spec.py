@@ -1,0 +1,182 @@
+"""What a model is apart from its weights: its config.json, its tokenizer's files, and its mask token."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidar.config import Config, UserError
+from tidar.models.decoder import DecoderConfig
+from tidar.models.huggingface.config_json import decoder_config, read_config_json
+from tidar.models.sizes import TOKENIZER_SIZES, size_config
+
+# inside a step's folder: everything of an exported model but its weights
+ASSETS = "huggingface"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """options: the model's config.json. decoder: what it describes.
+    folder: where a generation_config.json may lie. tokenizer: folder that holds the tokenizer's files. None: no folder.
+    used_rows: ids below it belong to tokens; those from it on are free rows of the embedding.
+    mask_token_id, mask_row_is_trained: the mask token, and whether its row is one that must not be overwritten.
+    vocab_size_before: rows of the embedding that config.json knows, fewer than `decoder.vocab_size` where it has grown.
+    """
+
+    options: dict[str, Any]
+    decoder: DecoderConfig
+    folder: Path | None
+    tokenizer: Path | None
+    used_rows: int
+    mask_token_id: int
+    mask_row_is_trained: bool
+    vocab_size_before: int
+
+    def write(self, folder: Path, tidar: dict[str, Any]) -> None:
+        """Writes all of an exported model but its weights: config.json, generation_config.json, the tokenizer's files.
+
+        tidar: what config.json keeps of the method, beside the mask token.
+        """
+        folder.mkdir()
+        tidar = {**(self.options.get("tidar") or {}), **tidar, "mask_token_id": self.mask_token_id}
+        if self.vocab_size_before < self.decoder.vocab_size:
+            tidar["vocab_size_before_mask_token"] = self.vocab_size_before
+        options = {**self.options, "vocab_size": self.decoder.vocab_size, "tidar": tidar}
+        (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        files = [self.tokenizer / name for name in TOKENIZER_FILES] if self.tokenizer else []
+        files += [self.folder / "generation_config.json"] if self.folder else []
+        for file in files:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        if not (folder / "generation_config.json").exists():
+            ends = {name: options[name] for name in ("bos_token_id", "eos_token_id") if options.get(name) is not None}
+            text = json.dumps({"_from_model_config": True, **ends}, indent=2) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The folders that describe a model, checked, before anything in them but config.json is read.
+
+    options: the model's config.json. origin: names it in messages. folder: the model's, None for a size by name.
+    start_options, start_folder: those of checkpoint.initial_load_path, where it has a config.json of its own.
+    tokenizer: folder of the tokenizer: data.tokenizer, the model's or that of the first weights.
+    """
+
+    options: dict[str, Any]
+    origin: str
+    folder: Path | None
+    start_options: dict[str, Any]
+    start_folder: Path | None
+    tokenizer: str | None
+
+
+def read_model(config: Config) -> ModelFiles:
+    """What model.hf_path, or else model.name, and checkpoint.initial_load_path say of the model.
+
+    Raises UserError as `decoder_config` does.
+    """
+    folder = Path(config.model.hf_path) if config.model.hf_path else None
+    origin = str(folder / "config.json") if folder else f"model.name = {config.model.name}"
+    options = read_config_json(folder) if folder else size_config(config.model.name)
+    start_folder = None
+    if config.checkpoint.initial_load_path not in ("", config.model.hf_path):
+        start_folder = _config_folder(Path(config.checkpoint.initial_load_path))
+    start_options = read_config_json(start_folder) if start_folder else {}
+    for place, where in ((options if folder else {}, origin), (start_options, str(start_folder) + "/config.json")):
+        if place:
+            decoder_config(place, where)
+            _recorded_mask_token(place, where)
+    folders = [str(place) for place in (folder, start_folder) if place and _tokenizer_files(place)]
+    named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
+    return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
+
+
+def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenizer_size: int | None) -> ModelSpec:
+    """The model that files describe, with the mask token `mask_token_id`; -1: the first id after the tokenizer's last.
+
+    data_ids: number of token ids that the data may hold. tokenizer_size: ids of the tokenizer in `files.tokenizer`.
+    Raises UserError for a model that is not that of checkpoint.initial_load_path, and a mask token without a row.
+    """
+    vocab_size = files.options.get("vocab_size")
+    if tokenizer_size:
+        used_rows = tokenizer_size
+    else:
+        used_rows = TOKENIZER_SIZES[files.options["model_type"]]
+        if not vocab_size or used_rows >= vocab_size:
+            used_rows = data_ids  # nothing is known of the model's tokens but those of the data
+    if not vocab_size:
+        vocab_size = used_rows + 1
+    decoder = decoder_config({**files.options, "vocab_size": vocab_size}, files.origin)
+    if files.start_folder:
+        _check_same_model(decoder, files.start_options, files.start_folder)
+    recorded = [_recorded_mask_token(place, "") for place in (files.start_options, files.options)]
+    recorded = [number for number in recorded if number is not None]
+    if mask_token_id == -1:
+        mask_token_id = recorded[0] if recorded else used_rows
+        if mask_token_id >= vocab_size:
+            decoder = dataclasses.replace(decoder, vocab_size=(mask_token_id // 64 + 1) * 64)
+    elif mask_token_id >= vocab_size:
+        raise UserError(
+            f"tidar.mask_token_id = {mask_token_id}: must be from 0 to {vocab_size - 1}, a row of the embedding"
+        )
+    return ModelSpec(
+        options=files.options,
+        decoder=decoder,
+        folder=files.folder or files.start_folder,
+        tokenizer=Path(files.tokenizer) if files.tokenizer else None,
+        used_rows=min(used_rows, vocab_size),
+        mask_token_id=mask_token_id,
+        mask_row_is_trained=mask_token_id < used_rows or mask_token_id in recorded,
+        vocab_size_before=vocab_size,
+    )
+
+
+def recorded_model(step: Path) -> tuple[int, int]:
+    """Vocabulary and mask token of the model in a step's folder. Raises UserError where its config.json is damaged."""
+    options = read_config_json(step / ASSETS)
+    origin = str(step / ASSETS / "config.json")
+    return decoder_config(options, origin).vocab_size, _recorded_mask_token(options, origin)
+
+
+def _recorded_mask_token(options: dict[str, Any], origin: str) -> int | None:
+    """The mask token that a config.json keeps where TiDAR has trained the model."""
+    tidar = options.get("tidar") or {}
+    number = tidar.get("mask_token_id") if isinstance(tidar, dict) else tidar
+    if number is not None and not (type(number) is int and 0 <= number < options["vocab_size"]):
+        raise UserError(f"{origin}: tidar = {json.dumps(tidar)}: must keep a mask_token_id below vocab_size")
+    return number
+
+
+def _config_folder(path: Path) -> Path | None:
+    """Where the config.json of weights at `path` lies: in a Hugging Face or a step's folder, or beside a file."""
+    places = (path.parent,) if path.is_file() else (path, path / ASSETS)
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _tokenizer_files(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def _check_same_model(decoder: DecoderConfig, start_options: dict[str, Any], folder: Path) -> None:
+    """The weights' own config.json must say what the model's does, where shapes do not show it too."""
+    start = decoder_config(start_options, str(folder / "config.json"))
+    for name, value in dataclasses.asdict(start).items():
+        ours = dataclasses.asdict(decoder)[name]
+        if ours != value and name not in ("vocab_size", "initializer_range"):
+            raise UserError(
+                f"checkpoint.initial_load_path: {folder / 'config.json'}: {name} is {value}, but the model's is "
+                f"{ours}; name the model with model.hf_path = {folder}"
+            )

@@ -1,0 +1,282 @@
+"""Weights in: from Hugging Face folders, 16-bit state dicts and distributed checkpoints, straight into shards."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tidar.config import UserError
+from tidar.models.decoder import Decoder
+from tidar.models.huggingface.checkpoint_files import CheckpointTensors
+from tidar.models.huggingface.config_json import decoder_config, read_config_json
+from tidar.models.huggingface.spec import ASSETS, ModelSpec
+
+PIECE_BYTES = 4 * 2**20  # read and converted at one time
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VOCABULARY_ROWS = ("embed_tokens.weight", "lm_head.weight")
+
+
+def published_name(name: str) -> str:
+    """Name that a parameter of the decoder has in Hugging Face's checkpoints."""
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder, of one safetensors file or of those that its index names."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError for an index or file that is missing, damaged or contradicts the other."""
+        self.path = folder
+        index = folder / "model.safetensors.index.json"
+        # one whole file comes before an index, as transformers reads them
+        weight_map = _read_index(index) if index.is_file() and not (folder / "model.safetensors").is_file() else None
+        files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+        self.slices = {}
+        held: dict[str, str] = {}
+        for file in files:
+            if not (folder / file).is_file():
+                raise UserError(f"{folder / file}: is missing" + (f"; {index.name} names it" if weight_map else ""))
+            try:
+                handle = safe_open(folder / file, framework="pt")
+                names = list(handle.keys())
+                self.slices |= {name: handle.get_slice(name) for name in names}
+                held |= dict.fromkeys(names, file)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / file}: is not a whole safetensors file ({error})") from None
+        for name, file in (weight_map or {}).items():
+            if held.get(name) != file:
+                raise UserError(f"{folder / file}: misses {name}, which {index.name} says it holds")
+        self.shapes = {name: tuple(part.get_shape()) for name, part in self.slices.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, read from the file."""
+        return self.slices[name][start:stop]
+
+
+class StateDictFile:
+    """The tensors of a state dict saved with torch.save: the replaced script's pytorch_model.bin. Runs no code of it.
+
+    The file is mapped, not read. Names may share a prefix: that of the attribute that held the model.
+    """
+
+    def __init__(self, path: Path):
+        """Raises UserError for what is not a dict of tensors by name."""
+        self.path = path
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever a damaged or malicious pickle leads to
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: is not a state dict that can be read safely ({reason})") from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            for name, tensor in tensors.items()
+        ):
+            raise UserError(f"{path}: must be a state dict: dense tensors by name, saved with torch.save")
+        embedding = published_name("embed_tokens.weight")
+        prefix = next((name.removesuffix(embedding) for name in tensors if name.endswith(embedding)), "")
+        self.tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, mapped from the file."""
+        return self.tensors[name][start:stop]
+
+
+class StepFolder:
+    """The model in a step's folder of a run."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        self.tensors = CheckpointTensors(folder)
+        self.names = {
+            published_name(name.removeprefix("model.")): name
+            for name in self.tensors.shapes
+            if name.startswith("model.")
+        }
+        self.shapes = {name: self.tensors.shapes[saved] for name, saved in self.names.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, read from the files."""
+        return self.tensors.rows(self.names[name], start, stop)
+
+    def pieces(self, parameter: str) -> Iterator[Tensor]:
+        """All rows of a parameter of the decoder, a few at a time."""
+        name = published_name(parameter)
+        n_rows, *row = self.shapes[name]
+        length = max(1, PIECE_BYTES // (4 * math.prod(row)))
+        for start in range(0, n_rows, length):
+            yield self.rows(name, start, min(start + length, n_rows))
+
+
+Weights = SafetensorsFolder | StateDictFile | StepFolder
+
+
+def open_weights(path: str) -> Weights | None:
+    """The weights at `path`: a Hugging Face folder, a step's folder or a file saved with torch.save.
+
+    None for a folder with a config.json and no weights. Raises UserError where there is nothing of these.
+    """
+    place = Path(path)
+    if place.is_file():
+        return StateDictFile(place)
+    if any(place.glob("*.safetensors*")):
+        return SafetensorsFolder(place)
+    if (place / ".metadata").is_file():
+        return StepFolder(place)
+    if (place / "pytorch_model.bin").is_file():
+        return StateDictFile(place / "pytorch_model.bin")
+    others = [file.name for end in ("bin", "index.json", "pt", "pth", "gguf") for file in place.glob(f"*.{end}")]
+    if others:
+        raise UserError(f"{place}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
+    if (place / "config.json").is_file():
+        return None
+    raise UserError(
+        f"{place}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
+        "state dict in a file" if place.exists() else f"{place}: does not exist"
+    )  # fmt: skip
+
+
+def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = None) -> int:
+    """Raises UserError, naming the tensor, unless the weights are exactly those of `model`, on any device.
+
+    vocab_size: rows that the vocabulary may have there, beside those of the model. Returns the rows that it has.
+    """
+    expected = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = weights.shapes
+    embedding = published_name("embed_tokens.weight")
+    rows = vocab_size if found.get(embedding) == (vocab_size, model.config.dim) else model.config.vocab_size
+    expected[embedding] = (rows, model.config.dim)
+    if "lm_head.weight" in expected or (model.config.tie_embeddings and "lm_head.weight" in found):
+        # tied, it may be saved a second time
+        expected["lm_head.weight"] = (rows, model.config.dim)
+    for what, names in (("misses", expected.keys() - found.keys()), ("has", found.keys() - expected.keys())):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            model_has = "" if what == "misses" else ", which the model does not have"
+            raise UserError(f"{weights.path}: {what} the tensor {min(names)}{others}{model_has}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{weights.path}: {name} has shape {list(found[name])}: must be {list(shape)}")
+    return rows
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, weights: Weights, vocab_size: int | None = None) -> int:
+    """Copies weights into the parameters of `model`, of any dtype, sharded or not.
+
+    Returns how many rows of the vocabulary they fill, as `check_weights` does, which see for `vocab_size`. A rank reads
+    the rows that it keeps, a piece at a time. Raises UserError as `check_weights` does, and for an output weight that
+    differs from the embedding where the two are tied.
+    """
+    vocab_size = check_weights(weights, model, vocab_size)
+    for name, parameter in model.named_parameters():
+        for local, start in _pieces(parameter, vocab_size if name in VOCABULARY_ROWS else parameter.shape[0]):
+            rows = weights.rows(published_name(name), start, start + len(local))
+            if rows.dtype not in FLOAT_TYPES:
+                raise UserError(f"{weights.path}: {published_name(name)} is {rows.dtype}: must be floating-point")
+            local.copy_(rows)
+    if model.config.tie_embeddings and "lm_head.weight" in weights.shapes:
+        _check_tied(model.embed_tokens.weight, weights, vocab_size)
+    return vocab_size
+
+
+@torch.no_grad()
+def fill_new_rows(model: Decoder, spec: ModelSpec, loaded_rows: int, mask_row: bool) -> None:
+    """Gives the rows of the vocabulary from `loaded_rows` on the mean of the used ones, and the embedding of the mask
+    token too where `mask_row` says so.
+    """
+    for name in VOCABULARY_ROWS:
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is None:
+            continue
+        new = set(range(loaded_rows, spec.decoder.vocab_size))
+        if mask_row and name == "embed_tokens.weight":
+            new.add(spec.mask_token_id)
+        if new:
+            mean = _mean_of_rows(parameter, spec.used_rows)
+            for local, start in _pieces(parameter, parameter.shape[0]):
+                for row in new & set(range(start, start + len(local))):
+                    local[row - start] = mean
+
+
+def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
+    """The model in a Hugging Face folder, or in a checkpoint's step-<n>, as one module on `device`.
+
+    Its `forward(input_ids, position_ids=None, mask=None)` returns logits `[batch, positions, vocab]`; no mask is
+    causal. Raises UserError for a folder without a config.json or weights, and for an architecture or weights that
+    are not supported.
+    """
+    folder = Path(path)
+    config_folder = folder / ASSETS if (folder / ASSETS).is_dir() else folder
+    config = decoder_config(read_config_json(config_folder), str(config_folder / "config.json"))
+    weights = open_weights(path)
+    if weights is None:
+        raise UserError(f"{folder}: holds no weights: no model.safetensors, no index and no pytorch_model.bin")
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to(dtype).to_empty(device=device)
+    load_weights(model, weights)
+    return model.eval()
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("a file's name is not a text")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: is not an index of safetensors files ({error})") from None
+    return weight_map
+
+
+def _pieces(parameter: nn.Parameter, end: int) -> Iterator[tuple[Tensor, int]]:
+    """This rank's part of rows 0 to `end` of a parameter, in pieces: (the rows, number of the first)."""
+    local, first = parameter, 0
+    if isinstance(parameter, DTensor):
+        if any(isinstance(placement, Shard) and placement.dim != 0 for placement in parameter.placements):
+            raise ValueError(f"{parameter.placements}: only rows can be sharded")
+        _, (first, *_) = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        local = parameter.to_local()
+    local = local.detach()[: max(end - first, 0)]
+    if not len(local):
+        return
+    length = max(1, PIECE_BYTES // (local[0].numel() * 4))
+    for start in range(0, len(local), length):
+        yield local[start : start + length], first + start
+
+
+def _mean_of_rows(parameter: nn.Parameter, end: int) -> Tensor:
+    """Mean of rows 0 to `end`, summed in float64 over all ranks, `[dim]`."""
+    total = torch.zeros(parameter.shape[1], dtype=torch.float64, device=parameter.device)
+    for local, _ in _pieces(parameter, end):
+        total += local.sum(dim=0, dtype=torch.float64)
+    return _sum_over_shards(total, parameter) / end
+
+
+def _sum_over_shards(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Sum of a value over the ranks that share the rows of a parameter; replicas of it hold the same value."""
+    if not isinstance(parameter, DTensor):
+        return value
+    placements = [Partial() if isinstance(place, Shard) else place for place in parameter.placements]
+    return DTensor.from_local(value, parameter.device_mesh, placements, run_check=False).full_tensor()
+
+
+def _check_tied(embedding: nn.Parameter, weights: SafetensorsFolder | StateDictFile, vocab_size: int) -> None:
+    """The output weight that a file holds beside the embedding must be the same. Ranks agree on the answer."""
+    names = published_name("embed_tokens.weight"), "lm_head.weight"
+    different = torch.zeros((), device=embedding.device)
+    for local, start in _pieces(embedding, vocab_size):
+        first, second = (weights.rows(name, start, start + len(local)) for name in names)
+        different += not first.equal(second)
+    if _sum_over_shards(different, embedding):
+        raise UserError(
+            f"{weights.path}: lm_head.weight differs from {names[0]}, but tie_word_embeddings = true ties the two"
+        )

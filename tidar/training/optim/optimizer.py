@@ -1,0 +1,238 @@
+"""AdamW, with moments in float32 or bfloat16."""
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tidar.config import derive_seed
+from tidar.config.options import Optimizer
+from tidar.training.optim.gradients import local_gradient, local_part
+
+# elements of a parameter that are updated at one time where nothing fuses the update: bounds what it holds meanwhile
+EAGER_ELEMENTS = 2**24
+
+
+def make_optimizer(
+    model: nn.Module,
+    options: Optimizer,
+    seed: int = 0,
+    copies: Mapping[nn.Parameter, nn.Parameter] | None = None,
+    in_one_kernel: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters; weight decay on those that optimizer.decay_params names.
+
+    Its `step` divides gradients by the attribute `grad_scale` and changes nothing where the attribute `found_inf` is 1,
+    both scalar float32 tensors. seed, copies, in_one_kernel: of `MixedAdamW`.
+    """
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        decays = options.decay_params == "all" or parameter.ndim >= 2
+        (decayed if decays else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    common = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
+    if options.state_dtype == "float32" and not copies and not in_one_kernel:
+        return torch.optim.AdamW(groups, **common, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    dtype = getattr(torch, options.state_dtype)
+    return MixedAdamW(groups, names, copies or {}, dtype, seed, in_one_kernel, **common)
+
+
+class MixedAdamW(torch.optim.Optimizer):
+    """AdamW for what torch's is not made for: moments in bfloat16, and copies of the parameters in 16 bits, which have
+    the gradients and are written anew with each update. All arithmetic is float32.
+
+    Moments in bfloat16 are rounded stochastically: rounded to nearest, a second moment never decays where 1 - beta2 is
+    below bfloat16's precision. How an element is rounded is a function of (seed, name of its parameter, its place in
+    it, step), and so depends neither on the sharding nor on a restart.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        names: dict[nn.Parameter, str],
+        copies: Mapping[nn.Parameter, nn.Parameter],
+        state_dtype: torch.dtype,
+        seed: int,
+        in_one_kernel: bool,
+        **defaults,
+    ):
+        """in_one_kernel: all parameters of a group at once, on CUDA, in place of one after the other."""
+        super().__init__(groups, defaults)
+        self.copies = copies
+        self.state_dtype = state_dtype
+        # made once: from the host's memory they come to a device only after all that it was given to do before
+        self.keys = [_keys(group["params"], names, seed) for group in self.param_groups]
+        self.first_elements = {parameter: _first_element(parameter) for parameter in names}
+        self.in_one_kernel = in_one_kernel
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, keys in zip(self.param_groups, self.keys):
+            if group["params"]:
+                self._update(group, keys)
+
+    def _update(self, group: dict, keys: Tensor) -> None:
+        parameters = group["params"]
+        states = [self._state(parameter) for parameter in parameters]
+        # all parameters have made the same steps
+        steps = states[0]["step"]
+        device = steps.device
+        beta1, beta2 = group["betas"]
+        number = steps.double() + 1
+        lr = torch.full((), group["lr"], dtype=torch.double, device=device)
+        rate, correction = lr / (1 - beta1**number), 1 - beta2**number
+        values = (lr * group["weight_decay"], rate, correction, self.grad_scale, self.found_inf)
+        scalars = torch.stack([value.to(device).float() for value in values])
+        salts = _mixed((keys + 0x9E3779B9 * steps.long()).int())
+        tensors = [
+            OfParameter(
+                local_part(parameter),
+                local_gradient(parameter, self.copies),
+                local_part(state["exp_avg"]),
+                local_part(state["exp_avg_sq"]),
+                self.copies.get(parameter),
+                self.first_elements[parameter],
+            )
+            for parameter, state in zip(parameters, states)
+        ]
+        if self.in_one_kernel:
+            from tidar.kernels.adamw import update_all
+
+            firsts = [of_one.first for of_one in tensors]
+            update_all(addressable(tensors), firsts, salts, scalars, group["betas"], group["eps"])
+        else:
+            for of_one, salt in zip(tensors, salts):
+                _update_in_pieces(of_one, salt, scalars, group["betas"], group["eps"])
+        torch._foreach_add_([state["step"] for state in states], 1 - self.found_inf.to(device))
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state |= _new_state(parameter, self.state_dtype)
+        return state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for copy in self.copies.values():
+            copy.grad = None
+
+
+class OfParameter(NamedTuple):
+    """This rank's part of a parameter and of what belongs to it, and the place of its first element in the whole."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    copy: Tensor | None
+    first: int
+
+
+def addressable(tensors: list[OfParameter]) -> list[list[Tensor | None]]:
+    """Parameters, gradients, both moments and copies as a kernel can load them by their addresses alone.
+
+    Gradients of a shard may begin anywhere in a buffer of FSDP2's, and are copied then. Raises ValueError for what else
+    would be read wrongly.
+    """
+    columns = [list(column) for column in zip(*(of_one[:-1] for of_one in tensors))]
+    columns[1] = [gradient if _is_aligned(gradient) else gradient.clone().contiguous() for gradient in columns[1]]
+    for name, column in zip(OfParameter._fields, columns):
+        if len({value if value is None else value.dtype for value in column}) > 1:
+            raise ValueError(f"the tensors of {name} have several types")
+        for value in column:
+            if value is not None and not _is_aligned(value):
+                raise ValueError(f"{name} of shape {list(value.shape)} does not lie in one piece, from 16 bytes on")
+    return columns
+
+
+def _is_aligned(value: Tensor) -> bool:
+    return value.is_contiguous() and value.data_ptr() % 16 == 0
+
+
+def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: int) -> Tensor | None:
+    """From which the rounding of each is derived, `[n]` int64."""
+    keys = [derive_seed(seed, f"rounding/{names[parameter]}") % 2**31 for parameter in parameters]
+    return torch.tensor(keys, device=parameters[0].device) if keys else None
+
+
+def _update_in_pieces(tensors: OfParameter, *others) -> None:
+    *values, first = tensors
+    pieces = ([None] if value is None else value.view(-1).split(EAGER_ELEMENTS) for value in values)
+    for number, piece in enumerate(zip_longest(*pieces)):
+        _update(OfParameter(*piece, first + number * EAGER_ELEMENTS), *others)
+
+
+def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float) -> None:
+    """One parameter, flat. salt: of its rounding. scalars: as `MixedAdamW._update` has stacked them."""
+    parameter, gradient, exp_avg, exp_avg_sq, copy, first = tensors
+    decay, rate, correction, grad_scale, found_inf = scalars
+    beta1, beta2 = betas
+    gradient = gradient.float() / grad_scale
+    first_moment = exp_avg.float() * beta1 + gradient * (1 - beta1)
+    second_moment = exp_avg_sq.float() * beta2 + gradient * gradient * (1 - beta2)
+    deviation = (second_moment / correction).sqrt() + eps
+    updated = parameter * (1 - decay) - rate * first_moment / deviation
+
+    skip = found_inf > 0
+    parameter.copy_(torch.where(skip, parameter, updated))
+    if exp_avg.dtype == torch.bfloat16:
+        place = first + torch.arange(len(parameter), device=parameter.device)
+        bits = _mixed(place.int() ^ salt)
+        first_moment, second_moment = _rounded(first_moment, bits & 0xFFFF), _rounded(second_moment, _shifted(bits))
+    exp_avg.copy_(torch.where(skip, exp_avg, first_moment))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, second_moment))
+    if copy is not None:
+        copy.copy_(parameter)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Bits that look random, of int32: two rounds of xor-shift and multiplication, modulo 2^32."""
+    for factor in (0x7FEB352D, 0x846CA68B - 2**32):
+        x = (x ^ _shifted(x)) * factor
+    return x ^ _shifted(x)
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """The upper 16 bits of int32, without its sign."""
+    return (x >> 16) & 0xFFFF
+
+
+def _rounded(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16: up or down, as likely as it is near. bits: 16 random ones."""
+    return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32).bfloat16()
+
+
+def _first_element(parameter: nn.Parameter) -> int:
+    """Place of this rank's first element in the whole parameter, whose rows may be sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets[0] * (parameter.numel() // parameter.shape[0])
+
+
+def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+    }
+
+
+def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, to be saved or to be loaded into; made where there is none yet."""
+    dtype = optimizer.state_dtype if isinstance(optimizer, MixedAdamW) else torch.float32
+    tensors = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state |= _new_state(parameter, dtype)
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors

@@ -1,0 +1,172 @@
+"""Steps whose loss or gradient is not finite: they change nothing, and who caused them is told."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tidar.losses.objective import TokenScores
+from tidar.models import Decoder
+from tidar.patterns import ModelBatch
+
+# rows and ranks that a message names
+NAMED = 8
+
+
+@dataclass
+class _Evidence:
+    """Of one micro-batch: whose loss, or gradient of the model's input, is not finite, `[rows]`; largest gradients."""
+
+    bad_losses: Tensor
+    bad_gradients: Tensor
+    weight_gradients: list[Tensor]
+
+
+class TooManySkipped(Exception):
+    """Steps were skipped in a row, as many as are allowed."""
+
+
+@dataclass
+class _Outcome:
+    """What is known of a step on the device; the host looks at it later, so that it need not wait."""
+
+    step: int
+    found_inf: Tensor
+    ready: torch.cuda.Event | None
+    rows: Callable[[], list[int]]
+    evidence: list[_Evidence]
+
+
+class SkippedSteps:
+    """Judges each step on the device, and lets the host know a step later.
+
+    `counts` holds the steps skipped in all and in a row, int64; it is saved with checkpoints.
+    """
+
+    def __init__(self, limit: int, group: dist.ProcessGroup, log: Callable[[str], None]):
+        """limit: of steps in a row. group: of all ranks, on the CPU."""
+        self.limit = limit
+        self.group = group
+        self.log = log
+        self.counts = torch.zeros(2, dtype=torch.long)
+        self.evidence: list[_Evidence] = []
+        self.input_gradient = torch.zeros(0)
+        self.weight_gradients: list[Tensor] = []
+        self.pending: _Outcome | None = None
+        self.last_skipped = 0
+
+    @property
+    def total(self) -> int:
+        return int(self.counts[0])
+
+    def watch(self, model: Decoder, weights: bool) -> None:
+        """From now on notes which rows the gradient of the model's input is not finite for.
+
+        weights: notes the largest gradient of each parameter, too. In float16 one may overflow where tokens are added
+        up, which no row's own gradient shows.
+        """
+
+        def note_input(gradient: Tensor) -> None:
+            self.input_gradient = gradient.detach().abs().amax(dim=(1, 2))
+
+        def after_embedding(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note_input)
+
+        def note_weight(gradient: Tensor) -> None:
+            self.weight_gradients.append(gradient.detach().abs().amax())
+
+        watched: set[nn.Parameter] = set()
+
+        def before_module(module: nn.Module, inputs: tuple) -> None:
+            # gathered at this moment: before they are reduced, gradients are this rank's own
+            for name, parameter in module.named_parameters():
+                if parameter not in watched and not (module is model and name.startswith("layers.")):
+                    watched.add(parameter)
+                    parameter.register_hook(note_weight)
+
+        model.embed_tokens.register_forward_hook(after_embedding)
+        for module in (model, *model.layers) if weights else ():
+            module.register_forward_pre_hook(before_module)
+
+    def note(self, rows: ModelBatch, scores: dict[str, TokenScores]) -> None:
+        """Takes in a micro-batch after its backward pass."""
+        bad = torch.zeros(len(rows.input_ids), device=rows.input_ids.device)
+        for loss, target in rows.targets.items():
+            bad.index_add_(0, target.index // rows.input_ids.shape[1], (~scores[loss].nll.isfinite()).float())
+        self.evidence.append(_Evidence(bad > 0, ~self.input_gradient.isfinite(), self.weight_gradients))
+        self.weight_gradients = []
+
+    def judge(self, step: int, sums: Tensor, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
+        """1 where a step is to be skipped and 0 otherwise, a scalar float32 that is the same on all ranks.
+
+        sums, grad_norm: of all ranks; rows: those of this rank's micro-batches, in order.
+        `settle` comes between two steps.
+        """
+        found_inf = (~(sums.isfinite().all() & grad_norm.isfinite())).float()
+        seen_by_host, ready = found_inf, None
+        if found_inf.is_cuda:
+            seen_by_host = torch.empty((), pin_memory=True).copy_(found_inf, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending = _Outcome(step, seen_by_host, ready, rows, self.evidence)
+        self.evidence = []
+        return found_inf
+
+    def settle(self) -> bool | None:
+        """Whether the last step was skipped, None where that was told before. All ranks call it."""
+        outcome, self.pending = self.pending, None
+        if outcome is None:
+            return None
+        if outcome.ready:
+            outcome.ready.synchronize()
+        if not outcome.found_inf:
+            self.counts[1] = 0
+            return False
+        self.counts += 1
+        self.log(f"step {outcome.step} skipped: {self._cause(outcome)}")
+        self.last_skipped = outcome.step
+        return True
+
+    def check(self) -> None:
+        """Raises TooManySkipped where as many steps as are allowed were skipped in a row."""
+        if self.counts[1] >= self.limit:
+            raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last_skipped}")
+
+    def forgive(self) -> None:
+        """A run that goes on has all its tries again."""
+        self.counts[1] = 0
+
+    def _cause(self, outcome: _Outcome) -> str:
+        """Names ranks and rows by the first that is known: loss, gradient of their input, gradients of parameters."""
+        rows = iter(outcome.rows())
+        mine: list[list[int]] = [[], [], []]
+        for evidence in outcome.evidence:
+            its_rows = list(islice(rows, len(evidence.bad_losses)))
+            bad_weights = not all(gradient.isfinite() for gradient in evidence.weight_gradients)
+            for found, flags in zip(mine, (evidence.bad_losses, evidence.bad_gradients, [bad_weights] * len(its_rows))):
+                found += [row for row, is_bad in zip(its_rows, flags) if is_bad]
+        all_ranks: list = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(all_ranks, mine, group=self.group)
+        whats = (
+            "the loss is not finite",
+            "the gradient is not finite",
+            "the sum of gradients over tokens is not finite",
+        )
+        for number, what in enumerate(whats):
+            ranks = {rank: found[number] for rank, found in enumerate(all_ranks) if found[number]}
+            if ranks:
+                places = [f"rank {rank}, {_named('row', rows)}" for rank, rows in list(ranks.items())[:NAMED]]
+                more = f"; and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
+                return f"{what} on {'; '.join(places)}{more}"
+        return "the gradient's norm is not finite, though that of each row is"
+
+
+def _named(what: str, numbers: list[int]) -> str:
+    """row 3; rows 3, 5; rows 1, 2, … and 9 more"""
+    text = ", ".join(map(str, numbers[:NAMED]))
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {text}{more}"

@@ -1,0 +1,99 @@
+"""From gradients to new parameters: clipping, learning rate, loss scale, and steps that are skipped."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tidar.config import Config
+from tidar.distributed import World
+from tidar.models import Decoder
+from tidar.training.optim.gradients import gradient_norm, local_gradient
+from tidar.training.optim.loss_scale import LossScaler
+from tidar.training.optim.optimizer import make_optimizer
+from tidar.training.optim.schedule import learning_rate
+from tidar.training.optim.skipping import SkippedSteps
+
+
+class Updates:
+    """The optimizer and all that decides how, and whether, it changes the parameters.
+
+    Whether a step is skipped is decided on the device, and seen by the host while the next step is computed.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        copies: Mapping[nn.Parameter, nn.Parameter],
+        config: Config,
+        world: World,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        log: Callable[[str], None],
+    ):
+        """copies: of parameters, in the type of the arithmetic, that are updated with them and have their gradients.
+        group: of all ranks, on the CPU. dtype: of the arithmetic; float16 wants the loss scaled.
+        """
+        self.config = config
+        self.world = world
+        self.log = log
+        self.parameters = list(model.parameters())
+        self.copies = copies
+        in_one_kernel = self.parameters[0].device.type == "cuda"
+        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, in_one_kernel)
+        self.scaler = LossScaler(config.loss_scale)
+        self.scales_loss = dtype == torch.float16
+        self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)
+        self.skipped.watch(model, weights=self.scales_loss)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint restores in place, beside the optimizer."""
+        return {"skipped": self.skipped.counts, "loss_scale": self.scaler.state}
+
+    def backward(self, loss: Tensor) -> None:
+        if self.scales_loss:
+            # it hangs on the outcome of the step before; known by now unless this is a step's first micro-batch
+            self.settle()
+            loss = loss * self.scaler.scale
+        loss.backward()
+
+    def apply(self, step: int, steps: int, sums: Tensor, rows: Callable[[], list[int]]) -> tuple[Tensor, float]:
+        """Updates the parameters with the gradients of step number `step` of a run of `steps`, which are then gone.
+
+        sums: of all ranks' losses; where one is not finite, or the norm of the gradients, nothing is changed. rows: of
+        this rank's micro-batches in order, should they have to be told.
+        Returns the norm before clipping, scalar, and the learning rate. Raises TooManySkipped for the step before.
+        """
+        training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
+        gradients = [local_gradient(parameter, self.copies) for parameter in self.parameters]
+        norm = gradient_norm(gradients, self.world.shard_group, self.world.device) / scale
+        self.settle()
+        self.skipped.check()
+        found_inf = self.skipped.judge(step, sums, norm, rows)
+        lr = learning_rate(step - self.skipped.total, steps, self.config.optimizer.lr, self.config.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        clipped = (
+            torch.clamp((norm + 1e-6) / training.max_norm, min=1.0) if training.max_norm else torch.ones_like(norm)
+        )
+        device = self.parameters[0].device
+        self.optimizer.grad_scale, self.optimizer.found_inf = (clipped * scale).to(device), found_inf.to(device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, lr
+
+    def settle(self) -> None:
+        """Takes in the outcome of the last step, if it is not known yet. All ranks call it."""
+        skipped = self.skipped.settle()
+        if skipped is None or not self.scales_loss:
+            return
+        before = self.scaler.scale
+        self.scaler.update(overflow=skipped)
+        if self.scaler.scale != before:
+            self.log(f"the loss scale goes from {before:g} to {self.scaler.scale:g}")
+
+    def scalars(self) -> dict[str, float]:
+        scalars = {"train/skipped_steps": self.skipped.total}
+        return scalars | ({"train/loss_scale": self.scaler.scale} if self.scales_loss else {})

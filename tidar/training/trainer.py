@@ -1,0 +1,291 @@
+"""The story of a run, from top to bottom."""
+
+import gc
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from tidar.config import UserError
+from tidar.data import Batch, validation_order
+from tidar.distributed import Watchdog, compile_seconds, shorten_timeout
+from tidar.losses.objective import TokenScores
+from tidar.losses.sums import score_sums, target_weights
+from tidar.patterns import LOSSES, ModelBatch
+from tidar.training.epoch_export import export_parameters
+from tidar.training.optim.skipping import TooManySkipped
+from tidar.training.reporting.metrics import MetricWriter, validation_lines
+from tidar.training.reporting.profiling import StepTraces
+from tidar.training.reporting.reports import Reports
+from tidar.training.reporting.summary import summarize
+from tidar.training.run import Run
+from tidar.training.validation import validate
+
+
+class Trainer(Run):
+    """Trains a run to its last step."""
+
+    def train(self) -> None:
+        try:
+            self.tell_start()
+            if self.step < self.steps:
+                self.run()
+            elif not self.checkpoint:
+                self.save_first_weights()
+            else:
+                if self.world.rank == 0:
+                    self.checkpointer.clean_up()
+                self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
+                self.log("to train anew, choose another job.dump_folder or remove this one")
+            self.tell_end()
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            raise
+        finally:
+            self.stops.close()
+            self.checkpointer.close()
+            if self.compiler:
+                self.compiler.stop()
+            if self.lock:
+                self.lock.release()
+
+    def tell_start(self) -> None:
+        if not self.config.checkpoint.enable and any(self.folder.glob("checkpoint/step-*")):
+            raise UserError(
+                f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
+            )
+        self.log(
+            summarize(
+                self.config,
+                self.model,
+                self.pattern,
+                self.training_rows,
+                self.held_out_rows,
+                self.world.size,
+                self.micro_batches,
+                self.steps,
+                self.n_left_out,
+                self.engine,
+                self.dtype,
+            )
+        )
+        self.log(self.start)
+
+    def run(self) -> None:
+        """All steps that are left."""
+        config = self.config
+        if self.world.rank == 0:
+            self.checkpointer.clean_up()
+        self.checkpointer.reserve()
+        self.write_options()
+        first_step = self.step + 1
+        self.metrics = MetricWriter(self.folder, first_step, self.world.rank == 0, self.log)
+        self.reports = Reports(self.metrics, self.throughput, self.loss_weights, self.device, self.log)
+        if config.training.gc_freq:
+            # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        traces = StepTraces(config.profiling, self.folder, self.world.rank, self.step)
+        self.throughput.restart()
+        self.patience = config.comm.init_timeout_seconds
+        self.watchdog = Watchdog(self.world, self.patience, self.fail)
+        self.stops.begin()
+        batches = self.training_batches()
+        try:
+            while self.step < self.steps:
+                epoch = self.progress.epoch
+                self.train_step(batches)
+                traces.step()
+                if self.step == first_step:
+                    self.end_first_step()
+                if config.training.gc_freq and self.step % config.training.gc_freq == 0:
+                    gc.collect()
+                # validated and exported first: what a checkpoint says is done has been reported and written
+                if config.validation.enable and self.is_due(config.validation.freq):
+                    self.validate()
+                if config.checkpoint.export_epochs:
+                    self.export_epoch(epochs_before=epoch)
+                self.stop_reason = self.stops.agreed(self.checkpointer.has_failed)
+                if config.checkpoint.enable and (self.stop_reason or self.is_due(config.checkpoint.interval)):
+                    self.save()
+                self.updates.skipped.check()
+                if self.stop_reason:
+                    break
+            self.passes("the checkpoint", config.comm.save_timeout_seconds)
+            if config.checkpoint.enable:
+                self.checkpointer.finish_last(self.step)
+            self.wait_for_all("the end")
+        except TooManySkipped as skipped:
+            self.stop_for(skipped)
+        finally:
+            traces.stop()
+            self.watchdog.stop()
+            gc.enable()
+            gc.unfreeze()
+            self.metrics.close()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over `self.micro_batches` micro-batches of each rank."""
+        config, number = self.config, self.step + 1
+        self.passes(f"step {number}: data")
+        wait_started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.micro_batches)]
+        self.throughput.count_step(micro_batches, data_wait=time.perf_counter() - wait_started)
+        micro_batches = [batch.to(self.device) for batch in micro_batches]
+
+        # the denominators of the losses: the targets of the whole step, over all ranks and micro-batches
+        weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
+        n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
+        counts = torch.cat([weights, n_tokens])
+        dist.all_reduce(counts)
+        weights, n_tokens = counts[:2], counts[2]
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        for place, batch in enumerate(micro_batches, start=1):
+            self.passes(f"step {number}: micro-batch {place}")
+            with self.parallel.training(is_last=place == self.micro_batches):
+                loss, scores = self.forward(batch.rows, weights)
+                self.throughput.count_pairs(self.mask_builder.allowed_pairs(batch.rows.documents))
+                self.updates.backward(loss)
+            self.updates.skipped.note(batch.rows, scores)
+            sums += score_sums(batch.rows.targets, scores)
+            self.pace()
+        dist.all_reduce(sums)
+
+        self.passes(f"step {number}: optimizer")
+        rows = partial(self.training_order(self.progress.samples).first_rows, self.micro_batches)
+        self.checkpointer.before_update()
+        grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
+
+        epoch = self.progress.epoch
+        self.progress.add_step(self.global_batch_size, n_tokens, weights, sums)
+        if self.progress.epoch > epoch:
+            self.reports.epoch(self.step, self.progress.epoch, *self.progress.take_epoch_sums())
+        if self.is_due(config.metrics.log_freq):
+            self.report_step(weights, sums, grad_norm, lr)
+
+    def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+        self.updates.settle()  # waits for the device
+        scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
+        scalars |= self.checkpointer.take_stall()
+        self.reports.step(self.step, self.steps, weights, sums, scalars)
+
+    def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
+        """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
+        denominators = dict(zip(LOSSES, weights))
+        build_mask = self.mask_builder if torch.is_grad_enabled() else self.validation_mask_builder
+        return self.model(
+            rows.input_ids,
+            rows.position_ids,
+            build_mask(rows.documents),
+            head=lambda hidden, weight: self.objective(hidden, weight, rows.targets, denominators),
+        )
+
+    def validate(self) -> None:
+        config, world = self.config, self.world
+        order = validation_order(
+            len(self.held_out_rows), config.validation.steps, config.training.local_batch_size, world.rank, world.size
+        )
+        ones = torch.ones(2, device=self.device)
+
+        def score(rows: ModelBatch) -> dict[str, TokenScores]:
+            scores = self.forward(rows, ones)[1]
+            self.pace()
+            self.passes("validation")
+            return scores
+
+        # its first batch may have to be compiled
+        self.passes("validation", config.comm.init_timeout_seconds)
+        with self.throughput.paused(), self.parallel.validating():
+            scalars = validate(
+                self.loader(self.held_out_rows, order, self.validation_pattern),
+                score,
+                block_size=self.validation_pattern.block_size,
+                loss_weights=self.loss_weights,
+                device=self.device,
+            )
+        self.val_losses[self.step] = scalars["val/loss"]
+        self.metrics.write(self.step, scalars)
+        self.log(validation_lines(scalars))
+
+    def export_epoch(self, epochs_before: int) -> None:
+        """Exports to export/epoch_<n> where the step has ended an epoch of which checkpoint.export_epochs wants one."""
+        every = self.config.checkpoint.export_epochs
+        number = self.progress.epoch // every * every
+        if number <= epochs_before:
+            return
+        folder = self.folder / "export" / f"epoch_{number}"
+        with self.throughput.paused():
+            self.wait_for_all("the export")
+            export_parameters(folder, self.checkpointer.parameters, self.write_assets, writes=self.world.rank == 0)
+            self.wait_for_all("the export")
+        self.log(f"exported {folder}")
+
+    def save(self) -> None:
+        self.updates.settle()
+        self.passes("the checkpoint", self.config.comm.save_timeout_seconds)
+        with self.throughput.paused():
+            self.checkpointer.save(self.step, self.about())
+
+    def wait_for_all(self, place: str) -> None:
+        """Before and after what only some ranks do, which may take long."""
+        self.passes(place, self.config.comm.save_timeout_seconds)
+        dist.barrier(self.group)
+
+    def tell_end(self) -> None:
+        saved = self.checkpointer.saved_path
+        outcome, reason = "finished", "all steps are done"
+        if self.step < self.steps:
+            outcome, reason = "stopped", self.stop_reason
+            text = f"saved in {saved}, from which the same command goes on" if saved else "nothing is saved"
+            self.log(f"stopped after step {self.step} by {reason}: {text}")
+        if self.world.rank == 0:
+            told = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
+            self.outcome.end(outcome, reason=reason, **told)
+
+    def stop_for(self, reason: TooManySkipped) -> None:
+        """Ends the run with what it had before the steps that were skipped."""
+        saved = ""
+        if self.config.checkpoint.enable:
+            try:
+                self.checkpointer.finish()
+                if self.checkpointer.saved_step != self.step:
+                    self.save()
+                self.checkpointer.finish_last(self.step)
+                saved = f"\nthe state before them is saved in {self.checkpointer.saved_path}"
+            except UserError as error:
+                saved = f"\n{str(error).splitlines()[0]}"
+        raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped}){saved}")
+
+    def save_first_weights(self) -> None:
+        """All that a run of no steps does: it makes a checkpoint of what it would start from."""
+        if not self.config.checkpoint.enable:
+            raise UserError("training.steps = 0: only saves the first weights, which checkpoint.enable = false forbids")
+        self.write_options()
+        self.checkpointer.reserve()
+        self.checkpointer.save(0, self.about())
+        self.checkpointer.finish_last(0)
+        self.log(f"saved the first weights in {self.checkpointer.folder / 'step-0'}")
+
+    def training_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches, from where the run stands, without an end."""
+        return iter(self.loader(self.training_rows, self.training_order(self.progress.samples), self.pattern))
+
+    def end_first_step(self) -> None:
+        """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
+        if compilation := compile_seconds():
+            self.log(f"compilation took {compilation:.1f} s of the first step")
+        if self.compiler and (trouble := self.compiler.trouble()):
+            self.log(f"warning: step {self.step} was slow, for its kernels were not compiled ahead: {trouble}")
+        shorten_timeout(self.config, self.world)
+        self.patience = self.config.comm.train_timeout_seconds
+
+    def passes(self, place: str, patience: int | None = None) -> None:
+        """Tells the watchdog where this rank is, and how many seconds it may stay there."""
+        self.watchdog.passes(place, patience or self.patience)
+
+    def is_due(self, every: int) -> bool:
+        """What happens every so many steps, if any, and after the last."""
+        return self.step == self.steps or (every > 0 and self.step % every == 0)

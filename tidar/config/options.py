@@ -1,11 +1,11 @@
-"""The options: one dataclass per section of the TOML file. Names follow torchtitan where it has them."""
+"""The options: one dataclass per TOML section. Names follow torchtitan where it has them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
 def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, below=None, beside=None) -> Any:
-    """A field, its meaning, its range: minimum <= value <= maximum and above < value < below, or value == beside."""
+    """A field with help text and range: minimum <= value <= maximum, above < value < below, or value == beside."""
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "beside": beside}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -16,68 +16,65 @@ def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, b
 class Job:
     """The run and its folder."""
 
-    config_file: str = option("", "TOML file with the options; the command line wins over it")
-    dump_folder: str = option("", "folder of everything the run writes (default: runs/<name of the config file>)")
+    config_file: str = option("", "TOML file with options; the command line overrides it")
+    dump_folder: str = option("", "folder for everything the run writes (default: runs/<name of the config file>)")
 
 
 @dataclass
 class Model:
     """The decoder."""
 
-    name: str = option("debug", "size of the decoder, one of those in tidar/models/sizes.py")
-    hf_path: str = option(
-        "", "local folder of a Hugging Face model: its config.json, tokenizer and weights; wins over name"
-    )
+    name: str = option("debug", "named decoder size from tidar/models/sizes.py, with random weights")
+    hf_path: str = option("", "local folder of a Hugging Face model (config.json, tokenizer, weights); overrides name")
     attention_backend: Literal["auto", "flash", "flex", "sdpa"] = option(
         "auto",
-        "flex: FlexAttention with block masks (CUDA); flash: the same with FlashAttention-4's kernels (extra flash); "
-        "sdpa: dense masks (anywhere); auto: on CUDA flash where it is installed and can be used, else flex",
+        "flex: FlexAttention with block masks (CUDA); flash: the same with FlashAttention-4 kernels (extra flash); "
+        "sdpa: dense masks (any device); auto: on CUDA flash if it can run, otherwise flex; on CPU sdpa",
     )
 
 
 @dataclass
 class Tidar:
-    """The method: which positions see which, and how the two losses are weighed."""
+    """The method: pattern, blocks, mask token and loss weights."""
 
     pattern: str = option(
         "tidar", "tidar, tidar_split, tidar_random, block_diffusion, causal, or your own: my_package.my_file:MyPattern"
     )
-    block_size: int = option(8, "tokens drafted together (at most training.seq_len)", minimum=1)
-    clean_ratio: float = option(0.5, "tidar_split: share of a document's tokens that stays clean", above=0, below=1)
+    block_size: int = option(8, "tokens drafted in one block (at most training.seq_len)", minimum=1)
+    clean_ratio: float = option(0.5, "tidar_split: fraction of a document's tokens that stays clean", above=0, below=1)
     mask_token_id: int = option(
         -1,
-        "token of masked positions (-1: the first id after the tokenizer's last; the vocabulary grows if it must)",
+        "mask token id (-1: the first id after the tokenizer's last; the vocabulary grows if needed)",
         minimum=0,
         beside=-1,
     )
     mask_token_init: Literal["auto", "mean", "keep"] = option(
         "auto",
-        "first embedding of the mask token where weights are loaded: the mean of the used rows, or as it is "
+        "initial embedding of the mask token when weights are loaded: mean of the used rows, or keep the loaded row "
         "(auto: mean, unless a token or a TiDAR checkpoint uses the row)",
     )
     ar_loss_weight: float = option(1.0, "weight of the autoregressive loss", minimum=0)
     diffusion_loss_weight: float = option(1.0, "weight of the diffusion loss", minimum=0)
     block_sizes: list[int] = option(
         [],
-        "experiment: each row takes one of these in place of block_size, drawn anew in every epoch; a validation keeps "
-        "block_size",
+        "experiment: each row draws its block size from this list, again in every epoch; validation uses block_size",
         minimum=1,
     )
     random_block_offset: bool = option(
         False,
-        "experiment: the first block of all documents of a row is shorter, by a number drawn anew in every epoch; not "
-        "in a validation",
+        "experiment: shorten the first block of every document of a row by a random number of tokens, drawn in every "
+        "epoch; not in validation",
     )
     place_weights: list[float] = option(
         [],
-        "experiment: weight of each place of a block in the diffusion loss, one number for each place of the largest "
-        "block; all alike in a validation",
+        "experiment: diffusion loss weight of each position in the block, one number per position of the largest "
+        "block; uniform in validation",
         minimum=0,
     )
     diffusion_share: float = option(
         1.0,
-        "experiment: share of a row's tokens that the diffusion loss trains, in whole blocks drawn anew each epoch; "
-        "other blocks are not part of the model's input; all of them in a validation",
+        "experiment: fraction of a row's tokens with a diffusion loss, as whole blocks drawn in every epoch; the other "
+        "blocks are not part of the model's input; validation uses all blocks",
         above=0,
         maximum=1,
     )
@@ -85,112 +82,114 @@ class Tidar:
 
 @dataclass
 class Data:
-    """Where the text comes from."""
+    """Training data: source, tokenizer, packing."""
 
     source: str = option(
-        "python_source", "python_source, text, chat, gumiho, or prepared: folders of tidar.prepare_data"
+        "python_source", "python_source, text, chat, gumiho, or prepared (folders written by tidar.prepare_data)"
     )
     paths: list[str] = option(
-        [], "files, folders or globs of the source (python_source: folders to add to the standard library)"
+        [], "files, folders or globs to read (python_source: folders in addition to the standard library)"
     )
     weights: list[float] = option(
         [],
-        "how often an epoch takes the documents of each path [1]; 0.3 takes three in ten, drawn once",
+        "how many times an epoch repeats each path's documents [1]; 0.3 takes a fixed random 30 %",
         minimum=0,
     )
-    tokenizer: str = option("", "local folder of a tokenizer, or bytes (default: that of the model's folder)")
-    text_field: str = option("text", "text: field of a record that holds the text")
-    prompt_field: str = option("", "chat: field of the prompt (default: prompt or question)")
-    response_field: str = option("", "chat: field of the response (default: response or answer)")
+    tokenizer: str = option("", "local tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    text_field: str = option("text", "text: record field that holds the text")
+    prompt_field: str = option("", "chat: record field of the prompt (default: prompt or question)")
+    response_field: str = option("", "chat: record field of the response (default: response or answer)")
     end_of_document: str = option(
-        "", "token that ends a document, or none (default: the tokenizer's end of text; chat: what the template has)"
+        "", "token appended to each document, or none (default: the tokenizer's end of text; chat: set by the template)"
     )
-    end_is_target: bool = option(True, "whether the end of a document is to be predicted")
-    on_error: Literal["fail", "skip"] = option(
-        "fail", "a document that cannot be used: stop, or count and leave it out"
-    )
-    packing: bool = option(True, "pack documents into rows (false: one document a row, truncated and padded)")
-    long_documents: Literal["split", "drop"] = option("split", "documents longer than a row, where they are packed")
-    num_workers: int = option(1, "background processes that prepare batches (0: none)", minimum=0)
+    end_is_target: bool = option(True, "whether the end-of-document token is a target")
+    on_error: Literal["fail", "skip"] = option("fail", "when a document cannot be used: stop, or skip and count it")
+    packing: bool = option(True, "pack documents into rows (false: one document per row, truncated and padded)")
+    long_documents: Literal["split", "drop"] = option("split", "packing: split or drop documents longer than a row")
+    num_workers: int = option(1, "background processes that build batches (0: none)", minimum=0)
 
 
 @dataclass
 class Training:
-    """Batch, length and numerics."""
+    """Batch size, sequence length and numerics."""
 
-    seq_len: int = option(256, "tokens of a row; tidar's model sees twice as many positions", minimum=2)
-    local_batch_size: int = option(8, "rows of a micro-batch on one device", minimum=1)
+    seq_len: int = option(256, "tokens per row; the tidar pattern has twice as many model positions", minimum=2)
+    local_batch_size: int = option(8, "rows per micro-batch and device", minimum=1)
     global_batch_size: int = option(
         -1,
-        "rows of an optimizer step over all devices and micro-batches (-1: one micro-batch on each)",
+        "rows per optimizer step over all devices and micro-batches (-1: one micro-batch per device)",
         minimum=1,
         beside=-1,
     )
-    steps: int = option(1000, "optimizer steps of the run (0: only saves the first weights)", minimum=0)
-    epochs: float = option(0.0, "passes over the data, in place of steps (0: as training.steps says)", minimum=0)
-    max_norm: float = option(1.0, "gradients are clipped to this global norm (0: not clipped)", minimum=0)
+    steps: int = option(1000, "optimizer steps (0: only save the initial weights)", minimum=0)
+    epochs: float = option(0.0, "passes over the data, instead of steps (0: use training.steps)", minimum=0)
+    max_norm: float = option(1.0, "clip gradients to this global norm (0: no clipping)", minimum=0)
     mixed_precision_param: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto",
-        "type of the arithmetic; parameters and reductions stay float32 (auto: bfloat16 on CUDA; float16: see "
-        "[loss_scale])",
+        "compute dtype; master weights and reductions stay float32 (auto: bfloat16 on CUDA, float32 on CPU; "
+        "float16: see [loss_scale])",
     )
     float8: bool = option(
         False,
-        "matrix products of the MLP in FP8 (e4m3, gradients e5m2; dynamic tensorwise scaling by torchao, extra fp8); "
-        "all else stays as it is. Ada, Hopper or later GPUs, bfloat16; emulated on a CPU",
+        "FP8 GEMMs in the MLP (e4m3, gradients e5m2; dynamic tensorwise scaling by torchao, extra fp8). Needs bfloat16 "
+        "on an Ada, Hopper or later GPU; emulated on CPU",
     )
     enable_cpu_offload: bool = option(
-        False, "parameters, gradients and optimizer state stay in the host's memory, where AdamW runs (CUDA)"
+        False, "keep parameters, gradients and optimizer state in host memory and run AdamW there (CUDA)"
     )
     max_steps_skipped: int = option(
-        20, "steps skipped in a row, for a loss or gradient norm that is not finite, before the run stops", minimum=1
+        20, "stop after this many consecutive skipped steps (loss or gradient norm not finite)", minimum=1
     )
     loss_chunk_size: int = option(
-        4096, "scored positions whose logits, or what is in their place, exist at one time", minimum=1
+        4096,
+        "target positions per chunk of the loss: their logits, or what replaces them, exist at one time",
+        minimum=1,
     )
-    seed: int = option(0, "seed of the first parameters and of the order of the data", minimum=0, maximum=2**63 - 1)
-    deterministic: bool = option(False, "only deterministic kernels: slower, repeats bit for bit")
-    gc_freq: int = option(50, "steps between collections of Python's garbage (0: Python decides)", minimum=0)
+    seed: int = option(
+        0, "seed of the initial parameters, the data order and all random draws", minimum=0, maximum=2**63 - 1
+    )
+    deterministic: bool = option(False, "use deterministic kernels only: slower, reproducible bit for bit")
+    gc_freq: int = option(50, "steps between garbage collections (0: Python decides)", minimum=0)
 
 
 @dataclass
 class Parallelism:
-    """How parameters, gradients and optimizer state lie on the devices: replicate x shard degree are all of them."""
+    """Sharding of parameters, gradients and optimizer state: replicate degree x shard degree = number of devices."""
 
     data_parallel_replicate_degree: int = option(
-        1, "groups of devices that each hold all of the state (-1: as many as there are)", minimum=1, beside=-1
+        1, "replicas of the sharded state (-1: all devices not used for sharding)", minimum=1, beside=-1
     )
     data_parallel_shard_degree: int = option(
         -1,
-        "devices that the state is sharded over (-1: all that are left; 1: each holds it whole)",
+        "devices that one replica is sharded over (-1: all remaining devices; 1: no sharding)",
         minimum=1,
         beside=-1,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
         "default",
-        "free a layer's gathered parameters after its forward pass, as ZeRO-3 does (always), or keep them for the "
-        "backward pass, as ZeRO-2 does (never); default: always where they are sharded and reduced each micro-batch. "
-        "One device keeps a copy of all parameters where the arithmetic has 16 bits, unless always",
+        "always: free a layer's all-gathered parameters after its forward pass (ZeRO-3); never: keep them for the "
+        "backward pass (ZeRO-2); default: always if they are sharded and gradients are reduced per micro-batch. One "
+        "device keeps a 16-bit copy of all parameters if the compute dtype has 16 bits, unless always",
     )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",
-        "when the gradients of a group's devices are added up: after each micro-batch (least memory), or once a step "
-        "(least communication, keeps whole gradients)",
+        "reduce-scatter gradients after each micro-batch (least memory), or once per step (least communication, keeps "
+        "unsharded gradients)",
     )
 
 
 @dataclass
 class ActivationCheckpoint:
-    """What of a layer is kept for the backward pass."""
+    """Activations kept for the backward pass."""
 
     mode: Literal["none", "selective", "full"] = option(
         "none",
-        "none: all activations; selective: results of matrix products and attention, the rest is recomputed; full: "
-        "only the layer's input",
+        "none: keep all activations; selective: keep outputs of matmuls and attention, recompute the rest; full: keep "
+        "only each layer's input",
     )
     layers: int = option(
         -1,
-        "layers, counted from the first, that mode is applied to; the others keep all (-1: all layers)",
+        "apply mode to this many layers, counted from the first; the others keep all activations (-1: all layers)",
         minimum=0,
         beside=-1,
     )
@@ -198,12 +197,14 @@ class ActivationCheckpoint:
 
 @dataclass
 class LossScale:
-    """Scaling of the loss where training.mixed_precision_param = float16, as DeepSpeed does it."""
+    """Loss scaling for training.mixed_precision_param = float16, with DeepSpeed's rules."""
 
-    dynamic: bool = option(True, "halve the scale on overflow, double it after a window without (false: constant)")
-    start: float = option(2.0**16, "first scale", above=0)
-    window: int = option(1000, "steps in a row without overflow after which the scale doubles", minimum=1)
-    hysteresis: int = option(2, "overflows before the scale halves; counted anew when it doubles", minimum=1)
+    dynamic: bool = option(
+        True, "halve the scale on overflow, double it after a window without overflow (false: constant scale)"
+    )
+    start: float = option(2.0**16, "initial scale", above=0)
+    window: int = option(1000, "consecutive steps without overflow before the scale doubles", minimum=1)
+    hysteresis: int = option(2, "overflows before the scale halves; the count restarts when it doubles", minimum=1)
     minimum: float = option(1.0, "smallest scale", above=0)
 
 
@@ -211,28 +212,26 @@ class LossScale:
 class Optimizer:
     """AdamW."""
 
-    lr: float = option(8e-4, "highest learning rate", above=0)
-    beta1: float = option(0.9, "decay of the first moment", minimum=0, maximum=0.999999)
-    beta2: float = option(0.95, "decay of the second moment", minimum=0, maximum=0.999999)
-    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    lr: float = option(8e-4, "peak learning rate", above=0)
+    beta1: float = option(0.9, "decay rate of the first moment", minimum=0, maximum=0.999999)
+    beta2: float = option(0.95, "decay rate of the second moment", minimum=0, maximum=0.999999)
+    eps: float = option(1e-8, "added to the square root of the second moment", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay", minimum=0)
-    decay_params: Literal["matrices", "all"] = option(
-        "matrices", "what is decayed: parameters of two dimensions, or all"
-    )
+    decay_params: Literal["matrices", "all"] = option("matrices", "parameters with weight decay: matrices only, or all")
     state_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "type of both moments; bfloat16 is rounded stochastically and saves 4 bytes a parameter"
+        "float32", "dtype of both moments; bfloat16 uses stochastic rounding and saves 4 bytes per parameter"
     )
 
 
 @dataclass
 class LRScheduler:
-    """The learning rate over the run, by its steps that were not skipped."""
+    """Learning rate schedule, counted in steps that were not skipped."""
 
     schedule: Literal["warmup", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = option(
-        "warmup", "warmup: linear from 0, then as decay_type says; or DeepSpeed's of that name, the same at every step"
+        "warmup", "warmup: linear from 0, then decay_type; or the DeepSpeed schedule of that name, equal at every step"
     )
-    warmup_steps: int = option(20, "steps of the warm-up", minimum=0)
-    decay_type: Literal["cosine", "linear", "constant"] = option("cosine", "warmup: form of the decay")
+    warmup_steps: int = option(20, "warmup steps", minimum=0)
+    decay_type: Literal["cosine", "linear", "constant"] = option("cosine", "warmup: shape of the decay")
     min_lr_factor: float = option(
         0.0,
         "rate after the last step's decay, as a share of optimizer.lr (WarmupCosineLR: its cos_min_ratio)",
@@ -240,10 +239,10 @@ class LRScheduler:
         maximum=1,
     )
     total_steps: int = option(-1, "step with which the decay ends (-1: the last of the run)", minimum=1, beside=-1)
-    warmup_type: Literal["log", "linear"] = option("log", "DeepSpeed's schedules: form of the warm-up")
+    warmup_type: Literal["log", "linear"] = option("log", "DeepSpeed schedules: shape of the warmup")
     warmup_min_lr_factor: float = option(
         0.0,
-        "DeepSpeed's schedules: rate before the warm-up, as a share of optimizer.lr; WarmupDecayLR ends there too",
+        "DeepSpeed schedules: initial rate as a fraction of optimizer.lr; WarmupDecayLR also ends there",
         minimum=0,
     )
 
@@ -257,51 +256,52 @@ class Compile:
 
 @dataclass
 class Validation:
-    """Passes over held-out rows."""
+    """Validation on held-out rows."""
 
-    enable: bool = option(True, "validate at all")
-    freq: int = option(100, "steps between validations; one more comes at the end (0: only that one)", minimum=0)
-    paths: list[str] = option([], "data to validate on, as data.paths (default: a share of the training data)")
-    share: float = option(0.01, "share of the documents that is held out of training", minimum=0, maximum=0.5)
-    steps: int = option(-1, "batches of a validation on each device (-1: all held-out rows)", minimum=1, beside=-1)
+    enable: bool = option(True, "run validation")
+    freq: int = option(100, "steps between validations; one more runs at the end (0: only at the end)", minimum=0)
+    paths: list[str] = option([], "validation data, in the form of data.paths (default: hold out validation.share)")
+    share: float = option(0.01, "fraction of the documents held out of training", minimum=0, maximum=0.5)
+    steps: int = option(-1, "validation batches per device (-1: all held-out rows)", minimum=1, beside=-1)
 
 
 @dataclass
 class Checkpoint:
-    """Saving and going on."""
+    """Saving and resuming."""
 
-    enable: bool = option(True, "save checkpoints, and go on from the last one in job.dump_folder")
-    interval: int = option(500, "steps between checkpoints; one more comes at the end", minimum=1)
+    enable: bool = option(True, "save checkpoints, and resume from the newest one in job.dump_folder")
+    interval: int = option(500, "steps between checkpoints; one more is saved at the end", minimum=1)
     keep_latest_k: int = option(
-        10, "newest checkpoints that are kept; older ones are removed (0: all are kept)", minimum=0
+        10, "number of newest checkpoints to keep; older ones are removed (0: keep all)", minimum=0
     )
-    keep_every_n_steps: int = option(0, "checkpoints of each so many steps are kept too (0: none)", minimum=0)
-    save_best: bool = option(False, "the checkpoint with the lowest val/loss is kept too, of those saved with one")
+    keep_every_n_steps: int = option(0, "also keep the checkpoint of every n-th step (0: none)", minimum=0)
+    save_best: bool = option(False, "also keep the checkpoint with the lowest val/loss")
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = option(
         "disabled",
-        "async: copy what is saved to the host's memory and write it while training goes on; async_with_pinned_mem: "
-        "copy beside the next step too, to page-locked memory that is kept (CUDA; elsewhere as async)",
+        "async: copy the state to host memory and write it while training continues; async_with_pinned_mem: overlap "
+        "the copy with the next step too, through pinned memory that stays allocated (CUDA; otherwise like async)",
     )
     on_error: Literal["stop", "continue"] = option(
-        "stop", "a checkpoint that cannot be written: stop the run, or warn and train on without it"
+        "stop", "when a checkpoint cannot be written: stop the run, or warn and continue without it"
     )
     max_wall_minutes: float = option(
-        0.0, "save and stop after so many minutes, those of the start included (0: never)", minimum=0
+        0.0, "save and stop after this many minutes, startup included (0: never)", minimum=0
     )
     allow_changes: bool = option(
-        False, "go on from a checkpoint although pattern, block size, seed, length, batch or data differ"
+        False,
+        "resume although pattern, block size, seed, sequence length, batch size or data differ from the checkpoint",
     )
     initial_load_path: str = option(
         "",
-        "weights that a new run starts from: a Hugging Face folder, a checkpoint's step-<n> or a state dict saved "
-        "with torch.save (default: those in model.hf_path, or random ones)",
+        "initial weights of a new run: a Hugging Face folder, a checkpoint's step-<n>, or a state dict saved with "
+        "torch.save (default: the weights in model.hf_path, or random ones)",
     )
     export_epochs: int = option(0, "epochs between exports to export/epoch_<n> (0: none)", minimum=0)
 
 
 @dataclass
 class Metrics:
-    """What is reported."""
+    """Reporting."""
 
     log_freq: int = option(10, "steps between reports", minimum=1)
 
@@ -310,30 +310,28 @@ class Metrics:
 class Profiling:
     """Traces of the PyTorch profiler, for chrome://tracing or Perfetto."""
 
-    enable_profiling: bool = option(False, "write a trace of one step now and then")
+    enable_profiling: bool = option(False, "write a trace of one step every profile_freq steps")
     profile_freq: int = option(100, "steps between traces", minimum=3)
-    save_traces_folder: str = option("profile_traces", "where in job.dump_folder they are written")
+    save_traces_folder: str = option("profile_traces", "subfolder of job.dump_folder for the traces")
 
 
 @dataclass
 class Comm:
-    """The process group."""
+    """Timeouts of the process group and of the watchdog, in seconds."""
 
     init_timeout_seconds: int = option(
         300,
-        "longest time without progress until the first step has ended, and in a validation's first batch",
+        "longest time without progress until the end of the first step, and in the first batch of a validation",
         minimum=5,
         maximum=10**6,
     )
     train_timeout_seconds: int = option(
         100,
-        "longest time without progress after that: for a micro-batch, or in wait of another rank",
+        "longest time without progress after that: one micro-batch, or waiting for another rank",
         minimum=5,
         maximum=10**6,
     )
-    save_timeout_seconds: int = option(
-        1800, "longest time that a checkpoint or an export may take", minimum=5, maximum=10**6
-    )
+    save_timeout_seconds: int = option(1800, "longest time for a checkpoint or an export", minimum=5, maximum=10**6)
 
 
 @dataclass

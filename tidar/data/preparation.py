@@ -6,7 +6,6 @@ which is written last: a folder that has it is whole. Until then finished parts 
 again.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -28,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tidar.config import UserError
+from tidar.config.locks import FileLock
 from tidar.config.options import Data
 from tidar.data.chat import Chat
 from tidar.data.corpus import BadDocument, Corpus, Document
@@ -117,12 +117,12 @@ def prepare(
     wanted = plan(source, parts, paths)
     _refuse_other_content(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with FileLock(folder / LOCK) as lock:
+        if not lock.acquire():
             print(f"{folder}: waits for another process that prepares data there", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.acquire(wait=True)
+        if lock.warning:
+            print(lock.warning, file=sys.stderr, flush=True)
         if not _is_prepared(folder, wanted, source.options.on_error):
             _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
             _join_parts(folder, source, parts, wanted)

@@ -25,10 +25,10 @@ class FileLock:
             if path.is_symlink() or path.is_dir():
                 raise UserError(f"{path}: must be a regular file, for the lock of this folder; remove it") from None
             raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from None
-        self.file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            self.file.close()
+            os.close(descriptor)
             raise UserError(f"{path}: must be a regular file, for the lock of this folder; remove it")
+        self.file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
     def acquire(self, wait: bool = False) -> bool:
         """Returns False where another process holds the lock; with `wait`, waits for it instead.

@@ -20,6 +20,7 @@ from tidar.config import (
     in_range,
     load_config,
     make_dump_folder,
+    print_lines,
     resolve_global_batch_size,
     user_errors_exit,
 )
@@ -61,7 +62,7 @@ def main() -> None:
         lock = RunLock(folder)
         inputs = load_inputs(config)
         if inputs.warning:
-            print(inputs.warning, file=sys.stderr)
+            print_lines(inputs.warning, file=sys.stderr)
         start = config.checkpoint.initial_load_path or config.model.hf_path
         weights = open_weights(start) if start and not saved_steps(folder) else None
         if weights:

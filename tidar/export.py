@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tidar.config import ArgumentParser, UserError, user_errors_exit
+from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exit
 from tidar.models import Decoder
 from tidar.models.huggingface import (
     ASSETS,
@@ -105,14 +105,14 @@ def main() -> None:
     with user_errors_exit():
         arguments = parser.parse_args()
         if arguments.list:
-            print("\n".join(list_checkpoints(arguments.list)))
+            print_lines(*list_checkpoints(arguments.list))
             return
         for name in ("checkpoint", "output"):
             if getattr(arguments, name) is None:
                 raise UserError(f"the following arguments are required: --{name}; or --list RUN alone")
         started = time.perf_counter()
         export(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
-        print(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")
+        print_lines(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")
         options = read_config_json(arguments.output)
         before = options.get("tidar", {}).get("vocab_size_before_mask_token")
         if before:

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 
-from tidar.config import ArgumentParser, UserError, load_config, user_errors_exit
+from tidar.config import ArgumentParser, UserError, load_config, print_lines, user_errors_exit
 from tidar.migration import (
     DEEPSPEED_REASONS,
     REQUIRED,
@@ -322,7 +322,7 @@ def main() -> None:
         arguments = parser.parse_args()
         text, warnings = migrate(arguments.train_config, arguments.ds_config)
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print_lines(f"warning: {warning}", file=sys.stderr)
         sys.stdout.reconfigure(encoding="utf-8")
         print(text, end="")
 

@@ -5,11 +5,10 @@ again. Train on the folder with data.source = "prepared" and data.paths = ["DIR"
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
-from tidar.config import ArgumentParser, UserError, in_range, load_config, user_errors_exit
+from tidar.config import ArgumentParser, UserError, in_range, load_config, print_lines, user_errors_exit
 from tidar.data import Corpus, data_tokenizer, load_tokenizer, make_source, prepare
 from tidar.data.dataset import progress_printer
 from tidar.models.huggingface import read_model
@@ -39,11 +38,10 @@ def main() -> None:
             prepare(source, make_source, paths, arguments.output, arguments.processes, progress_printer())
         except OSError as error:
             raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
-        print(summary(arguments.output, time.perf_counter() - started))
-    sys.stdout.flush()
+        print_lines(*summary(arguments.output, time.perf_counter() - started))
 
 
-def summary(folder: Path, seconds: float) -> str:
+def summary(folder: Path, seconds: float) -> list[str]:
     """What a prepared folder holds, and what was left out."""
     meta = Corpus.open(folder).meta
     lines = [
@@ -53,7 +51,7 @@ def summary(folder: Path, seconds: float) -> str:
     if meta["dropped"]:
         lines.append(f"left out: {meta['dropped']:,} documents, listed in {folder / 'dropped.txt'}")
         lines += [f"  {count:,}: {reason}" for reason, count in meta["dropped_reasons"].items()]
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
-from tidar.config.errors import UserError, user_errors_exit
+from tidar.config.errors import UserError, print_lines, printable, user_errors_exit
 from tidar.config.loading import (
     ArgumentParser,
     in_range,
@@ -21,6 +21,8 @@ __all__ = [
     "in_range",
     "load_config",
     "make_dump_folder",
+    "print_lines",
+    "printable",
     "resolve_global_batch_size",
     "set_option",
     "to_toml",

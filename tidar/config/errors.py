@@ -2,15 +2,38 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
+
+
+def printable(text: str) -> str:
+    """The text as one line that is safe to print, whatever file it comes from.
+
+    Newlines, control characters, marks of writing direction and lone surrogates are shown as escapes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_lines(*lines: str, file: TextIO | None = None) -> None:
+    """Prints each argument as one line (see `printable`), to stdout if no file is given."""
+    print(*map(printable, lines), sep="\n", file=file, flush=True)
 
 
 class UserError(Exception):
-    """Something only the user can mend. Its text is one or two lines that say what is wrong and what is allowed."""
+    """An error that only the user can correct. lines: one or two, which say what is wrong and what is allowed.
+
+    Each argument is one line (see `printable`): a value that it quotes cannot begin another one.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Around a command: a UserError is printed, once on each machine, and ends the process with 1."""
+    """Around a command: prints a UserError, once on each machine, and exits with status 1."""
     try:
         yield
     except UserError as error:

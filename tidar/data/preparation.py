@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tidar.config import UserError
+from tidar.config import UserError, print_lines, printable
 from tidar.config.locks import FileLock
 from tidar.config.options import Data
 from tidar.data.chat import Chat
@@ -119,10 +119,10 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK) as lock:
         if not lock.acquire():
-            print(f"{folder}: waits for another process that prepares data there", file=sys.stderr, flush=True)
+            print_lines(f"{folder}: waits for another process that prepares data there", file=sys.stderr)
             lock.acquire(wait=True)
         if lock.warning:
-            print(lock.warning, file=sys.stderr, flush=True)
+            print_lines(lock.warning, file=sys.stderr)
         if not _is_prepared(folder, wanted, source.options.on_error):
             _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
             _join_parts(folder, source, parts, wanted)
@@ -298,8 +298,8 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
             os.replace(folder / f"{name}.bin.partial", folder / f"{name}.bin")
     _write(folder / "counts.bin", lambda file: file.write(counts.tobytes()))
     if dropped:
-        lines = "".join(f"{place}: {reason}\n" for place, reason in dropped)
-        _write(folder / "dropped.txt", lambda file: file.write(lines.encode("utf-8", "surrogatepass")))
+        lines = "".join(printable(f"{place}: {reason}") + "\n" for place, reason in dropped)
+        _write(folder / "dropped.txt", lambda file: file.write(lines.encode()))
     used = np.flatnonzero(counts)
     reasons = dict(sorted(Counter(reason for _, reason in dropped).items(), key=lambda item: (-item[1], item[0]))[:20])
     if sum(reasons.values()) < len(dropped):

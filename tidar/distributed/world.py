@@ -48,8 +48,8 @@ def join_world(config: Config) -> World:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if missing and tasks != "1":
         raise UserError(
-            f"SLURM_STEP_NUM_TASKS = {tasks}: srun has started every one of these as a run of its own\n"
-            "let it start ./run_train.sh once on each node, which starts a process for each GPU (docs/launching.md)"
+            f"SLURM_STEP_NUM_TASKS = {tasks}: srun has started every one of these as a run of its own",
+            "let it start ./run_train.sh once on each node, which starts a process for each GPU (docs/launching.md)",
         )
     replicas, shards = resolve_degrees(config, size)
     check_offload(config)

@@ -1,6 +1,6 @@
 """Reading the files of the DeepSpeed script, and answering each of their keys."""
 
-from tidar.migration.keys import Keys, is_text, read_json, safe, shown
+from tidar.migration.keys import Keys, is_text, read_json, shown
 from tidar.migration.recipe import Recipe
 from tidar.migration.unused import DEEPSPEED_REASONS, REQUIRED, SCRIPT_REASONS, by_path
 
@@ -13,6 +13,5 @@ __all__ = [
     "by_path",
     "is_text",
     "read_json",
-    "safe",
     "shown",
 ]

@@ -4,17 +4,12 @@ import json
 import math
 from typing import Any, NoReturn
 
-from tidar.config import UserError, in_range
-
-
-def safe(text: str) -> str:
-    """The text on one line, what cannot be printed as escapes: nothing in it ends a comment."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+from tidar.config import UserError, in_range, printable
 
 
 def shown(value: Any, longest: int = 100) -> str:
     """As the value stands in JSON, on one line."""
-    text = safe(json.dumps(value, ensure_ascii=False))
+    text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
@@ -27,11 +22,11 @@ class Keys:
     """The keys of a JSON file or of a section of it, and which of the file's were answered."""
 
     def __init__(self, file: str, values: dict, path: tuple[str, ...] = (), answered: set | None = None):
-        self.file, self.values, self.path = safe(file), values, path
+        self.file, self.values, self.path = printable(file), values, path
         self.answered = set() if answered is None else answered
 
     def name(self, key: str) -> str:
-        return safe(".".join((*self.path, key)))
+        return printable(".".join((*self.path, key)))
 
     def is_auto(self, key: str) -> bool:
         """Whether Hugging Face's Trainer was to fill the value in."""
@@ -92,9 +87,9 @@ def read_json(path: str) -> dict:
             values = json.loads(file.read(), object_pairs_hook=once, parse_constant=refuse)
         shown(values)  # fails for what is nested too deeply
     except OSError as error:
-        raise UserError(f"{safe(path)}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{printable(path)}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{safe(path)}: is not JSON: {safe(str(error))}") from None
+        raise UserError(f"{printable(path)}: is not JSON: {printable(str(error))}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{safe(path)}: holds {shown(values)}: must hold an object: {{...}}")
+        raise UserError(f"{printable(path)}: holds {shown(values)}: must hold an object: {{...}}")
     return values

@@ -3,8 +3,8 @@
 import textwrap
 from typing import Any
 
-from tidar.config import Config, set_option, to_toml
-from tidar.migration.keys import Keys, safe, shown
+from tidar.config import Config, printable, set_option, to_toml
+from tidar.migration.keys import Keys, shown
 
 
 class Recipe:
@@ -65,5 +65,5 @@ class Recipe:
 
 def comment(text: str) -> str:
     """The text as comment lines of TOML, whatever it holds."""
-    lines = textwrap.wrap(safe(text), width=117, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(printable(text), width=117, break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"# {line}" for line in lines)

@@ -36,8 +36,8 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
     for row, query in _blind_queries(about, mask_mod, positions, rows.documents):
         kind = "document of all its tokens" if row == 0 else "packed row"
         raise UserError(
-            f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN\n"
-            "each must see one at least, itself for example: `| (q == k)`"
+            f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN",
+            "each must see one at least, itself for example: `| (q == k)`",
         )
 
 

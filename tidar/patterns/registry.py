@@ -94,8 +94,8 @@ def _load(name: str) -> type[Pattern]:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"tidar.pattern = {name}: {module_name or 'a module without a name'} cannot be imported "
-            f"({type(error).__name__}: {reason})\n"
-            "it must be a Python module of the current folder or of PYTHONPATH: my_package.my_file:MyPattern"
+            f"({type(error).__name__}: {reason})",
+            "it must be a Python module of the current folder or of PYTHONPATH: my_package.my_file:MyPattern",
         ) from None
     kind = getattr(module, class_name, None)
     if not (inspect.isclass(kind) and issubclass(kind, Pattern)):

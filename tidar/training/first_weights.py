@@ -16,8 +16,8 @@ def check_first_weights(config: Config) -> None:
         check_whole(path, f"checkpoint.initial_load_path = {path}")
 
 
-def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> str:
-    """Loads them, from checkpoint.initial_load_path or else model.hf_path, or draws them; tells which these are.
+def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[str]:
+    """Loads them, from checkpoint.initial_load_path or else model.hf_path, or draws them. Returns lines for the log.
 
     Raises UserError for weights that are not the model's, and where initial_load_path holds none.
     """
@@ -27,15 +27,15 @@ def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> str:
         raise UserError(f"checkpoint.initial_load_path = {path}: holds no weights")
     if weights is None:
         initialize(model, config.training.seed)
-        warning = f"warning: {path} holds no weights\n" if path else ""
-        return f"{warning}starts from random weights; the mask token is {spec.mask_token_id}"
+        warning = [f"warning: {path} holds no weights"] if path else []
+        return [*warning, f"starts from random weights; the mask token is {spec.mask_token_id}"]
     started = time.perf_counter()
     loaded_rows = load_weights(model, weights, spec.vocab_size_before)
     keeps = {"auto": spec.mask_row_is_trained, "keep": True, "mean": False}[config.tidar.mask_token_init]
     fill_new_rows(model, spec, loaded_rows, mask_row=not keeps)
-    text = f"starts from the weights of {path}, loaded in {time.perf_counter() - started:.1f} s"
+    lines = [f"starts from the weights of {path}, loaded in {time.perf_counter() - started:.1f} s"]
     if loaded_rows < spec.decoder.vocab_size:
-        text += f"\nthe vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows"
+        lines.append(f"the vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows")
     keeps = keeps and spec.mask_token_id < loaded_rows
     row = "as it is there" if keeps else f"the mean of the {spec.used_rows:,} used rows"
-    return f"{text}\nthe mask token is {spec.mask_token_id}; its embedding is {row}"
+    return [*lines, f"the mask token is {spec.mask_token_id}; its embedding is {row}"]

@@ -14,6 +14,7 @@ from tidar.config import (
     Config,
     UserError,
     make_dump_folder,
+    print_lines,
     resolve_global_batch_size,
     to_toml,
 )
@@ -174,7 +175,7 @@ class Run:
         if self.checkpoint:
             self.go_on()
             seconds = time.perf_counter() - restoring
-            self.start = f"goes on from {self.checkpoint}, checked and restored in {seconds:.1f} s"
+            self.start = [f"goes on from {self.checkpoint}, checked and restored in {seconds:.1f} s"]
         else:
             rank_zero_first(self.world, lambda is_first: is_first and check_first_weights(config))
             self.start = set_first_weights(self.model, self.spec, config)
@@ -192,8 +193,8 @@ class Run:
         found += self.progress.differences()
         if found and not self.config.checkpoint.allow_changes:
             raise UserError(
-                f"{self.folder} was trained otherwise: {'; '.join(found)}\n"
-                "go on with the same, allow it (checkpoint.allow_changes), or choose another job.dump_folder"
+                f"{self.folder} was trained otherwise: {'; '.join(found)}",
+                "go on with the same, allow it (checkpoint.allow_changes), or choose another job.dump_folder",
             )
         for difference in found:
             self.log(f"warning: goes on with other options: {difference}")
@@ -237,6 +238,6 @@ class Run:
         step = self.step if hasattr(self, "progress") else None
         self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
 
-    def log(self, text: str) -> None:
+    def log(self, *lines: str) -> None:
         if self.world.logs:
-            print(text, flush=True)
+            print_lines(*lines)

@@ -57,7 +57,7 @@ class Trainer(Run):
                 f"checkpoint.enable = false: {self.folder} holds the checkpoints of another run; choose another folder"
             )
         self.log(
-            summarize(
+            *summarize(
                 self.config,
                 self.model,
                 self.pattern,
@@ -71,7 +71,7 @@ class Trainer(Run):
                 self.dtype,
             )
         )
-        self.log(self.start)
+        self.log(*self.start)
 
     def run(self) -> None:
         """All steps that are left."""
@@ -208,7 +208,7 @@ class Trainer(Run):
             )
         self.val_losses[self.step] = scalars["val/loss"]
         self.metrics.write(self.step, scalars)
-        self.log(validation_lines(scalars))
+        self.log(*validation_lines(scalars))
 
     def export_epoch(self, epochs_before: int) -> None:
         """Exports to export/epoch_<n> where the step has ended an epoch of which checkpoint.export_epochs wants one."""
@@ -247,17 +247,17 @@ class Trainer(Run):
 
     def stop_for(self, reason: TooManySkipped) -> None:
         """Ends the run with what it had before the steps that were skipped."""
-        saved = ""
+        saved = []
         if self.config.checkpoint.enable:
             try:
                 self.checkpointer.finish()
                 if self.checkpointer.saved_step != self.step:
                     self.save()
                 self.checkpointer.finish_last(self.step)
-                saved = f"\nthe state before them is saved in {self.checkpointer.saved_path}"
+                saved = [f"the state before them is saved in {self.checkpointer.saved_path}"]
             except UserError as error:
-                saved = f"\n{str(error).splitlines()[0]}"
-        raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped}){saved}")
+                saved = [error.args[0]]
+        raise UserError(f"{reason} (training.max_steps_skipped = {self.config.training.max_steps_skipped})", *saved)
 
     def save_first_weights(self) -> None:
         """All that a run of no steps does: it makes a checkpoint of what it would start from."""

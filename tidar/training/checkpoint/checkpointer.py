@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from tidar.config import UserError
+from tidar.config import UserError, print_lines
 from tidar.config.options import Checkpoint
 from tidar.distributed import World
 from tidar.models.huggingface import CheckpointReader
@@ -100,7 +100,7 @@ class Checkpointer:
         """Waits for the save of the step that training ends with. Raises UserError where that is not whole."""
         self.finish()
         if self.saved_step != step:
-            raise UserError(self._failure_text(step, "see above"))
+            raise UserError(*self._failure_lines(step, "see above"))
 
     def before_update(self) -> None:
         """Before parameters and moments change: what is being saved must be copied by then."""
@@ -128,7 +128,7 @@ class Checkpointer:
         if self.failure:
             step, failure = self.failure
             self.failure = None
-            raise UserError(self._failure_text(step, failure))
+            raise UserError(*self._failure_lines(step, failure))
 
     def take_stall(self) -> dict[str, float]:
         """perf/save_stall_seconds: for how long the last save held training, once. Waits for the device."""
@@ -163,16 +163,18 @@ class Checkpointer:
         except SaveError as failure:
             self.writer.give_up(step)
             if self.options.on_error == "continue":
-                self.log(f"warning: {self._failure_text(step, failure)}")
+                first, second = self._failure_lines(step, failure)
+                self.log(f"warning: {first}", second)
             else:
                 self.failure = (step, failure)
         except Exception as error:  # this rank's alone: another one has died, say
             self.failure = (step, error)
-            print(f"error: rank {self.world.rank}: {self._failure_text(step, error)}", file=sys.stderr, flush=True)
+            first, second = self._failure_lines(step, error)
+            print_lines(f"error: rank {self.world.rank}: {first}", second, file=sys.stderr)
 
-    def _failure_text(self, step: int, failure: Exception | str) -> str:
+    def _failure_lines(self, step: int, failure: Exception | str) -> tuple[str, str]:
         saved = f"the last whole one is {self.saved_path}" if self.saved_path else "the run has no whole one yet"
-        return f"{self.folder / f'step-{step}'}: could not be saved: {failure}\n{saved}"
+        return f"{self.folder / f'step-{step}'}: could not be saved: {failure}", saved
 
     # the phases of a save, in their order
 

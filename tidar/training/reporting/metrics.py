@@ -94,7 +94,7 @@ def step_line(step: int, steps: int, scalars: dict[str, float], seconds_left: fl
     )
 
 
-def validation_lines(scalars: dict[str, float]) -> str:
+def validation_lines(scalars: dict[str, float]) -> list[str]:
     """Console lines for a validation: the means, then the drafts by place in the block."""
     names = {"accuracy": "val/accuracy", "drafts": "val/accuracy_diff"}
     accuracies = [f"{title} {scalars[name]:.3f}" for title, name in names.items() if name in scalars]
@@ -105,7 +105,7 @@ def validation_lines(scalars: dict[str, float]) -> str:
         values = [f"{value:.3f}" for key, value in scalars.items() if key.startswith(name)]
         if values:
             lines.append(f"  {title} by place in the block: {' '.join(values)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _losses(scalars: dict[str, float], prefix: str) -> str:

@@ -22,7 +22,7 @@ def summarize(
     n_left_out: int,
     engine: str,
     dtype: torch.dtype,
-) -> str:
+) -> list[str]:
     """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states.
 
     n_left_out: documents that could not be used. engine: how the run computes; dtype: of the arithmetic.
@@ -59,7 +59,7 @@ def summarize(
         "memory": _memory(config, parameters, dtype.itemsize, world_size, micro_batches),
         "engine": engine,
     }
-    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+    return [f"{name:<8} {text}" for name, text in lines.items()]
 
 
 def _memory(config: Config, parameters: int, param_bytes: int, world_size: int, micro_batches: int) -> str:

@@ -20,7 +20,7 @@ FAULTS = ("hang", "stop", "kill", "slow", "slow_commit")
 class Faulty(train.Trainer):
     passed_at = None
 
-    def forward(self, rows, weights):
+    def forward(self, *arguments):
         first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if self.world.rank == 1 and self.step == 2 and first_attempt and FAULT != "slow_commit":
             if self.passed_at is None:
@@ -28,11 +28,11 @@ class Faulty(train.Trainer):
                 print(f"fault at {self.passed_at}", flush=True)
             if FAULT == "slow":
                 time.sleep(1)
-                return super().forward(rows, weights)
+                return super().forward(*arguments)
             if FAULT == "hang":
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSTOP if FAULT == "stop" else signal.SIGKILL)
-        return super().forward(rows, weights)
+        return super().forward(*arguments)
 
     def write_assets(self, folder):
         super().write_assets(folder)

@@ -89,8 +89,8 @@ def main() -> None:
             return getattr(self.rows, name)
 
     class Recorded(Trainer):
-        def forward(self, rows, weights):
-            loss, scores = super().forward(rows, weights)
+        def forward(self, rows, *rest):
+            loss, scores = super().forward(rows, *rest)
             if torch.is_grad_enabled():
                 self.targets.append(len(rows.targets["ar"].labels))
                 what = self.faults.get(str(self.step + 1))

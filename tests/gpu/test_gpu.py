@@ -19,11 +19,10 @@ from tidar.losses.objective import Objective
 from tidar.models import (
     Decoder,
     MaskBuilder,
+    PointMask,
     attention,
-    block_mask_of_points,
-    build_block_mask,
-    count_pairs,
     initialize,
+    pattern_mask,
     size_config,
 )
 from tidar.models.huggingface import decoder_config
@@ -57,7 +56,7 @@ def test_flex_equals_the_dense_loops(dtype, rounding, name):
         documents = pattern.documents(ids_of(lengths), [seq_len])
         dense = expected_mask(name, pattern, documents, 0, lengths)[None, None].to(CUDA)
         q, k, v = (torch.randn(1, heads, dense.shape[-1], 32, device=CUDA, dtype=dtype) for heads in (6, 2, 2))
-        block_mask = MaskBuilder(pattern, "flex")(on_cuda(documents))
+        block_mask = MaskBuilder(pattern, "flex")(on_cuda(documents)).attention
         expected = output_and_gradients((q, k, v), dense, torch.float64)
         for pair in zip(output_and_gradients((q, k, v), block_mask, dtype), expected):
             assert relative(*pair) < rounding
@@ -74,7 +73,7 @@ def test_flash_equals_the_dense_loops(name):
         dense = expected_mask(name, pattern, documents, 0, lengths)[None, None].to(CUDA)
         shape = dense.shape[-1], 128
         q, k, v = (torch.randn(1, heads, *shape, device=CUDA, dtype=torch.bfloat16) for heads in (6, 2, 2))
-        block_mask = MaskBuilder(pattern, "flash")(on_cuda(documents))
+        block_mask = MaskBuilder(pattern, "flash")(on_cuda(documents)).attention
         expected = output_and_gradients((q, k, v), dense, torch.float64)
         found = output_and_gradients((q, k, v), block_mask, torch.bfloat16, flash=True)
         errors = [relative(*pair) for pair in zip(found, expected)]
@@ -96,7 +95,7 @@ def test_flex_rounds_as_sdpa_does(dtype):
         initialize(model, seed=0)
         model.to(CUDA, kind)
         documents = Documents.from_ids(torch.cat([ids_of(row) for row in lengths]).to(CUDA))
-        mask = MaskBuilder(pattern, backend)(documents)
+        mask = MaskBuilder(pattern, backend)(documents).attention
         targets = {
             loss: type(target)(*(tensor.to(CUDA) for tensor in vars(target).values()))
             for loss, target in batch.targets.items()
@@ -174,18 +173,17 @@ def test_direct_block_mask_equals_the_evaluated_one(name):
         pattern = random_pattern(name, rng, rng.randint(1, 300))
         pattern.diffusion_share = 1.0
         documents = on_cuda(pattern.documents(torch.cat([ids_of(row) for row in lengths]), [number, number + 1]))
-        mask_mod, positions = pattern.mask_mod(documents), pattern.model_positions(1000)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            direct = build_block_mask(pattern.mask_mod(documents), 2, positions, CUDA)
-            pairs = count_pairs(mask_mod, 2, positions, CUDA)
+            mask = pattern_mask(pattern, documents)
+            direct, pairs = mask.block_mask(), mask.allowed_pairs()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        evaluated = block_mask_of_points(mask_mod, 2, positions, CUDA)
+        points = PointMask(mask.mask_mod, 2, mask.n_queries, mask.n_keys, CUDA)  # as a user's mask
+        evaluated = points.block_mask()
         for of in ("kv", "full_kv", "q", "full_q"):
             assert listed(direct, of) == listed(evaluated, of)
-        del mask_mod.key_ranges  # as a user's mask is counted
-        assert pairs == count_pairs(mask_mod, 2, positions, CUDA)
+        assert pairs == points.allowed_pairs()
 
 
 def test_another_pattern_compiles_at_most_once():
@@ -201,7 +199,7 @@ def test_another_pattern_compiles_at_most_once():
             options = {"block_sizes": [4, 8, rng.randint(1, 30)], "random_block_offset": True}
             pattern = get_pattern(name, **({} if name == "causal" else options))
             ids = torch.cat([ids_of(random_lengths(rng, seq_len)) for _ in range(2)])
-            mask = MaskBuilder(pattern, "flex")(on_cuda(pattern.documents(ids, [number, -number])))
+            mask = MaskBuilder(pattern, "flex")(on_cuda(pattern.documents(ids, [number, -number]))).attention
             attention(q, k, v, mask).sum().backward()
         print(name, graphs["unique_graphs"] - before)
         assert graphs["unique_graphs"] - before <= 1

@@ -26,9 +26,9 @@ CASES = {name: name for name in PATTERNS} | {
 class Recorded(Trainer):
     """Keeps the rows of the last step."""
 
-    def forward(self, rows, weights):
+    def forward(self, rows, *rest):
         self.rows = rows
-        return super().forward(rows, weights)
+        return super().forward(rows, *rest)
 
     def validate(self):
         self.last_rows = self.rows

@@ -49,7 +49,7 @@ def influence(pattern: Pattern, lengths: list[int], seed: int = 0) -> tuple[torc
         return attention(q, k, inputs[-1].unflatten(2, (v.shape[1], -1)).transpose(1, 2), *rest)
 
     with patch("tidar.models.decoder.attention", watched):
-        logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+        logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents).attention)
     rows = []
     for position in range(logits.shape[1]):
         direction = torch.randn(VOCAB, dtype=torch.double)
@@ -138,7 +138,7 @@ def test_a_token_changes_no_prediction_of_itself(name):
         ids = ids_of(lengths).repeat(seq_len + 1, 1)
         batch = pattern.layout(tokens, ids, torch.ones_like(tokens), [seed] * (seq_len + 1))
         with torch.no_grad():
-            logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+            logits = model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents).attention)
         moved = ((logits - logits[0]).abs() > 1e-12).any(dim=-1)
         for targets in batch.targets.values():
             row, position = targets.index // logits.shape[1], targets.index % logits.shape[1]
@@ -167,4 +167,4 @@ def test_a_token_changes_only_what_may_see_it():
 @torch.no_grad()
 def forward(model, pattern, tokens, lengths):
     batch = pattern.layout(tokens, ids_of(lengths), torch.ones_like(tokens))
-    return model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents))
+    return model(batch.input_ids, batch.position_ids, MaskBuilder(pattern, "sdpa")(batch.documents).attention)

@@ -1,10 +1,12 @@
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tidar.losses.objective import Objective
+from tidar.losses.objective import Objective, TokenScores
+from tidar.losses.sums import LossSums, target_weights
 from tidar.patterns import Targets
 
 POSITIONS, DIM, VOCAB = 40, 16, 500
@@ -124,3 +126,31 @@ def test_logits_never_exist_whole():
         loss, _ = Objective({"ar": 1.0, "diffusion": 1.0}, chunk_size=16)(hidden, weight, targets, ones)
         loss.backward()
     assert largest == max(hidden.numel(), weight.numel(), 16 * VOCAB) < 31 * VOCAB  # the logits of one loss
+
+
+@pytest.mark.parametrize("losses", [("ar", "diffusion"), ("ar",), ("diffusion",)])
+def test_means_do_not_depend_on_how_a_batch_is_split(losses):
+    """Against loops over all target tokens; micro-batches without targets of a loss among them."""
+    loss_weights = {loss: 0.5 + number for number, loss in enumerate(losses)}
+    tokens = {loss: [] for loss in losses}
+    total, weights = LossSums.zeros(torch.device("cpu")), 0
+    for n in (5, 0, 17, 1):
+        targets = {loss: make_targets(n, 0) for loss in losses}
+        scores = {loss: TokenScores(torch.rand(n), torch.rand(n) > 0.4) for loss in losses}
+        for loss in losses:
+            columns = targets[loss].weights, scores[loss].nll, scores[loss].correct
+            tokens[loss] += zip(*(column.tolist() for column in columns))
+        total += LossSums.of(targets, scores)
+        weights += target_weights(targets)
+    assert weights.equal(total.values[0])
+    expected, mean = {}, 0
+    for loss, name in (("ar", "accuracy"), ("diffusion", "accuracy_diff")):
+        if loss in losses:
+            weight = sum(weight for weight, *_ in tokens[loss])
+            expected[f"{loss}_loss"] = sum(weight * nll for weight, nll, _ in tokens[loss]) / weight
+            expected[name] = sum(weight * correct for weight, _, correct in tokens[loss]) / weight
+            mean += loss_weights[loss] * expected[f"{loss}_loss"] / sum(loss_weights.values())
+    assert total.means(loss_weights) == pytest.approx(expected | {"loss": mean}, rel=1e-12)
+    assert total.is_finite() and not LossSums(total.values * math.inf).is_finite()
+    # a step without targets
+    assert set(LossSums.zeros(torch.device("cpu")).means(loss_weights).values()) == {0.0}

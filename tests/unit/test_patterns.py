@@ -56,7 +56,7 @@ def test_dense_mask_equals_the_loops(name):
         documents = pattern.documents(ids, seeds)
         expected = torch.stack([expected_mask(name, pattern, documents, row, rows[row]) for row in range(2)])
         assert pattern.dense_mask(seq_len, ids, seeds).equal(expected), (rows, pattern)
-        assert MaskBuilder(pattern, "sdpa").allowed_pairs(documents) == expected.sum()
+        assert MaskBuilder(pattern, "sdpa")(documents).allowed_pairs == expected.sum()
         if documents.blocks is None:
             whole = expected_mask(name, pattern, documents, 0, [seq_len])
             assert pattern.dense_mask(seq_len).equal(whole)
@@ -190,11 +190,12 @@ def test_masks_are_built_once_per_shape_or_once_per_packed_batch():
     whole = Documents.from_ids(torch.zeros(2, 6))
     assert builder(whole) is builder(Documents.from_ids(torch.ones(2, 6)))
     packed = Documents.from_ids(ids_of([2, 4]).repeat(2, 1))
-    assert builder(packed)[0, 0].equal(tidar_mask([2, 4], 2))
-    assert builder(Documents.from_ids(ids_of([3, 3]).repeat(2, 1)))[1, 0].equal(tidar_mask([3, 3], 2))
+    assert builder(packed).attention[0, 0].equal(tidar_mask([2, 4], 2))
+    assert builder(Documents.from_ids(ids_of([3, 3]).repeat(2, 1))).attention[1, 0].equal(tidar_mask([3, 3], 2))
     drawing = get_pattern("tidar", block_size=3, random_block_offset=True)
     builder = MaskBuilder(drawing, "sdpa")
-    masks = {tuple(builder(drawing.documents(torch.zeros(1, 6), [seed])).flatten().tolist()) for seed in range(30)}
+    documents = [drawing.documents(torch.zeros(1, 6), [seed]) for seed in range(30)]
+    masks = {tuple(builder(of).attention.flatten().tolist()) for of in documents}
     assert len(masks) == 3
 
 

@@ -41,12 +41,12 @@ def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
     rows, positions = batch.rows.input_ids.shape
     build = MaskBuilder(trainer.pattern, backend)
     packed, whole = batch.rows.documents, trainer.pattern.documents(torch.zeros_like(batch.rows.documents.index))
+    built = {"packed rows": build(packed), "one document": build(whole)}
     causal = None
     if backend != "sdpa":
         causal = create_block_mask(_causal, None, None, positions, positions, device=trainer.device)
     return {
-        "packed rows": (build(packed), int(build.allowed_pairs(packed))),
-        "one document": (build(whole), int(build.allowed_pairs(whole))),
+        **{name: (mask.attention, int(mask.allowed_pairs)) for name, mask in built.items()},
         "plain causal": (causal, rows * positions * (positions + 1) // 2),
     }
 

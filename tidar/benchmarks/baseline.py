@@ -32,7 +32,8 @@ def time_baseline(
     steps, ends = [], [_now(device)]
     for batch in [*(batches[i % len(batches)] for i in range(WARM_UP)), *batches]:
         rows = batch.rows
-        seen = dense(rows.documents)
+        mask_of_batch = dense(rows.documents)
+        seen = mask_of_batch.attention
         for start in range(0, len(rows.input_ids), rows_at_once):
             part = slice(start, start + rows_at_once)
             mask = torch.zeros(seen[part].shape, dtype=torch.bfloat16, device=device)
@@ -44,7 +45,7 @@ def time_baseline(
         optimizer.step()
         optimizer.zero_grad()
         ends.append(_now(device))
-        pairs = int(dense.allowed_pairs(rows.documents))
+        pairs = int(mask_of_batch.allowed_pairs)
         steps.append(Step(ends[-1] - ends[-2], batch.n_tokens, batch_flops(decoder, rows, pairs)))
     return steps[WARM_UP:]
 

@@ -13,6 +13,7 @@ import torch
 from tidar.config import Config, UserError, load_config
 from tidar.data import Batch
 from tidar.distributed import leave_world
+from tidar.models import pattern_mask
 from tidar.models.flops import batch_flops
 from tidar.training.trainer import Trainer
 
@@ -75,7 +76,7 @@ class TimedTrainer(Trainer):
 
     def count(self, batch: Batch) -> Batch:
         self.work[-1][0] += batch.n_tokens
-        pairs = int(self.mask_builder.allowed_pairs(batch.rows.documents))
+        pairs = int(pattern_mask(self.pattern, batch.rows.documents).allowed_pairs())
         self.work[-1][1] += batch_flops(self.spec.decoder, batch.rows, pairs)
         return batch
 

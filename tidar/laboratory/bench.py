@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tidar.models import Mask, MaskBuilder, attention, block_mask_of_points, build_block_mask, count_pairs
+from tidar.models import Mask, MaskBuilder, PointMask, RangeMask, attention, pattern_mask
 from tidar.models.flops import ATTENTION_FLOPS
-from tidar.patterns import Documents, Pattern, key_ranges
+from tidar.patterns import Documents, Pattern
 
 # tokens of the row on which results are compared, and how far from float64 bfloat16 may be: relative, in the 2-norm
 CHECKED, TOLERANCE = 512, 2e-2
@@ -29,9 +29,8 @@ def bench(
     device = torch.device("cuda")
     shape = heads, kv_heads, head_dim
     documents, positions = _documents(pattern, lengths, rows, device)
-    mask_mod = pattern.mask_mod(documents)
-    pairs = int(count_pairs(mask_mod, rows, positions, device))
-    lines = [*_build_times(pattern, documents, positions), "", HEADER]
+    pairs = int(pattern_mask(pattern, documents).allowed_pairs())
+    lines = [*_build_times(pattern, documents), "", HEADER]
     wrong = []
     for name, attend in {"flex": attention, "flash": partial(attention, flash=True), "sdpa": attention}.items():
         if name == "flash" and find_spec("flash_attn") is None:
@@ -39,7 +38,7 @@ def bench(
             continue
         try:
             error = _error(name, attend, pattern, lengths, shape, device)
-            mask = MaskBuilder(pattern, name)(documents)
+            mask = MaskBuilder(pattern, name)(documents).attention
             forward, backward = _times(attend, mask, rows, positions, shape, device)
         except Exception as failure:  # a kernel that this device or torch does not have, or its memory
             torch.cuda.empty_cache()
@@ -59,14 +58,12 @@ def _documents(pattern: Pattern, lengths: list[int], rows: int, device: torch.de
     return pattern.documents(ids.to(device), range(rows)), pattern.model_positions(sum(lengths))
 
 
-def _build_times(pattern: Pattern, documents: Documents, positions: int) -> list[str]:
-    rows, device = len(documents.index), documents.index.device
-
-    def milliseconds(build: Callable) -> str:
+def _build_times(pattern: Pattern, documents: Documents) -> list[str]:
+    def milliseconds(build: Callable[[PointMask], object]) -> str:
         def timed() -> float:
             torch.cuda.synchronize()
             started = time.perf_counter()
-            build(pattern.mask_mod(documents), rows, positions, device)
+            build(pattern_mask(pattern, documents))
             torch.cuda.synchronize()
             return (time.perf_counter() - started) * 1e3
 
@@ -74,9 +71,9 @@ def _build_times(pattern: Pattern, documents: Documents, positions: int) -> list
         return f"{median(timed() for _ in range(REPEATS)):8.3f} ms (the first time {first:.0f} ms)"
 
     lines = []
-    if key_ranges(pattern.mask_mod(documents)) is not None:
-        lines.append(f"block mask, from ranges {milliseconds(build_block_mask)}")
-    return [*lines, f"block mask, all points  {milliseconds(block_mask_of_points)}"]
+    if isinstance(pattern_mask(pattern, documents), RangeMask):
+        lines.append(f"block mask, from ranges {milliseconds(RangeMask.block_mask)}")
+    return [*lines, f"block mask, all points  {milliseconds(PointMask.block_mask)}"]
 
 
 def _inputs(rows: int, positions: int, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
@@ -96,7 +93,7 @@ def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], sh
     results = []
     for kind, backend, function in ((torch.float64, "sdpa", attention), (torch.bfloat16, name, attend)):
         tensors = [tensor.to(kind).requires_grad_() for tensor in inputs]
-        out = function(*tensors, MaskBuilder(pattern, backend)(documents))
+        out = function(*tensors, MaskBuilder(pattern, backend)(documents).attention)
         results.append([out.detach(), *torch.autograd.grad(out, tensors, d_out.to(kind))])
     return max(float((found.double() - exact).norm() / exact.norm()) for exact, found in zip(*results))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tidar.models import TILE, count_tiles
+from tidar.models import TILE, pattern_mask
 from tidar.models.flops import ATTENTION_FLOPS
 from tidar.patterns import Pattern
 
@@ -45,7 +45,7 @@ def mask_stats(pattern: Pattern, lengths: list[int], seed: int, device: torch.de
     """Of a row with documents of these lengths. Memory grows with the tiles, not with the pairs."""
     seq_len = sum(lengths)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(device)
-    positions = pattern.model_positions(seq_len)
-    counts = count_tiles(pattern.mask_mod(pattern.documents(ids, [seed])), 1, positions, device)
+    mask = pattern_mask(pattern, pattern.documents(ids, [seed]))
+    counts = mask.tile_counts()
     full, empty = int((counts == TILE**2).sum()), int((counts == 0).sum())
-    return MaskStats(seq_len, positions, int(counts.sum()), full, counts.numel() - full - empty, empty)
+    return MaskStats(seq_len, mask.n_keys, int(counts.sum()), full, counts.numel() - full - empty, empty)

@@ -1,6 +1,9 @@
-"""Sums over target tokens by loss. Means are made of them once, so they do not depend on how a batch is cut."""
+"""Sums over target tokens by loss. Means are computed from them once, so they do not depend on how a batch is split."""
+
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tidar.losses.objective import TokenScores
@@ -11,32 +14,61 @@ ACCURACIES = {"ar": "accuracy", "diffusion": "accuracy_diff"}
 
 
 def target_weights(targets: dict[str, Targets]) -> Tensor:
-    """Sum of the target weights of each of LOSSES, `[2]` float64; 0 for one that the pattern does not have."""
-    sums = {loss: target.weights.double().sum() for loss, target in targets.items()}
-    none = torch.zeros_like(next(iter(sums.values())))
-    return torch.stack([sums.get(loss, none) for loss in LOSSES])
+    """Sum of the target weights of each of LOSSES, `[2]` float64; 0 for a loss that the pattern does not have."""
+    return _by_loss({loss: target.weights.double().sum() for loss, target in targets.items()})
 
 
-def score_sums(targets: dict[str, Targets], scores: dict[str, TokenScores]) -> Tensor:
-    """Weighted sums of nll (first row) and of right arg-maxes (second row) of each of LOSSES, `[2, 2]` float64."""
-    columns = {}
-    for loss, target in targets.items():
-        weights = target.weights.double()
-        columns[loss] = torch.stack([scores[loss].nll.double() @ weights, scores[loss].correct.double() @ weights])
-    none = torch.zeros_like(next(iter(columns.values())))
-    return torch.stack([columns.get(loss, none) for loss in LOSSES], dim=1)
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over target tokens for each of LOSSES; 0 for a loss that the pattern does not have.
 
-
-def mean_scores(weights: list[float], sums: list[list[float]], loss_weights: dict[str, float]) -> dict[str, float]:
-    """loss, and of each of the pattern's losses its mean and its accuracy; 0 where there was no target.
-
-    loss_weights: of the losses that the pattern has. The names of one that it does not have are absent.
+    `values`: `[3, 2]` float64. Columns are LOSSES. Rows are the sum of the target weights, and the weighted sums of the
+    cross-entropy in nats and of the correct arg-maxes.
     """
-    means, accuracies = {}, {}
-    for loss, weight, *totals in zip(LOSSES, weights, *sums):
-        if loss in loss_weights:
-            means[f"{loss}_loss"], accuracies[ACCURACIES[loss]] = (
-                total / weight if weight else 0.0 for total in totals
-            )
-    total = sum(weight * means[f"{loss}_loss"] for loss, weight in loss_weights.items())
-    return {"loss": total / sum(loss_weights.values())} | means | accuracies
+
+    values: Tensor
+
+    @staticmethod
+    def zeros(device: torch.device) -> "LossSums":
+        return LossSums(torch.zeros(3, len(LOSSES), dtype=torch.float64, device=device))
+
+    @staticmethod
+    def of(targets: dict[str, Targets], scores: dict[str, TokenScores]) -> "LossSums":
+        """Of one micro-batch. targets and scores have the same losses."""
+        columns = {}
+        for loss, target in targets.items():
+            weights, score = target.weights.double(), scores[loss]
+            columns[loss] = torch.stack([weights.sum(), score.nll.double() @ weights, score.correct.double() @ weights])
+        return LossSums(_by_loss(columns))
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(self.values + other.values)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Adds the sums of all ranks of `group` (default: of all ranks), in place."""
+        dist.all_reduce(self.values, group=group)
+
+    def is_finite(self) -> Tensor:
+        """Whether all sums are, scalar bool on their device."""
+        return self.values.isfinite().all()
+
+    def means(self, loss_weights: dict[str, float]) -> dict[str, float]:
+        """`loss`, and the mean (`<loss>_loss`) and accuracy of each loss; 0 where there was no target.
+
+        loss_weights: of the losses that the pattern has; a loss that it does not have has no entries. Waits for the
+        device.
+        """
+        means, accuracies = {}, {}
+        for loss, (weight, *totals) in zip(LOSSES, self.values.T.tolist()):
+            if loss in loss_weights:
+                means[f"{loss}_loss"], accuracies[ACCURACIES[loss]] = (
+                    total / weight if weight else 0.0 for total in totals
+                )
+        total = sum(weight * means[f"{loss}_loss"] for loss, weight in loss_weights.items())
+        return {"loss": total / sum(loss_weights.values())} | means | accuracies
+
+
+def _by_loss(columns: dict[str, Tensor]) -> Tensor:
+    """The tensors of each of LOSSES side by side in a new last dimension; 0 for one that is missing."""
+    zero = torch.zeros_like(next(iter(columns.values())))
+    return torch.stack([columns.get(loss, zero) for loss in LOSSES], dim=-1)

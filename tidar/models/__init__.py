@@ -6,14 +6,13 @@ from tidar.models.huggingface.weights import from_pretrained
 from tidar.models.initialize import initialize
 from tidar.models.masks import (
     TILE,
+    BatchMask,
     MaskBuilder,
-    block_mask_of_points,
-    block_mask_of_ranges,
-    build_block_mask,
-    count_pairs,
-    count_tiles,
+    PointMask,
+    RangeMask,
+    make_mask,
     mask_of_words,
-    tile_counts,
+    pattern_mask,
 )
 from tidar.models.sizes import size_config
 
@@ -21,18 +20,17 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "TILE",
+    "BatchMask",
     "Mask",
     "MaskBuilder",
+    "PointMask",
+    "RangeMask",
     "attention",
-    "block_mask_of_points",
-    "block_mask_of_ranges",
-    "build_block_mask",
-    "count_pairs",
-    "count_tiles",
     "from_pretrained",
     "initialize",
+    "make_mask",
     "mask_of_words",
+    "pattern_mask",
     "resolve_backend",
     "size_config",
-    "tile_counts",
 ]

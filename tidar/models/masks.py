@@ -1,22 +1,166 @@
-"""The mask of each batch as an attention backend wants it, made from the pattern's mask_mod."""
+"""Attention masks: block mask, dense mask and number of allowed pairs, from a mask_mod or from ranges of keys."""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from tidar.kernels.compiling import compiled
 from tidar.models.attention import Mask
-from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, key_ranges
+from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, in_either, in_range, key_ranges
 
-# tile of a block mask, queries and keys: what FlexAttention skips or computes as a whole
+# tile of a block mask, queries and keys: FlexAttention skips or computes it as a whole
 TILE = 128
 
 # what fits in half a word of `mask_of_words`, whose signs are bits 31 and 15
 MAX_WORD, SIGNS = 2**15, -0x7FFF8000
 
 
+@dataclass
+class PointMask:
+    """Which of `n_keys` keys each of `n_queries` queries sees, evaluated at all points.
+
+    `mask_mod`: takes indices of rows below `batch`. `device`: of the tensors that it reads.
+    """
+
+    mask_mod: MaskMod
+    batch: int
+    n_queries: int
+    n_keys: int
+    device: torch.device
+
+    def dense(self) -> Tensor:
+        """`[batch, 1, n_queries, n_keys]` bool, true where the query sees the key."""
+        return _dense(self.mask_mod, self.batch, self.n_queries, self.n_keys, self.device)
+
+    def block_mask(self, flash: bool = False, tile: int = TILE) -> BlockMask:
+        """For FlexAttention; flash: for FlashAttention-4's kernels."""
+        # fused only when compiled; shapes stay static, as torch 2.11 cannot trace it with a symbolic block size
+        create = compiled(create_block_mask) if self.device.type == "cuda" else create_block_mask
+        shape = self.batch, None, self.n_queries, self.n_keys
+        return create(self.mask_mod, *shape, device=self.device, BLOCK_SIZE=tile)
+
+    def allowed_pairs(self) -> Tensor:
+        """Number of query-key pairs that are allowed, scalar int64 on the device."""
+        if self.device.type == "cuda":
+            return compiled(_count)(self.mask_mod, self.batch, self.n_queries, self.n_keys, self.device)
+        return torch.stack([piece.sum() for piece in self._pieces()]).sum()
+
+    def tile_counts(self, tile: int = TILE) -> Tensor:
+        """Allowed pairs in each tile, `[batch, query tiles, key tiles]` int32. The last tiles may be smaller."""
+        key_tiles = -(-self.n_keys // tile)
+        counts = []
+        for piece in self._pieces(multiple=tile):
+            padding = (0, key_tiles * tile - self.n_keys, 0, -piece.shape[1] % tile)
+            padded = F.pad(piece, padding).view(self.batch, -1, tile, key_tiles, tile)
+            counts.append(padded.sum(dim=(2, 4), dtype=torch.int32))
+        return torch.cat(counts, dim=1)
+
+    def _pieces(self, multiple: int = 1):
+        return dense_pieces(self.mask_mod, self.batch, self.n_queries, self.n_keys, self.device, multiple)
+
+
+class RangeMask(PointMask):
+    """Which of `n_keys` keys each query sees, as one or two ranges of keys.
+
+    `ranges`: start and end of each, both `[batch, n_queries]` int32 and from 0 to `n_keys`. Those of a query must not
+    overlap; a range with start = end is empty.
+    """
+
+    def __init__(self, ranges: list[KeyRange], n_keys: int):
+        batch, n_queries = ranges[0][0].shape
+        mask_mod = in_range(*ranges) if len(ranges) == 1 else in_either(*ranges)
+        super().__init__(mask_mod, batch, n_queries, n_keys, ranges[0][0].device)
+        self.ranges = ranges
+
+    def block_mask(self, flash: bool = False, tile: int = TILE) -> BlockMask:
+        """What `create_block_mask` returns, in O(queries + tiles²) and without waiting for the device.
+
+        Some tens of operations on small tensors: its cost is their launches.
+        """
+        mask_mod = mask_of_words(self.ranges) if flash and self.n_keys <= MAX_WORD else self.mask_mod
+        counts = self.tile_counts(tile)[:, None]
+        full = counts == tile * tile
+        tiles = torch.stack([(counts > 0) & ~full, full])
+        n_query_tiles, n_key_tiles = tiles.shape[-2:]
+        if n_query_tiles != n_key_tiles:
+            # to a square, so that one call lists both ways; padding is false and is listed last
+            side = max(n_query_tiles, n_key_tiles)
+            tiles = F.pad(tiles, (0, side - n_key_tiles, 0, side - n_query_tiles))
+        # for each tile of queries, and for each of keys: all tiles of the others, the true ones first, in order
+        listed = torch.stack([tiles, tiles.mT])
+        lengths = listed.sum(dim=-1, dtype=torch.int32)
+        indices = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True).int()
+        lists = {}
+        for of, (rows, columns) in enumerate([(n_query_tiles, n_key_tiles), (n_key_tiles, n_query_tiles)]):
+            for kind, name in enumerate(("", "full_")):
+                name += ("kv", "q")[of]
+                # each in memory of its own, whose start is aligned as kernels want it
+                lists[f"{name}_num_blocks"] = lengths[of, kind, ..., :rows].clone(memory_format=torch.contiguous_format)
+                lists[f"{name}_indices"] = indices[of, kind, ..., :rows, :columns].clone(
+                    memory_format=torch.contiguous_format
+                )
+        return BlockMask(seq_lengths=(self.n_queries, self.n_keys), **lists, BLOCK_SIZE=(tile, tile), mask_mod=mask_mod)
+
+    def allowed_pairs(self) -> Tensor:
+        return torch.stack([(end - start).sum() for start, end in self.ranges]).sum()
+
+    def tile_counts(self, tile: int = TILE) -> Tensor:
+        """As of `PointMask`.
+
+        The keys before a bound x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and
+        none after it; a range has those before its end without those before its start.
+        """
+        query_tiles, key_tiles = -(-self.n_queries // tile), -(-self.n_keys // tile)
+        # where the row of tiles of each query begins, over all rows of the batch; a bound may lie after the last tile
+        query = torch.arange(self.n_queries, device=self.device, dtype=torch.int32) // tile
+        batch = torch.arange(self.batch, device=self.device, dtype=torch.int32)[:, None]
+        row = (batch * query_tiles + query) * (key_tiles + 1)
+        # starts and ends, ranges, batch, queries
+        bounds = torch.stack([torch.stack(kind) for kind in zip(*self.ranges)])
+        at = bounds // tile
+        keys = torch.stack([bounds - at * tile, torch.full_like(bounds, tile)], dim=-1)
+        keys[0].neg_()
+        sums = torch.zeros(self.batch * query_tiles * (key_tiles + 1), 2, dtype=torch.int32, device=self.device)
+        sums.index_add_(0, (row + at).flatten(), keys.view(-1, 2))
+        own, later = sums.view(self.batch, query_tiles, key_tiles + 1, 2).unbind(dim=-1)
+        later = later.sum(dim=2, keepdim=True) - later.cumsum(dim=2)
+        return (own + later)[..., :-1].int()
+
+
+def make_mask(mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device) -> PointMask:
+    """A RangeMask where `mask_mod` is made of ranges of keys, else a PointMask."""
+    ranges = key_ranges(mask_mod)
+    return PointMask(mask_mod, batch, n_queries, n_keys, device) if ranges is None else RangeMask(ranges, n_keys)
+
+
+def pattern_mask(pattern: Pattern, documents: Documents) -> PointMask:
+    """The mask of rows under a pattern, over model positions."""
+    batch, seq_len = documents.index.shape
+    positions = pattern.model_positions(seq_len)
+    return make_mask(pattern.mask_mod(documents), batch, positions, positions, documents.index.device)
+
+
+class BatchMask:
+    """The mask of one batch, shared by all layers.
+
+    `attention`: as the backend wants it. `allowed_pairs`: number of query-key pairs, scalar int64 on the device.
+    """
+
+    def __init__(self, mask: PointMask, backend: str):
+        self.mask = mask
+        self.attention: Mask = mask.dense() if backend == "sdpa" else mask.block_mask(flash=backend == "flash")
+
+    @cached_property
+    def allowed_pairs(self) -> Tensor:
+        return self.mask.allowed_pairs()
+
+
 class MaskBuilder:
-    """The mask of each batch as `backend` ("flash", "flex" or "sdpa") wants it, to be shared by all layers.
+    """The mask of each batch for `backend` ("flash", "flex" or "sdpa").
 
     Built once per batch where rows are packed or blocks are drawn, else once per shape.
     """
@@ -24,50 +168,20 @@ class MaskBuilder:
     def __init__(self, pattern: Pattern, backend: str):
         self.pattern = pattern
         self.backend = backend
-        self.unpacked: dict[tuple[int, int], Mask] = {}
+        self.unpacked: dict[tuple[int, int], BatchMask] = {}
 
-    def __call__(self, documents: Documents) -> Mask:
-        batch, seq_len = documents.index.shape
+    @torch.no_grad()
+    def __call__(self, documents: Documents) -> BatchMask:
         if documents.packed or documents.blocks is not None:
-            return self._build(documents)
-        if (batch, seq_len) not in self.unpacked:
-            self.unpacked[batch, seq_len] = self._build(documents)
-        return self.unpacked[batch, seq_len]
-
-    @torch.no_grad()
-    def _build(self, documents: Documents) -> Mask:
-        batch, seq_len = documents.index.shape
-        positions = self.pattern.model_positions(seq_len)
-        mask_mod, device = self.pattern.mask_mod(documents), documents.index.device
-        if self.backend == "sdpa":
-            return create_mask(mask_mod, batch, None, positions, positions, device=device)
-        return build_block_mask(mask_mod, batch, positions, device, flash=self.backend == "flash")
-
-    @torch.no_grad()
-    def allowed_pairs(self, documents: Documents) -> Tensor:
-        """Number of query-key pairs that the mask of a batch allows, scalar int64 on its device."""
-        batch, seq_len = documents.index.shape
-        positions = self.pattern.model_positions(seq_len)
-        return count_pairs(self.pattern.mask_mod(documents), batch, positions, documents.index.device)
-
-
-def build_block_mask(
-    mask_mod: MaskMod, batch: int, positions: int, device: torch.device, flash: bool = False
-) -> BlockMask:
-    """The block mask of rows, tile TILE: directly where it is made of ranges of keys, else from all its points.
-
-    flash: for FlashAttention-4's kernels.
-    """
-    ranges = key_ranges(mask_mod)
-    if ranges is None:
-        return block_mask_of_points(mask_mod, batch, positions, device)
-    if flash and positions <= MAX_WORD and len(ranges) <= 2:
-        mask_mod = mask_of_words(ranges)
-    return block_mask_of_ranges(ranges, mask_mod)
+            return BatchMask(pattern_mask(self.pattern, documents), self.backend)
+        shape = tuple(documents.index.shape)
+        if shape not in self.unpacked:
+            self.unpacked[shape] = BatchMask(pattern_mask(self.pattern, documents), self.backend)
+        return self.unpacked[shape]
 
 
 def mask_of_words(ranges: list[KeyRange]) -> MaskMod:
-    """The mask of one or two ranges with all four bounds of a query in one word, for at most MAX_WORD positions.
+    """The mask of one or two ranges with all four bounds of a query in one word, for at most MAX_WORD keys.
 
     Each half of a word, `(end - 1) << 16 - start`, becomes `(end - 1 - k) << 16 + (k - start)` with a key k: it is in
     the range where neither bit 31 nor bit 15, the signs of both, is set.
@@ -92,85 +206,9 @@ def _half_words(start: Tensor, end: Tensor) -> Tensor:
     return (end.long() - 1) * 2**16 - start.long()
 
 
-def block_mask_of_points(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> BlockMask:
-    """The block mask of any mask, evaluated at all its points."""
-    # fused only when compiled; shapes stay static, for a symbolic block size cannot be traced through it (torch 2.11)
-    create = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return create(mask_mod, batch, None, positions, positions, device=device, BLOCK_SIZE=TILE)
+def _dense(mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    return create_mask(mask_mod, batch, None, n_queries, n_keys, device=device)
 
 
-def block_mask_of_ranges(ranges: list[KeyRange], mask_mod: MaskMod, tile: int = TILE) -> BlockMask:
-    """What `create_block_mask` gives, without evaluating the mask: O(positions + tiles²), no wait for the host.
-
-    Some tens of operations on small tensors: what it costs is their launching.
-    """
-    counts = tile_counts(ranges, tile)[:, None]
-    full = counts == tile * tile
-    tiles = torch.stack([(counts > 0) & ~full, full])
-    # for each tile of queries, and for each of keys: all tiles of the others, the true ones first, in order
-    listed = torch.stack([tiles, tiles.mT])
-    lengths = listed.sum(dim=-1, dtype=torch.int32)
-    indices = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True).int()
-    names = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
-    names += ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices")
-    lists = [*lengths.flatten(0, 1), *indices.flatten(0, 1)]
-    positions = ranges[0][0].shape[1]
-    return BlockMask(
-        seq_lengths=(positions, positions),
-        # each in memory of its own, whose start is aligned as kernels want it
-        **{name: tensor.clone() for name, tensor in zip(names, lists)},
-        BLOCK_SIZE=(tile, tile),
-        mask_mod=mask_mod,
-    )
-
-
-def tile_counts(ranges: list[KeyRange], tile: int = TILE) -> Tensor:
-    """Allowed pairs in each tile, `[batch, query tiles, key tiles]` int32. The last tiles may be cut off.
-
-    The keys before a bound x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and none
-    after it; a range has those before its end without those before its start.
-    """
-    batch, positions = ranges[0][0].shape
-    device = ranges[0][0].device
-    tiles = -(-positions // tile)
-    # where the row of tiles of each query begins, over all rows of the batch; a bound may lie after the last tile
-    query = torch.arange(positions, device=device, dtype=torch.int32) // tile
-    row = (torch.arange(batch, device=device, dtype=torch.int32)[:, None] * tiles + query) * (tiles + 1)
-    bounds = torch.stack([torch.stack(kind) for kind in zip(*ranges)])  # starts and ends, ranges, batch, positions
-    at = bounds // tile
-    keys = torch.stack([bounds - at * tile, torch.full_like(bounds, tile)], dim=-1)
-    keys[0].neg_()
-    sums = torch.zeros(batch * tiles * (tiles + 1), 2, dtype=torch.int32, device=device)
-    sums.index_add_(0, (row + at).flatten(), keys.view(-1, 2))
-    own, later = sums.view(batch, tiles, tiles + 1, 2).unbind(dim=-1)
-    later = later.sum(dim=2, keepdim=True) - later.cumsum(dim=2)
-    return (own + later)[..., :-1].int()
-
-
-def count_tiles(mask_mod: MaskMod, batch: int, positions: int, device: torch.device, tile: int = TILE) -> Tensor:
-    """Allowed pairs in each tile of any mask, as of `tile_counts`, without holding all its points at one time."""
-    ranges = key_ranges(mask_mod)
-    if ranges is not None:
-        return tile_counts(ranges, tile)
-    tiles = -(-positions // tile)
-    counts = []
-    for piece in dense_pieces(mask_mod, batch, positions, device, multiple=tile):
-        queries = piece.shape[1]
-        padding = (0, tiles * tile - positions, 0, -queries % tile)
-        cut = torch.nn.functional.pad(piece, padding).view(batch, -1, tile, tiles, tile)
-        counts.append(cut.sum(dim=(2, 4), dtype=torch.int32))
-    return torch.cat(counts, dim=1)
-
-
-def count_pairs(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:
-    """Allowed pairs of rows, scalar int64; at all points, a piece at a time, where the mask is not made of ranges."""
-    ranges = key_ranges(mask_mod)
-    if ranges is not None:
-        return torch.stack([(end - start).sum() for start, end in ranges]).sum()
-    if device.type == "cuda":
-        return compiled(_count)(mask_mod, batch, positions, device)
-    return torch.stack([piece.sum() for piece in dense_pieces(mask_mod, batch, positions, device)]).sum()
-
-
-def _count(mask_mod: MaskMod, batch: int, positions: int, device: torch.device) -> Tensor:
-    return create_mask(mask_mod, batch, None, positions, positions, device=device).sum()
+def _count(*arguments) -> Tensor:
+    return _dense(*arguments).sum()

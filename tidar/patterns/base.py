@@ -188,17 +188,17 @@ def key_ranges(mask_mod: MaskMod) -> list[KeyRange] | None:
 
 
 def dense_pieces(
-    mask_mod: MaskMod, batch: int, positions: int, device: torch.device, multiple: int = 1
+    mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device, multiple: int = 1
 ) -> Iterator[Tensor]:
-    """The mask, evaluated for some queries at a time: bool tensors `[batch, queries, positions]`, in order.
+    """The mask, evaluated for some queries at a time: bool tensors `[batch, queries, n_keys]`, in order.
 
-    multiple: the number of queries is one of it, but for the last piece.
+    multiple: divides the number of queries of each piece but the last.
     """
-    step = max(PIECE // (batch * positions) // multiple, 1) * multiple
-    for first in range(0, positions, step):
-        queries = min(step, positions - first)
+    step = max(PIECE // (batch * n_keys) // multiple, 1) * multiple
+    for first in range(0, n_queries, step):
+        queries = min(step, n_queries - first)
 
         def shifted(b: Tensor, h: Tensor, q: Tensor, k: Tensor, first: int = first) -> Tensor:
             return mask_mod(b, h, q + first, k)
 
-        yield create_mask(shifted, batch, None, queries, positions, device=device)[:, 0]
+        yield create_mask(shifted, batch, None, queries, n_keys, device=device)[:, 0]

@@ -89,7 +89,7 @@ def _blind_queries(about: str, mask_mod: MaskMod, positions: int, documents: Doc
         sees = torch.stack([end > start for start, end in ranges]).any(dim=0)
     else:
         try:
-            pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, device)]
+            pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, positions, device)]
         except Exception as error:  # whatever a user's code raises
             raise UserError(f"{about}: mask_mod fails ({_named(error)})") from None
         sees = torch.cat(pieces, dim=1)

@@ -5,6 +5,8 @@ import time
 import torch
 from torch import Tensor
 
+from tidar.losses.sums import LossSums
+
 
 class Progress:
     """Counts of a run. `state` holds them as tensors, which a checkpoint restores in place."""
@@ -15,7 +17,7 @@ class Progress:
         self.data_identity = data_identity
         self.clock = time.monotonic()
         # seconds: of all processes that have trained the run, one after the other, their starts included;
-        # epoch_sums: weight, nll, right arg-maxes of both losses since the last epoch's end
+        # epoch_sums: the values of the LossSums since the end of the last epoch
         self.state: dict[str, Tensor] = {
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
@@ -23,7 +25,7 @@ class Progress:
             "seconds": torch.zeros((), dtype=torch.float64),
             "rows": torch.tensor(n_rows),
             "data": torch.tensor(data_identity),
-            "epoch_sums": torch.zeros(3, 2, dtype=torch.float64, device=device),
+            "epoch_sums": LossSums.zeros(device).values,
         }
 
     @property
@@ -41,12 +43,12 @@ class Progress:
         """Epochs done."""
         return self.samples // self.n_rows
 
-    def add_step(self, samples: int, tokens: Tensor, weights: Tensor, sums: Tensor) -> None:
-        """Counts a step of so many samples and tokens, and its sums of `tidar.losses.sums` if these are finite."""
+    def add_step(self, samples: int, tokens: Tensor, sums: LossSums) -> None:
+        """Counts a step of so many samples and tokens, and adds its sums to those of the epoch if they are finite."""
         self.state["step"] += 1
         self.state["samples"] += samples
         self.state["tokens"] += tokens.long()
-        self.state["epoch_sums"] += torch.where(sums.isfinite().all(), torch.cat([weights[None], sums]), 0)
+        self.state["epoch_sums"] += torch.where(sums.is_finite(), sums.values, 0)
 
     def count_time(self) -> None:
         """Adds the time since this was called last, or since this process began."""
@@ -58,11 +60,11 @@ class Progress:
         """Samples, tokens and seconds so far. Waits for the device."""
         return {name: self.state[name].item() for name in ("samples", "tokens", "seconds")}
 
-    def take_epoch_sums(self) -> tuple[list[float], list[list[float]]]:
-        """Weights and sums of scores since this was called last."""
-        weights, *sums = self.state["epoch_sums"].tolist()
+    def take_epoch_sums(self) -> LossSums:
+        """Sums since the last call."""
+        sums = LossSums(self.state["epoch_sums"].clone())
         self.state["epoch_sums"].zero_()
-        return weights, sums
+        return sums
 
     def differences(self) -> list[str]:
         """How the data differs from that of the run that was restored; from here on it is this run's."""

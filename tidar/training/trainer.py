@@ -12,7 +12,8 @@ from tidar.config import UserError
 from tidar.data import Batch, validation_order
 from tidar.distributed import Watchdog, compile_seconds, shorten_timeout
 from tidar.losses.objective import TokenScores
-from tidar.losses.sums import score_sums, target_weights
+from tidar.losses.sums import LossSums, target_weights
+from tidar.models import BatchMask
 from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.epoch_export import export_parameters
 from tidar.training.optim.skipping import TooManySkipped
@@ -141,18 +142,19 @@ class Trainer(Run):
         n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
         counts = torch.cat([weights, n_tokens])
         dist.all_reduce(counts)
-        weights, n_tokens = counts[:2], counts[2]
-        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        denominators, n_tokens = dict(zip(LOSSES, counts)), counts[-1]
+        sums = LossSums.zeros(self.device)
         for place, batch in enumerate(micro_batches, start=1):
             self.passes(f"step {number}: micro-batch {place}")
             with self.parallel.training(is_last=place == self.micro_batches):
-                loss, scores = self.forward(batch.rows, weights)
-                self.throughput.count_pairs(self.mask_builder.allowed_pairs(batch.rows.documents))
+                mask = self.mask_builder(batch.rows.documents)
+                loss, scores = self.forward(batch.rows, mask, denominators)
+                self.throughput.count_pairs(mask.allowed_pairs)
                 self.updates.backward(loss)
             self.updates.skipped.note(batch.rows, scores)
-            sums += score_sums(batch.rows.targets, scores)
+            sums += LossSums.of(batch.rows.targets, scores)
             self.pace()
-        dist.all_reduce(sums)
+        sums.all_reduce()
 
         self.passes(f"step {number}: optimizer")
         rows = partial(self.training_order(self.progress.samples).first_rows, self.micro_batches)
@@ -160,26 +162,26 @@ class Trainer(Run):
         grad_norm, lr = self.updates.apply(number, self.steps, sums, rows)
 
         epoch = self.progress.epoch
-        self.progress.add_step(self.global_batch_size, n_tokens, weights, sums)
+        self.progress.add_step(self.global_batch_size, n_tokens, sums)
         if self.progress.epoch > epoch:
-            self.reports.epoch(self.step, self.progress.epoch, *self.progress.take_epoch_sums())
+            self.reports.epoch(self.step, self.progress.epoch, self.progress.take_epoch_sums())
         if self.is_due(config.metrics.log_freq):
-            self.report_step(weights, sums, grad_norm, lr)
+            self.report_step(sums, grad_norm, lr)
 
-    def report_step(self, weights: torch.Tensor, sums: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+    def report_step(self, sums: LossSums, grad_norm: torch.Tensor, lr: float) -> None:
         self.updates.settle()  # waits for the device
         scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
         scalars |= self.checkpointer.take_stall()
-        self.reports.step(self.step, self.steps, weights, sums, scalars)
+        self.reports.step(self.step, self.steps, sums, scalars)
 
-    def forward(self, rows: ModelBatch, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, TokenScores]]:
-        """This micro-batch's share of the step's loss, and its scores. weights: the losses' denominators, `[2]`."""
-        denominators = dict(zip(LOSSES, weights))
-        build_mask = self.mask_builder if torch.is_grad_enabled() else self.validation_mask_builder
+    def forward(
+        self, rows: ModelBatch, mask: BatchMask, denominators: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, TokenScores]]:
+        """This micro-batch's share of the step's loss, and its scores. denominators: of each loss, scalars."""
         return self.model(
             rows.input_ids,
             rows.position_ids,
-            build_mask(rows.documents),
+            mask.attention,
             head=lambda hidden, weight: self.objective(hidden, weight, rows.targets, denominators),
         )
 
@@ -188,10 +190,10 @@ class Trainer(Run):
         order = validation_order(
             len(self.held_out_rows), config.validation.steps, config.training.local_batch_size, world.rank, world.size
         )
-        ones = torch.ones(2, device=self.device)
+        ones = dict.fromkeys(LOSSES, torch.ones((), device=self.device))
 
         def score(rows: ModelBatch) -> dict[str, TokenScores]:
-            scores = self.forward(rows, ones)[1]
+            scores = self.forward(rows, self.validation_mask_builder(rows.documents), ones)[1]
             self.pace()
             self.passes("validation")
             return scores

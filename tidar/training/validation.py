@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tidar.data import Batch
 from tidar.losses.objective import TokenScores
-from tidar.losses.sums import mean_scores, score_sums, target_weights
+from tidar.losses.sums import LossSums
 from tidar.patterns import ModelBatch, Targets
 
 
@@ -24,15 +24,13 @@ def validate(
 
     score: the model's scores of one batch on `device`.
     """
-    weights = torch.zeros(2, dtype=torch.float64, device=device)
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
+    sums = LossSums.zeros(device)
     by_place = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, right arg-maxes
     prefixes = torch.zeros(2, dtype=torch.float64, device=device)  # full blocks, sum of their accepted prefixes
     for batch in batches:
         rows = batch.to(device).rows
         scores = score(rows)
-        weights += target_weights(rows.targets)
-        sums += score_sums(rows.targets, scores)
+        sums += LossSums.of(rows.targets, scores)
         if "diffusion" not in rows.targets:
             continue
         targets, drafts = rows.targets["diffusion"], scores["diffusion"]
@@ -40,9 +38,10 @@ def validate(
         by_place.index_add_(1, targets.place, scored * targets.weights)
         accepted = accepted_prefixes(targets, drafts.correct, block_size)
         prefixes += torch.stack([accepted.new_tensor(len(accepted)), accepted.sum()])
-    for total in (weights, sums, by_place, prefixes):
+    sums.all_reduce()
+    for total in (by_place, prefixes):
         dist.all_reduce(total)
-    scalars = mean_scores(weights.tolist(), sums.tolist(), loss_weights)
+    scalars = sums.means(loss_weights)
     full_blocks, accepted_tokens = prefixes.tolist()
     if full_blocks:
         scalars["accepted_prefix"] = accepted_tokens / full_blocks

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tidar.losses.objective import TokenScores
+from tidar.losses.sums import LossSums
 from tidar.models import Decoder
 from tidar.patterns import ModelBatch
 
@@ -100,13 +101,13 @@ class SkippedSteps:
         self.evidence.append(_Evidence(bad > 0, ~self.input_gradient.isfinite(), self.weight_gradients))
         self.weight_gradients = []
 
-    def judge(self, step: int, sums: Tensor, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
+    def judge(self, step: int, sums: LossSums, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
         """1 where a step is to be skipped and 0 otherwise, a scalar float32 that is the same on all ranks.
 
         sums, grad_norm: of all ranks; rows: those of this rank's micro-batches, in order.
         `settle` comes between two steps.
         """
-        found_inf = (~(sums.isfinite().all() & grad_norm.isfinite())).float()
+        found_inf = (~(sums.is_finite() & grad_norm.isfinite())).float()
         seen_by_host, ready = found_inf, None
         if found_inf.is_cuda:
             seen_by_host = torch.empty((), pin_memory=True).copy_(found_inf, non_blocking=True)

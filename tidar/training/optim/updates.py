@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tidar.config import Config
 from tidar.distributed import World
+from tidar.losses.sums import LossSums
 from tidar.models import Decoder
 from tidar.training.optim.gradients import gradient_norm, local_gradient
 from tidar.training.optim.loss_scale import LossScaler
@@ -59,7 +60,7 @@ class Updates:
             loss = loss * self.scaler.scale
         loss.backward()
 
-    def apply(self, step: int, steps: int, sums: Tensor, rows: Callable[[], list[int]]) -> tuple[Tensor, float]:
+    def apply(self, step: int, steps: int, sums: LossSums, rows: Callable[[], list[int]]) -> tuple[Tensor, float]:
         """Updates the parameters with the gradients of step number `step` of a run of `steps`, which are then gone.
 
         sums: of all ranks' losses; where one is not finite, or the norm of the gradients, nothing is changed. rows: of

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from tidar.losses.sums import mean_scores
+from tidar.losses.sums import LossSums
 from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line
 from tidar.training.reporting.throughput import Throughput
 
 
 class Reports:
-    """Writes to `metrics` what the sums of scores say (see `tidar.losses.sums`)."""
+    """Writes to `metrics` the means of a step's or an epoch's `LossSums`."""
 
     def __init__(
         self,
@@ -27,9 +26,9 @@ class Reports:
         self.device = device
         self.log = log
 
-    def step(self, step: int, steps: int, weights: Tensor, sums: Tensor, more: dict[str, float]) -> None:
+    def step(self, step: int, steps: int, sums: LossSums, more: dict[str, float]) -> None:
         """Of step number `step` of `steps`. more: scalars that the caller knows, train/lr and train/grad_norm too."""
-        means = mean_scores(weights.tolist(), sums.tolist(), self.loss_weights)
+        means = sums.means(self.loss_weights)
         scalars = {f"train/batch_{name}": value for name, value in means.items()} | more
         scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
         self.metrics.write(step, scalars)
@@ -37,9 +36,9 @@ class Reports:
         self.log(step_line(step, steps, scalars, seconds_left))
         self.throughput.restart()
 
-    def epoch(self, step: int, epoch: int, weights: list[float], sums: list[list[float]]) -> None:
+    def epoch(self, step: int, epoch: int, sums: LossSums) -> None:
         """Of epoch number `epoch`, which ends with the step that takes its last row."""
-        means = mean_scores(weights, sums, self.loss_weights)
+        means = sums.means(self.loss_weights)
         scalars = {f"train/epoch_{name}": value for name, value in means.items() if name.endswith("loss")}
         self.metrics.write(step, scalars)
         texts = [f"{name} {value:.4f}" for name, value in scalars.items()]

@@ -5,7 +5,7 @@ import torch
 from tidar.config import Config
 from tidar.data import PackedRows
 from tidar.distributed import needs_fsdp, reshards_after_forward, resolve_degrees
-from tidar.models import Decoder, count_pairs
+from tidar.models import Decoder, pattern_mask
 from tidar.models.flops import batch_flops
 from tidar.patterns import Pattern, experiments
 
@@ -32,9 +32,7 @@ def summarize(
     rows = config.training.local_batch_size * micro_batches * world_size
     row = torch.zeros(1, seq_len, dtype=torch.long)
     batch = pattern.layout(row, row, torch.ones_like(row))
-    positions = pattern.model_positions(seq_len)
-    pairs = count_pairs(pattern.mask_mod(batch.documents), 1, positions, row.device)
-    flops = batch_flops(model.config, batch, int(pairs))
+    flops = batch_flops(model.config, batch, int(pattern_mask(pattern, batch.documents).allowed_pairs()))
     padding = 1 - training_rows.n_tokens / (len(training_rows) * seq_len)
     long = training_rows.n_long / max(training_rows.n_documents, 1)
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
@@ -52,7 +50,9 @@ def summarize(
         "data": f"{config.data.source}, {training_rows.n_tokens:,} tokens of {training_rows.n_documents:,} documents "
         f"in {len(training_rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
         f"{len(held_out_rows):,} rows held out",
-        "pattern": ", ".join([config.tidar.pattern, *blocks, *drawn, f"{positions} model positions a row"]),
+        "pattern": ", ".join(
+            [config.tidar.pattern, *blocks, *drawn, f"{pattern.model_positions(seq_len)} model positions a row"]
+        ),
         "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
         f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from reference import (
+    HALVES,
     block_of,
     expected_mask,
     ids_of,
@@ -165,9 +166,41 @@ def test_draws_are_what_they_say():
         document, place = places(lengths)
         block = [(document[t], block_of(place[t], size, offset)) for t in range(33)]
         kept = [t for t in blocks.tokens[0].tolist() if t >= 0]
-        assert kept == sorted(set(kept)) and len(kept) > 15 - size
+        assert kept == sorted(set(kept))
+        # one block more might not fit
+        longest = sorted((block.count(b) for b in set(block)), reverse=True)
+        n_shown = len({block[t] for t in kept})
+        assert sum(longest[:n_shown]) <= 15 < sum(longest[: n_shown + 1])
         assert all((t in kept) == (u in kept) for t in range(33) for u in range(33) if block[t] == block[u])
     assert sizes == {2, 5} and offsets == {(2, 0), (2, 1), *((5, offset) for offset in range(5))}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("options", [{}, {"random_block_offset": True, "block_sizes": [2, 4]}])
+def test_a_diffusion_share_expects_the_loss_of_all_blocks(name, options):
+    """Weighted sums over many draws, against the loop over all tokens; all blocks are shown equally often."""
+    n, lengths, loss_mask = 4000, [9, 1, 4, 6, 2, 1], torch.tensor([[1.0, 2, 0, 1, 0.5] * 5])[:, :23]
+    pattern = get_pattern(name, block_size=4, mask_token_id=99, diffusion_share=0.4, **options)
+    tokens, ids = torch.arange(23), ids_of(lengths)
+    batch = pattern.layout(tokens.repeat(n, 1), ids.repeat(n, 1), loss_mask.repeat(n, 1), range(n))
+    targets = batch.targets["diffusion"]
+    document, place = places(lengths)
+    # what is drawn besides does not change what is expected: every target's own weight
+    expected = torch.tensor([loss_mask[0, t] if place[t] > 0 else 0 for t in range(23)])
+    weights = torch.zeros(n, 23).index_put_(
+        (targets.index // batch.input_ids.shape[1], targets.labels), targets.weights
+    )
+    within = 5 * weights.std(dim=0) / n**0.5 + 1e-6
+    assert ((weights.mean(dim=0) - expected).abs() <= within).all(), weights.mean(dim=0)
+    # the loss of a model, as a number for each token, and its denominator
+    for nll in (torch.rand(23), torch.ones(23)):
+        sums = weights @ nll
+        assert abs(sums.mean() - expected @ nll) <= 5 * sums.std() / n**0.5
+    if not options:
+        shown = batch.documents.blocks.tokens
+        times = torch.zeros(24).index_add_(0, shown.flatten() % 24, torch.ones(shown.numel()))[:23] / n
+        blocks = {(document[t], place[t] // 4): times[t] for t in range(23)}
+        assert len(blocks) == 9 and all(abs(p - 1 / 3) < 5 * (2 / 9 / n) ** 0.5 for p in blocks.values())
 
 
 @pytest.mark.parametrize("name", ["tidar", "tidar_random", "block_diffusion", "tidar_split"])

@@ -18,9 +18,12 @@ from tidar.patterns.blocks import BlockPattern, draw, row_seeds
 
 @dataclass
 class TwoHalves(BlockPattern):
-    """diffusion_share: the noisy half holds this share of a row's tokens, in whole blocks drawn by the row's seed. The
-    others are not part of the model's input. Its length is that of whole largest blocks; what drawn blocks leave of it
-    is filled with positions that see and predict nothing but themselves.
+    """diffusion_share: the noisy half holds at most this share of a row's tokens, rounded up to whole largest blocks.
+
+    Below 1, m of a row's n blocks are drawn by its seed, each with the same probability; the others are not part of the
+    model's input. m is the largest number of blocks that fit whichever are drawn. The weights of the diffusion targets
+    are multiplied by n / m, so the expectations of the weighted sums are the sums over all blocks. The rest of the
+    noisy half is filled with positions that see only themselves and predict nothing.
     """
 
     diffusion_share: float = 1.0
@@ -54,17 +57,19 @@ class TwoHalves(BlockPattern):
         return documents
 
     def _draw_tokens(self, documents: Documents, seeds: Sequence[int]) -> Tensor:
-        """Tokens of the noisy half: blocks in a random order, as many as fit, then in the row's order, then -1."""
+        """Tokens of the noisy half: those of the drawn blocks in the row's order, then -1."""
         tokens = documents.tokens
         room = self.noisy_positions(tokens.shape[1])
         is_first = self._bounds(documents)[0] == tokens
         drawn = []
         for number, seed in zip((is_first.cumsum(dim=1) - 1), seeds):
             lengths = torch.bincount(number)
+            # the longest fit: so do as many others, and none is drawn more often for being short
+            n_shown = int((lengths.sort(descending=True).values.cumsum(dim=0) <= room).sum())
             order = torch.randperm(len(lengths), generator=draw(seed, "share")).to(number.device)
-            fits = torch.zeros_like(lengths, dtype=torch.bool)
-            fits[order] = lengths[order].cumsum(dim=0) <= room
-            (kept,) = fits[number].nonzero(as_tuple=True)
+            is_shown = torch.zeros_like(lengths, dtype=torch.bool)
+            is_shown[order[:n_shown]] = True
+            (kept,) = is_shown[number].nonzero(as_tuple=True)
             drawn.append(torch.cat([kept, kept.new_full((room - len(kept),), -1)]))
         return torch.stack(drawn).int()
 
@@ -89,6 +94,9 @@ class TwoHalves(BlockPattern):
         blocks = documents.blocks
         shown = (documents.tokens if blocks is None or blocks.tokens is None else blocks.tokens).long()
         is_shown, shown = shown >= 0, shown.clamp(min=0)
+        is_first = block_start == documents.tokens
+        n_shown = (is_shown & is_first.gather(1, shown)).sum(dim=1, keepdim=True)
+        inverse_probability = is_first.sum(dim=1, keepdim=True) / n_shown
         noisy = torch.where(is_masked, self.mask_token_id, tokens).gather(1, shown)
         noisy = torch.where(is_shown, noisy, self.mask_token_id)
         positions = seq_len + shown.shape[1]
@@ -100,7 +108,7 @@ class TwoHalves(BlockPattern):
         row, slot = (is_shown & (is_target & is_masked).gather(1, shown)).nonzero(as_tuple=True)
         target = shown[row, slot]
         place = place[row, target]
-        weights = (weights * factor)[row, target] * self.place_weight(place)
+        weights = (weights * factor * inverse_probability)[row, target] * self.place_weight(place)
         targets["diffusion"] = Targets(row * positions + seq_len + slot, tokens[row, target], weights, place)
         return ModelBatch(
             input_ids=torch.cat([tokens, noisy], dim=1),

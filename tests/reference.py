@@ -9,19 +9,19 @@ from tidar.patterns import Documents, get_pattern
 HALVES = ("tidar", "tidar_random", "block_diffusion")
 
 
-def places(document_lengths: list[int]) -> tuple[list[int], list[int]]:
-    """Number of the document, and place in it, of each token of a row."""
-    document, place = [], []
+def document_positions(document_lengths: list[int]) -> tuple[list[int], list[int]]:
+    """Number of the document, and position in it, of each token of a row."""
+    document, position = [], []
     for number, length in enumerate(document_lengths):
         document += [number] * length
-        place += range(length)
-    return document, place
+        position += range(length)
+    return document, position
 
 
-def block_of(place: int, block_size: int, offset: int = 0) -> int:
-    """Number of the block in which a place lies, counted one token at a time."""
+def block_of(position: int, block_size: int, offset: int = 0) -> int:
+    """Number of the block in which a position lies, counted one token at a time."""
     number, left = 0, block_size - offset
-    for _ in range(place):
+    for _ in range(position):
         left -= 1
         if left == 0:
             number, left = number + 1, block_size
@@ -37,15 +37,15 @@ def pattern_mask(
     shown: list[int] | None = None,
 ) -> torch.Tensor:
     """Dense mask of one row, one pair at a time. shown: the token of each noisy position, -1 for none."""
-    document, place = places(document_lengths)
-    seq_len = len(place)
-    block = [block_of(p, block_size, offset) for p in place]
+    document, position = document_positions(document_lengths)
+    seq_len = len(position)
+    block = [block_of(p, block_size, offset) for p in position]
     shown = list(range(seq_len)) if shown is None else shown
     if pattern in ("causal", "tidar_split"):
         shown = []
     n_clean = [int(document_lengths[d] * clean_ratio) if pattern == "tidar_split" else seq_len for d in document]
     # what each position is: (kind, token)
-    positions = [("clean" if place[t] < n_clean[t] else "split", t) for t in range(seq_len)]
+    positions = [("clean" if position[t] < n_clean[t] else "split", t) for t in range(seq_len)]
     positions += [("noisy", t) for t in shown]
     mask = torch.zeros(len(positions), len(positions), dtype=torch.bool)
     for at_q, (q_kind, q) in enumerate(positions):
@@ -56,7 +56,7 @@ def pattern_mask(
             if document[q] != document[k]:
                 continue
             if (q_kind, k_kind) == ("clean", "clean"):
-                sees = block[k] <= block[q] if pattern == "block_diffusion" else place[k] <= place[q]
+                sees = block[k] <= block[q] if pattern == "block_diffusion" else position[k] <= position[q]
             elif (q_kind, k_kind) == ("noisy", "clean"):
                 sees = block[k] < block[q]
             elif (q_kind, k_kind) == ("noisy", "noisy"):
@@ -64,7 +64,7 @@ def pattern_mask(
             elif (q_kind, k_kind) == ("split", "clean"):
                 sees = True
             elif (q_kind, k_kind) == ("split", "split"):
-                blocks = [block_of(place[t] - n_clean[t], block_size, offset) for t in (q, k)]
+                blocks = [block_of(position[t] - n_clean[t], block_size, offset) for t in (q, k)]
                 sees = blocks[0] == blocks[1]
             else:
                 sees = False
@@ -78,10 +78,10 @@ def tidar_mask(document_lengths: list[int], block_size: int) -> torch.Tensor:
 
 
 def tidar_targets(tokens, document_lengths: list[int], loss_mask, block_size: int, offset: int = 0):
-    """(model position, label, weight, place in the block) of each target of one row: for AR, for diffusion."""
+    """(model position, label, weight, position in the block) of each target of one row: for AR, for diffusion."""
     ar, diffusion = [], []
-    _, place = places(document_lengths)
-    for t, i in enumerate(place):
+    _, position = document_positions(document_lengths)
+    for t, i in enumerate(position):
         if i > 0 and loss_mask[t] > 0:
             in_block = sum(block_of(j, block_size, offset) == block_of(i, block_size, offset) for j in range(i))
             ar.append((t - 1, tokens[t], loss_mask[t], in_block))

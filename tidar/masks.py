@@ -1,4 +1,4 @@
-"""Shows a pattern's mask and what it costs: python -m tidar.masks show|plot|stats|bench --pattern P [...]
+"""Shows a pattern's mask and its cost: python -m tidar.masks show|plot|stats|bench --pattern P [...]
 
 Patterns are those of tidar.pattern: built in, or your own as my_package.my_file:MyPattern (docs/patterns.md).
 """
@@ -12,21 +12,21 @@ import torch
 
 from tidar.config import ArgumentParser, Config, UserError, load_config, user_errors_exit
 from tidar.laboratory import bench, picture, stats, text
-from tidar.laboratory.drawn import draw_mask
+from tidar.laboratory.row_mask import make_row_mask
 from tidar.models import TILE
 from tidar.patterns import Pattern, check_pattern, configured_pattern
 
-# of the rows that are shown, whose tokens are all 0
+# mask token of the rows that are shown; all their tokens are 0
 MASK_TOKEN = 1
 
 
 def show(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
-    drawn = draw_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN)
-    print(text.as_csv(drawn) if arguments.format == "csv" else text.as_text(drawn))
+    row_mask = make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN)
+    print(text.as_csv(row_mask) if arguments.format == "csv" else text.as_text(row_mask))
 
 
 def plot(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
-    picture.save_picture(draw_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN), arguments.output)
+    picture.save_picture(make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN), arguments.output)
     print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
 
 
@@ -79,7 +79,9 @@ def make_parser() -> ArgumentParser:
         command.add_argument("--block_size", help="tidar.block_size [8]")
         command.add_argument("--documents", help="lengths of its documents: 5,3,8 [one document]")
         if name != "bench":
-            command.add_argument("--seed", type=int, default=0, help="of what the pattern draws for the row [0]")
+            command.add_argument(
+                "--seed", type=int, default=0, help="seed of the row, for patterns that draw at random [0]"
+            )
         if name == "show":
             command.add_argument("--format", choices=["text", "csv"], default="text", help="csv: only 0 and 1 [text]")
         if name == "plot":
@@ -103,7 +105,7 @@ def _at_least(minimum: int):
 
 
 def document_lengths(documents: str | None, seq_len: int | None, default: int) -> list[int]:
-    """Of a row. Raises UserError for lengths that are none, or that do not add up to a `seq_len` that is given."""
+    """Document lengths of a row. Raises UserError for invalid ones, or if they do not add up to a given `seq_len`."""
     if documents is None:
         return [seq_len or default]
     lengths = documents.split(",")
@@ -116,7 +118,7 @@ def document_lengths(documents: str | None, seq_len: int | None, default: int) -
 
 
 def make_config(arguments: argparse.Namespace, options: list[str], seq_len: int) -> Config:
-    """The options of [tidar]; --pattern and --block_size win over them."""
+    """The options of [tidar], overridden by --pattern and --block_size."""
     block_size = arguments.block_size
     if block_size is None and not options:
         block_size = str(min(Config().tidar.block_size, seq_len))
@@ -137,7 +139,7 @@ def main() -> None:
             run(arguments, pattern, config.tidar.pattern, lengths)
             sys.stdout.flush()
         except BrokenPipeError:
-            # whoever reads has seen enough, as head has
+            # the reader, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

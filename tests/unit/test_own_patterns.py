@@ -1,4 +1,4 @@
-"""A user's own pattern, as docs/patterns.md says, and what is told of one that is not right."""
+"""A user's own pattern, as docs/patterns.md says, and the errors for one that is not right."""
 
 import os
 import re
@@ -95,7 +95,7 @@ class Short(Tidar):
 class Far(Tidar):
     def layout(self, *arguments):
         rows = super().layout(*arguments)
-        rows.targets["diffusion"].place += 8
+        rows.targets["diffusion"].block_position += 8
         return rows
 
 class OneLoss(Tidar):
@@ -115,7 +115,7 @@ class Demanding(Causal):
 
 not_a_pattern = 3
 """
-NOT_RIGHT = {
+WRONG = {
     "NotBool": "mask_mod returns torch.float32 of []",
     "Wide": "mask_mod returns torch.bool of [64]",
     "NoTensor": "mask_mod returns bool for one query and one key: must be one bool tensor",
@@ -124,10 +124,10 @@ NOT_RIGHT = {
     "BlindInPieces": "position 20 of 64 sees no key",
     "BlindRange": "position 0 of 64 sees no key",
     "Short": "layout gives input_ids of torch.int64 of [2, 128] for 2 rows of 64 tokens: must be int64 of [2, 64]",
-    "Far": "place of diffusion targets is 8 to 15: must be from 0 to 7",
+    "Far": "block_position of diffusion targets is 8 to 15: must be from 0 to 7",
     "OneLoss": "layout gives targets of diffusion, ar, and losses = ('diffusion',)",
     "Abstract": "must define layout, mask_mod",
-    "Demanding": "cannot be made: Demanding.__init__() missing 1 required positional argument: 'width'",
+    "Demanding": "cannot be created: Demanding.__init__() missing 1 required positional argument: 'width'",
     "not_a_pattern": "own has no subclass of tidar.patterns.Pattern with that name; it has Causal, Pattern, Tidar, Not",
     "Missing": "own has no subclass of tidar.patterns.Pattern with that name",
 }
@@ -142,11 +142,11 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", NOT_RIGHT)
-def test_a_pattern_that_is_not_right_is_refused_at_the_start(folder, name):
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_pattern_is_refused_at_the_start(folder, name):
     (folder / "own.py").write_text(OWN)
     message = refusal(f"own:{name}")
-    assert f"tidar.pattern = own:{name}: {NOT_RIGHT[name]}" in message
+    assert f"tidar.pattern = own:{name}: {WRONG[name]}" in message
 
 
 def test_an_import_that_fails(folder):

@@ -7,9 +7,9 @@ import torch
 from reference import (
     HALVES,
     block_of,
+    document_positions,
     expected_mask,
     ids_of,
-    places,
     random_lengths,
     random_pattern,
     tidar_mask,
@@ -77,23 +77,23 @@ def test_layout_of_tidar_equals_the_loops():
         tokens = torch.randint(0, 90, (3, seq_len))
         loss_mask = torch.randint(0, 3, (3, seq_len)) / 2
         batch = pattern.layout(tokens, torch.cat([ids_of(lengths) for lengths in rows]), loss_mask, [3, 4, 5])
-        position = torch.tensor([places(lengths)[1] for lengths in rows])
+        expected_positions = torch.tensor([document_positions(lengths)[1] for lengths in rows])
         assert batch.input_ids.equal(torch.cat([tokens, torch.full_like(tokens, 99)], dim=1))
-        assert batch.position_ids.equal(torch.cat([position, position], dim=1))
+        assert batch.position_ids.equal(torch.cat([expected_positions] * 2, dim=1))
         for loss, kind in (("ar", 0), ("diffusion", 1)):
             expected = []
             for row in range(3):
                 offset = batch.documents.blocks.offset[row].item() if offsets else 0
                 found = tidar_targets(tokens[row].tolist(), rows[row], loss_mask[row].tolist(), block_size, offset)
-                for index, label, weight, place in found[kind]:
-                    weight *= weights[place] if weights and loss == "diffusion" else 1
-                    expected.append((row * 2 * seq_len + index, label, pytest.approx(weight), place))
+                for index, label, weight, at in found[kind]:
+                    weight *= weights[at] if weights and loss == "diffusion" else 1
+                    expected.append((row * 2 * seq_len + index, label, pytest.approx(weight), at))
             assert columns(batch.targets[loss]) == expected
 
 
 def columns(targets) -> list[tuple]:
-    """(index, label, weight, place) of each target."""
-    return list(zip(*(getattr(targets, name).tolist() for name in ("index", "labels", "weights", "place"))))
+    """(index, label, weight, position in the block) of each target."""
+    return list(zip(*(getattr(targets, name).tolist() for name in ("index", "labels", "weights", "block_position"))))
 
 
 def test_layout_of_the_split_equals_the_loops():
@@ -102,19 +102,19 @@ def test_layout_of_the_split_equals_the_loops():
         pattern = get_pattern("tidar_split", block_size=block_size, mask_token_id=99, clean_ratio=ratio)
         lengths = random_lengths(rng, seq_len)
         tokens, loss_mask = torch.randint(0, 90, (1, seq_len)), torch.randint(0, 3, (1, seq_len)) / 2
-        document, place = places(lengths)
+        document, position = document_positions(lengths)
         batch = pattern.layout(tokens, ids_of(lengths), loss_mask)
         ar, diffusion, inputs = [], [], []
         for t in range(seq_len):
             clean = int(ratio * lengths[document[t]])
-            inputs.append(tokens[0, t].item() if place[t] < clean else 99)
-            if place[t] > 0 and loss_mask[0, t] > 0:
+            inputs.append(tokens[0, t].item() if position[t] < clean else 99)
+            if position[t] > 0 and loss_mask[0, t] > 0:
                 target = tokens[0, t].item(), loss_mask[0, t].item()
-                if place[t] < clean:
+                if position[t] < clean:
                     ar.append((t - 1, *target, 0))
                 else:
-                    diffusion.append((t, *target, (place[t] - clean) % block_size))
-        assert batch.input_ids[0].tolist() == inputs and batch.position_ids[0].tolist() == place
+                    diffusion.append((t, *target, (position[t] - clean) % block_size))
+        assert batch.input_ids[0].tolist() == inputs and batch.position_ids[0].tolist() == position
         assert columns(batch.targets["ar"]) == ar and columns(batch.targets["diffusion"]) == diffusion
 
 
@@ -134,11 +134,11 @@ def test_random_masking_is_a_bound_on_every_block(name):
         lengths = random_lengths(rng, seq_len)
         tokens, loss_mask = torch.randint(0, 90, (1, seq_len)), torch.randint(0, 2, (1, seq_len)).float()
         batch = pattern.layout(tokens, ids_of(lengths), loss_mask, [rng.randrange(2**60)])
-        document, place = places(lengths)
-        is_target = [place[t] > 0 and loss_mask[0, t] > 0 for t in range(seq_len)]
+        document, position = document_positions(lengths)
+        is_target = [position[t] > 0 and loss_mask[0, t] > 0 for t in range(seq_len)]
         blocks = {}
         for t in range(seq_len):
-            blocks.setdefault((document[t], block_of(place[t], block_size)), []).append(t)
+            blocks.setdefault((document[t], block_of(position[t], block_size)), []).append(t)
         noisy = batch.input_ids[0, seq_len:].tolist()
         scored = {index - seq_len: (label, weight) for index, label, weight, _ in columns(batch.targets["diffusion"])}
         assert set(scored) == {t for t in range(seq_len) if noisy[t] == 99}
@@ -163,8 +163,8 @@ def test_draws_are_what_they_say():
         sizes.add(size)
         offsets.add((size, offset))
         assert blocks.tokens.shape == (1, 15)  # 0.4 of 33 tokens, in whole blocks of at most 5
-        document, place = places(lengths)
-        block = [(document[t], block_of(place[t], size, offset)) for t in range(33)]
+        document, position = document_positions(lengths)
+        block = [(document[t], block_of(position[t], size, offset)) for t in range(33)]
         kept = [t for t in blocks.tokens[0].tolist() if t >= 0]
         assert kept == sorted(set(kept))
         # one block more might not fit
@@ -184,9 +184,9 @@ def test_a_diffusion_share_expects_the_loss_of_all_blocks(name, options):
     tokens, ids = torch.arange(23), ids_of(lengths)
     batch = pattern.layout(tokens.repeat(n, 1), ids.repeat(n, 1), loss_mask.repeat(n, 1), range(n))
     targets = batch.targets["diffusion"]
-    document, place = places(lengths)
+    document, position = document_positions(lengths)
     # what is drawn besides does not change what is expected: every target's own weight
-    expected = torch.tensor([loss_mask[0, t] if place[t] > 0 else 0 for t in range(23)])
+    expected = torch.tensor([loss_mask[0, t] if position[t] > 0 else 0 for t in range(23)])
     weights = torch.zeros(n, 23).index_put_(
         (targets.index // batch.input_ids.shape[1], targets.labels), targets.weights
     )
@@ -199,7 +199,7 @@ def test_a_diffusion_share_expects_the_loss_of_all_blocks(name, options):
     if not options:
         shown = batch.documents.blocks.tokens
         times = torch.zeros(24).index_add_(0, shown.flatten() % 24, torch.ones(shown.numel()))[:23] / n
-        blocks = {(document[t], place[t] // 4): times[t] for t in range(23)}
+        blocks = {(document[t], position[t] // 4): times[t] for t in range(23)}
         assert len(blocks) == 9 and all(abs(p - 1 / 3) < 5 * (2 / 9 / n) ** 0.5 for p in blocks.values())
 
 

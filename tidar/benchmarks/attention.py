@@ -1,8 +1,8 @@
-"""What attention costs: python -m tidar.benchmarks.attention [--case NAME] [--section.option value ...]
+"""Attention speed: python -m tidar.benchmarks.attention [--case NAME] [--section.option value ...]
 
-One layer's attention of a case of tidar.benchmarks.train_step on its first batch, forward and backward, with each
-backend that this machine has and each of these masks: that of the packed rows, that of rows of one document, and plain
-causal attention of as many positions, the ceiling. Rates are of allowed pairs. Further options go to the trainer.
+Measures forward and backward of one attention layer of a case of tidar.benchmarks.train_step on its first batch, for
+each backend of this machine and each of three masks: packed rows, rows of one document, and plain causal attention over
+as many positions (the upper bound). TFLOP/s count allowed pairs. Further options go to the trainer.
 """
 
 import statistics
@@ -22,7 +22,7 @@ REPEATS = 10
 
 
 def median_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Of REPEATS calls, after three that are not counted."""
+    """Median of REPEATS calls, after three warm-up calls."""
     times = []
     for _ in range(3 + REPEATS):
         if device.type == "cuda":
@@ -36,7 +36,7 @@ def median_ms(work: Callable[[], object], device: torch.device) -> float:
 
 
 def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
-    """Masks by name, and the pairs that each allows."""
+    """Masks by name, with their numbers of allowed pairs."""
     (batch,) = first_batches(trainer, 1)
     rows, positions = batch.rows.input_ids.shape
     build = MaskBuilder(trainer.pattern, backend)
@@ -56,10 +56,10 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def measure(trainer: Trainer, mask: Mask, backend: str) -> tuple[float, float]:
-    """ms of the forward and of the backward pass of one layer."""
+    """Milliseconds of the forward and the backward pass of one layer."""
     config, decoder, device = trainer.config, trainer.spec.decoder, trainer.device
     positions = trainer.pattern.model_positions(config.training.seq_len)
-    # in memory as projections leave them: heads beside each other
+    # strides as the projections leave them: [batch, positions, heads, head_dim] in memory
     q, k, v = (
         torch.randn(config.training.local_batch_size, positions, heads, decoder.head_dim, device=device)
         .to(trainer.dtype)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--case", default="debug", metavar="NAME", help=", ".join(CASES))
     with user_errors_exit():
         arguments, others = parser.parse_known_args()
-        # one layer's shapes are all that is wanted of the model
+        # only the shapes of one layer are needed of the model
         options = [*case_options(arguments.case), *others]
         with running(options) as trainer:
             decoder = trainer.spec.decoder

@@ -1,1 +1,1 @@
-"""What tidar.masks shows of a pattern: its mask as text and as a picture, its tiles, its kernels' speed."""
+"""Inspection of a pattern for tidar.masks: its mask as text and as a picture, its tiles, the speed of its kernels."""

@@ -1,4 +1,4 @@
-"""How fast attention runs under a pattern's mask, on each backend, and whether it is right."""
+"""Speed and correctness of each attention backend under a pattern's mask."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tidar.models import Mask, MaskBuilder, PointMask, RangeMask, attention, pat
 from tidar.models.flops import ATTENTION_FLOPS
 from tidar.patterns import Documents, Pattern
 
-# tokens of the row on which results are compared, and how far from float64 bfloat16 may be: relative, in the 2-norm
+# tokens of the row on which results are compared; largest relative error of bfloat16 against float64, in the 2-norm
 CHECKED, TOLERANCE = 512, 2e-2
 REPEATS = 20
 HEADER = f"{'backend':<8} {'forward':>19} {'backward':>21}   error against dense float64"
@@ -22,9 +22,9 @@ HEADER = f"{'backend':<8} {'forward':>19} {'backward':>21}   error against dense
 def bench(
     pattern: Pattern, lengths: list[int], rows: int, heads: int, kv_heads: int, head_dim: int
 ) -> tuple[list[str], list[str]]:
-    """A table's lines for `rows` rows with documents of these lengths, and the backends whose results are wrong.
+    """Measures `rows` rows with documents of these lengths on the current CUDA device, in bfloat16.
 
-    TFLOP/s count allowed pairs only. Runs on the current CUDA device, in bfloat16.
+    Returns the lines of a table and the backends whose results are wrong. TFLOP/s count allowed pairs only.
     """
     device = torch.device("cuda")
     shape = heads, kv_heads, head_dim
@@ -40,7 +40,7 @@ def bench(
             error = _error(name, attend, pattern, lengths, shape, device)
             mask = MaskBuilder(pattern, name)(documents).attention
             forward, backward = _times(attend, mask, rows, positions, shape, device)
-        except Exception as failure:  # a kernel that this device or torch does not have, or its memory
+        except Exception as failure:  # a kernel that this device or torch lacks, or too little memory
             torch.cuda.empty_cache()
             lines.append(f"{name:<8} fails: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:90]}")
             continue
@@ -84,11 +84,11 @@ def _inputs(rows: int, positions: int, shape: tuple[int, int, int], device: torc
 
 
 def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], shape, device: torch.device) -> float:
-    """Largest of output and gradients, on rows of at most CHECKED tokens, cut from the others."""
-    cut, left = [], CHECKED
+    """Largest error of output and gradients, on rows shortened to CHECKED tokens."""
+    shortened, left = [], CHECKED
     for length in lengths:
-        cut, left = cut + [min(length, left)], left - min(length, left)
-    documents, positions = _documents(pattern, [length for length in cut if length], 2, device)
+        shortened, left = shortened + [min(length, left)], left - min(length, left)
+    documents, positions = _documents(pattern, [length for length in shortened if length], 2, device)
     *inputs, d_out = _inputs(2, positions, shape, device)
     results = []
     for kind, backend, function in ((torch.float64, "sdpa", attention), (torch.bfloat16, name, attend)):
@@ -99,7 +99,7 @@ def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], sh
 
 
 def _times(attend: Callable, mask: Mask, rows: int, positions: int, shape, device: torch.device) -> tuple[float, float]:
-    """Seconds that the device takes for a forward and for a backward pass, medians."""
+    """Median seconds of a forward and of a backward pass on the device."""
     *inputs, d_out = _inputs(rows, positions, shape, device)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     out = attend(*inputs, mask)
@@ -112,7 +112,7 @@ def _times(attend: Callable, mask: Mask, rows: int, positions: int, shape, devic
 def _median_seconds(call: Callable) -> float:
     for _ in range(3):
         call()
-    # something long first: the host is then ahead, as it is in training, and its time is not measured
+    # keeps the device busy first, so that the host is ahead, as in training, and its time is not measured
     busy = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(20):
         busy @ busy

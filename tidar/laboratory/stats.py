@@ -1,4 +1,4 @@
-"""What a mask costs: its allowed pairs, its tiles and its FLOPs."""
+"""Allowed pairs, tiles and FLOPs of a mask."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ HEADER = (
 
 @dataclass
 class MaskStats:
-    """Of one row. full, partial, empty: tiles of TILE x TILE by how many of their pairs are allowed, those at the
-    ragged end as well.
+    """Counts for one row. `allowed`: query-key pairs. `full`, `partial`, `empty`: tiles of TILE x TILE with all, some
+    and none of their pairs allowed; a smaller tile at the end is never full.
     """
 
     seq_len: int
@@ -29,7 +29,7 @@ class MaskStats:
     empty: int
 
     def line(self, heads: int, head_dim: int) -> str:
-        """Under HEADER: the last three are TFLOPs of one layer, forward and backward."""
+        """A table row under HEADER; the last three columns are TFLOPs of one layer, forward and backward."""
         tiles, dense = self.full + self.partial + self.empty, self.positions**2
         per_pair = ATTENTION_FLOPS * heads * head_dim / 1e12
         computed = (self.full + self.partial) * TILE**2
@@ -42,7 +42,7 @@ class MaskStats:
 
 
 def mask_stats(pattern: Pattern, lengths: list[int], seed: int, device: torch.device) -> MaskStats:
-    """Of a row with documents of these lengths. Memory grows with the tiles, not with the pairs."""
+    """The counts for a row with documents of these lengths. Memory grows with the tiles, not with the pairs."""
     seq_len = sum(lengths)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(device)
     mask = pattern_mask(pattern, pattern.documents(ids, [seed]))

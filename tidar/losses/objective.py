@@ -1,4 +1,4 @@
-"""From hidden states to both losses, without ever holding the logits of all positions."""
+"""Both losses from hidden states, without materializing the logits of all positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from tidar.patterns import Targets
 
 @dataclass
 class TokenScores:
-    """Each target token of one loss: its cross-entropy in nats and whether the arg-max was right, both `[n]`."""
+    """Scores of the `n` target tokens of one loss: cross-entropy in nats, and whether the arg-max is correct."""
 
     nll: Tensor
     correct: Tensor
 
 
 class Objective:
-    """L = (sum over losses of w * weighted sum of nll / denominator) / (sum of w), as a head of the decoder.
+    """L = (sum over losses of w * weighted sum of nll / denominator) / (sum of w), as the head of the decoder.
 
-    The denominator of a loss is the sum of its target weights over the whole optimizer step, all ranks and all
-    micro-batches, so the losses and gradients of the parts add up to those of the step, however it is cut.
+    The denominator of a loss is the sum of its target weights over the whole optimizer step, on all ranks and in all
+    micro-batches. So the losses and gradients of the micro-batches add up to those of the step, however it is split.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Objective:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(coefficients * cross-entropy), its gradient made in the forward pass while a chunk's logits are there."""
+    """sum(coefficients * cross-entropy). The forward pass computes the gradient too, from each chunk's logits."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compile: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # gradients are made for coefficients of at most 1, so that they do not underflow in 16 bits
+        # gradients are computed with coefficients of at most 1, so that they do not underflow in 16 bits
         smallest = coefficients.new_full((1,), torch.finfo(coefficients.dtype).tiny)
         scale = torch.cat([coefficients.abs(), smallest]).amax()
         scaled = coefficients / scale

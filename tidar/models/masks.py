@@ -34,7 +34,7 @@ class PointMask:
 
     def dense(self) -> Tensor:
         """`[batch, 1, n_queries, n_keys]` bool, true where the query sees the key."""
-        return _dense(self.mask_mod, self.batch, self.n_queries, self.n_keys, self.device)
+        return create_mask(self.mask_mod, self.batch, None, self.n_queries, self.n_keys, device=self.device)
 
     def block_mask(self, flash: bool = False, tile: int = TILE) -> BlockMask:
         """For FlexAttention; flash: for FlashAttention-4's kernels."""
@@ -109,10 +109,10 @@ class RangeMask(PointMask):
         return torch.stack([(end - start).sum() for start, end in self.ranges]).sum()
 
     def tile_counts(self, tile: int = TILE) -> Tensor:
-        """As of `PointMask`.
+        """See `PointMask`.
 
-        The keys before a bound x that lie in a tile are x % tile in the tile of x, `tile` in all tiles before it and
-        none after it; a range has those before its end without those before its start.
+        The number of keys before a bound x is x % tile in the tile of x, `tile` in each tile before it and 0 after it;
+        a range has those before its end minus those before its start.
         """
         query_tiles, key_tiles = -(-self.n_queries // tile), -(-self.n_keys // tile)
         # where the row of tiles of each query begins, over all rows of the batch; a bound may lie after the last tile
@@ -160,9 +160,9 @@ class BatchMask:
 
 
 class MaskBuilder:
-    """The mask of each batch for `backend` ("flash", "flex" or "sdpa").
+    """Builds the mask of each batch for `backend` ("flash", "flex" or "sdpa").
 
-    Built once per batch where rows are packed or blocks are drawn, else once per shape.
+    Once per batch where rows are packed or blocks are drawn, else once per shape.
     """
 
     def __init__(self, pattern: Pattern, backend: str):
@@ -181,14 +181,14 @@ class MaskBuilder:
 
 
 def mask_of_words(ranges: list[KeyRange]) -> MaskMod:
-    """The mask of one or two ranges with all four bounds of a query in one word, for at most MAX_WORD keys.
+    """mask_mod of one or two ranges, with all four bounds of a query in one 64-bit word, for at most MAX_WORD keys.
 
-    Each half of a word, `(end - 1) << 16 - start`, becomes `(end - 1 - k) << 16 + (k - start)` with a key k: it is in
-    the range where neither bit 31 nor bit 15, the signs of both, is set.
+    Each half of a word, `(end - 1) << 16 - start`, becomes `(end - 1 - k) << 16 + (k - start)` with a key k. The
+    key is in the range where neither bit 31 nor bit 15, the signs of both, is set.
 
-    FlashAttention-4 (4.0.0b36 on cutlass-dsl 4.8) otherwise loads all bounds anew for each pair of a tile that is
-    partly allowed, behind a branch, and waits for them. A division before their use takes the loads out of there: one
-    in front of each half, and `k // 65536`, which is 0. Shifts cannot be compiled there.
+    FlashAttention-4 (4.0.0b36 on cutlass-dsl 4.8) otherwise loads all bounds again for each pair of a tile that is
+    partly allowed, behind a branch, and waits for them. A division before their use moves the loads out of the branch:
+    one before each half, and `k // 65536`, which is 0. Shifts cannot be compiled there.
     """
     first, second = (_half_words(*keys) for keys in (ranges + [(torch.zeros_like(ranges[0][0]),) * 2])[:2])
     words = (second << 32) | (first & 0xFFFFFFFF)
@@ -206,9 +206,5 @@ def _half_words(start: Tensor, end: Tensor) -> Tensor:
     return (end.long() - 1) * 2**16 - start.long()
 
 
-def _dense(mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    return create_mask(mask_mod, batch, None, n_queries, n_keys, device=device)
-
-
-def _count(*arguments) -> Tensor:
-    return _dense(*arguments).sum()
+def _count(mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    return create_mask(mask_mod, batch, None, n_queries, n_keys, device=device).sum()

@@ -1,4 +1,4 @@
-"""The TiDAR idea: layout, mask and targets; one short file per pattern, and their registry."""
+"""Patterns: layout, attention mask and targets of TiDAR and its variants, one short file each, and their registry."""
 
 from tidar.patterns.base import (
     LOSSES,

@@ -1,4 +1,4 @@
-"""What a pattern is: how documents become model input, which position sees which, and what is predicted where."""
+"""Base of the patterns: model input of packed rows, attention mask, and targets of the losses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-# FlexAttention's mask_mod: (batch, head, query, key) index tensors -> bool tensor, true where the key is seen
+# FlexAttention's mask_mod: index tensors (batch, head, query, key) -> bool tensor, true where the query sees the key
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# of each query, the first key that it sees and the one after the last, both [batch, positions] int32
+# first key that each query sees and the one after the last, both [batch, queries] int32
 KeyRange = tuple[Tensor, Tensor]
 
 LOSSES = ("ar", "diffusion")
-# document id of positions that belong to no document: the padding at the end of a row
+# document id of the padding at the end of a row
 PADDING = -1
-# pairs of a dense evaluation at one time
+# query-key pairs that `dense_pieces` evaluates at once
 PIECE = 2**24
 
 
 @dataclass
 class Blocks:
-    """What was drawn of each row's blocks, where a pattern draws any of it.
+    """Random choices about each row's blocks.
 
-    `size`: tokens of a block; `offset`: how many fewer the first block of a document has: both `[batch, 1]`, int32.
-    `tokens`: the token of its row that each noisy position stands for, -1 where it stands for none,
-    `[batch, noisy positions]` int32; None where they stand for all tokens in order.
+    `size`: tokens per block. `offset`: number of tokens by which the first block of a document is shorter. Both
+    `[batch, 1]` int32. `tokens`: the token of its row that each noisy position stands for, -1 for none,
+    `[batch, noisy positions]` int32; None where the noisy positions stand for all tokens in order.
     """
 
     size: Tensor
@@ -37,11 +37,11 @@ class Blocks:
 
 @dataclass
 class Documents:
-    """Where the documents of packed rows lie. Each run of equal ids in a row is one document.
+    """The documents of packed rows. Each run of equal ids in a row is one document.
 
-    `index` (number of the document in its row), `position` (place inside the document), `end` (the token after the
-    document's last): all `[batch, seq_len]`, int32. `packed`: whether any row holds more than one. `blocks`: what the
-    pattern has drawn, None where it draws nothing.
+    `index`: number of the document in its row; `position`: position of the token in its document; `end`: the token
+    after the last of the document. All `[batch, seq_len]` int32. `packed`: whether any row holds several documents.
+    `blocks`: None where the pattern draws nothing at random.
     """
 
     index: Tensor
@@ -52,23 +52,23 @@ class Documents:
 
     @staticmethod
     def from_ids(document_ids: Tensor) -> "Documents":
-        """From ids `[batch, seq_len]`, any integers."""
+        """document_ids: `[batch, seq_len]`, any integers."""
         starts = torch.ones_like(document_ids, dtype=torch.bool)
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        places = torch.arange(document_ids.shape[1], device=document_ids.device)
-        first = torch.where(starts, places, 0).cummax(dim=1).values
-        ends = torch.full_like(first, len(places))
-        ends[:, :-1] = torch.where(starts[:, 1:], places[1:], len(places))
+        tokens = torch.arange(document_ids.shape[1], device=document_ids.device)
+        first = torch.where(starts, tokens, 0).cummax(dim=1).values
+        ends = torch.full_like(first, len(tokens))
+        ends[:, :-1] = torch.where(starts[:, 1:], tokens[1:], len(tokens))
         return Documents(
             index=(starts.cumsum(dim=1) - 1).int(),
-            position=(places - first).int(),
+            position=(tokens - first).int(),
             end=ends.flip(1).cummin(dim=1).values.flip(1).int(),
             packed=bool(starts[:, 1:].any()),
         )
 
     @property
     def tokens(self) -> Tensor:
-        """0, 1, 2 … of each row, `[batch, seq_len]` int32."""
+        """Indices of the tokens, 0, 1, 2 … in each row, `[batch, seq_len]` int32."""
         return torch.arange(self.index.shape[1], dtype=torch.int32, device=self.index.device).expand_as(self.index)
 
     @property
@@ -79,24 +79,24 @@ class Documents:
 
 @dataclass
 class Targets:
-    """What one loss predicts in a batch of rows: `n` target tokens.
+    """The `n` target tokens of one loss in a batch of rows.
 
-    `index`: model position that predicts each, counted over the flattened `[batch * positions]`, `[n]` int64.
+    `index`: the model position that predicts each, an index into the flattened `[batch * positions]`, `[n]` int64.
     `labels`: the tokens, `[n]` int64. `weights`: their weights in the mean, `[n]` float32.
-    `place`: place of each in its block, `[n]` int64; 0 where there are no blocks.
+    `block_position`: position of each in its block, `[n]` int64; 0 where there are no blocks.
     """
 
     index: Tensor
     labels: Tensor
     weights: Tensor
-    place: Tensor
+    block_position: Tensor
 
 
 @dataclass
 class ModelBatch:
-    """Rows as the model sees them.
+    """Model input and targets of a batch of rows.
 
-    `input_ids`, `position_ids`: `[batch, positions]` int64. `targets`: by loss, those of the pattern's losses in order.
+    `input_ids`, `position_ids`: `[batch, positions]` int64. `targets`: by loss, in the order of the pattern's losses.
     """
 
     input_ids: Tensor
@@ -106,10 +106,10 @@ class ModelBatch:
 
 
 class Pattern(ABC):
-    """Base of the patterns. One pattern is one file, which says all that is particular to it.
+    """Base class. Each pattern is one file.
 
-    `losses`: those of LOSSES that it trains, in that order. `block_size`: places that a block has at most. What else a
-    pattern can be told are the parameters of its `__init__`; those named as an option of [tidar] get its value.
+    `losses`: those of LOSSES that it trains, in that order. `block_size`: largest number of positions in a block. The
+    parameters of `__init__` are the options of the pattern; one with the name of an option of [tidar] gets its value.
     """
 
     losses: ClassVar[tuple[str, ...]] = LOSSES
@@ -125,20 +125,20 @@ class Pattern(ABC):
     ) -> ModelBatch:
         """Model input and targets of rows.
 
-        tokens, document_ids: `[batch, seq_len]` integers. loss_mask: `[batch, seq_len]`, weight of each as a target.
-        seeds: one for each row, of which all that is random about it is a function; by default 0.
+        tokens, document_ids: `[batch, seq_len]` integers. loss_mask: `[batch, seq_len]`, weight of each token as a
+        target. seeds: one per row (default: 0); everything random about a row is a function of its seed.
         """
 
     @abstractmethod
     def mask_mod(self, documents: Documents) -> MaskMod:
-        """Who sees whom, over model positions, as FlexAttention's `mask_mod`. documents: as `layout` has returned."""
+        """The mask over model positions, as FlexAttention's `mask_mod`. documents: those that `layout` returned."""
 
     def documents(self, document_ids: Tensor, seeds: Sequence[int] | None = None) -> Documents:
-        """All that the mask of rows depends on. document_ids, seeds: as of `layout`."""
+        """Everything that the mask of rows depends on. document_ids, seeds: as in `layout`."""
         return Documents.from_ids(document_ids)
 
     def model_positions(self, seq_len: int) -> int:
-        """Positions that the model sees for a row of `seq_len` tokens."""
+        """Number of model positions for a row of `seq_len` tokens."""
         return sum(self.parts(seq_len).values())
 
     def dense_mask(
@@ -147,7 +147,7 @@ class Pattern(ABC):
         """The mask as a bool tensor, true where the query (row) sees the key (column).
 
         `[positions, positions]` for one document of `seq_len` tokens; `[batch, positions, positions]` for
-        document ids `[batch, seq_len]`. Raises ValueError where these have another shape.
+        document ids `[batch, seq_len]`. Raises ValueError for document ids of another shape.
         """
         if document_ids is None:
             return self.dense_mask(seq_len, torch.zeros(1, seq_len, dtype=torch.long), seeds)[0]
@@ -159,7 +159,7 @@ class Pattern(ABC):
 
 
 def in_range(keys: KeyRange) -> MaskMod:
-    """The mask of queries that see one range of keys each."""
+    """mask_mod under which each query sees one range of keys."""
     start, end = keys
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def in_range(keys: KeyRange) -> MaskMod:
 
 
 def in_either(first: KeyRange, second: KeyRange) -> MaskMod:
-    """The mask of queries that see two ranges of keys each, which must not overlap; where start = end it is empty."""
+    """mask_mod under which each query sees two ranges of keys. They must not overlap; start = end is an empty range."""
     first_start, first_end = first
     second_start, second_end = second
 
@@ -183,14 +183,14 @@ def in_either(first: KeyRange, second: KeyRange) -> MaskMod:
 
 
 def key_ranges(mask_mod: MaskMod) -> list[KeyRange] | None:
-    """The ranges that a mask was made of, by `in_range` or `in_either`; None for any other mask."""
+    """The ranges of a mask_mod made by `in_range` or `in_either`; None for any other."""
     return getattr(mask_mod, "key_ranges", None)
 
 
 def dense_pieces(
     mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device: torch.device, multiple: int = 1
 ) -> Iterator[Tensor]:
-    """The mask, evaluated for some queries at a time: bool tensors `[batch, queries, n_keys]`, in order.
+    """Evaluates a mask for some queries at a time: bool tensors `[batch, queries, n_keys]`, in order.
 
     multiple: divides the number of queries of each piece but the last.
     """

@@ -2,8 +2,8 @@
 
 A noisy block sees the clean blocks before it and itself, both ways; a clean block sees the clean blocks up to itself,
 both ways inside. There is no autoregressive loss. The schedule and its weights are those of
-`tidar.patterns.halves.mask_at_random`, the linear schedule of the paper's likelihood bound; its clipped schedules,
-which draw t from a part of the range, are not here.
+`tidar.patterns.halves.mask_at_random`, the linear schedule of the paper's likelihood bound. The paper's clipped
+schedules, which draw t from a part of the range, are not implemented.
 
 Worked example, one document of 4 tokens, blocks of 2 (rows are queries, columns keys):
 

@@ -1,4 +1,4 @@
-"""Rows cut into blocks: the options that patterns with blocks share, and what is drawn of these for each row."""
+"""Options of all patterns with blocks, and their random choices for each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from tidar.patterns.base import Blocks, Documents, Pattern
 
 @dataclass
 class BlockPattern(Pattern):
-    """block_size: tokens drafted together; the last block of a document may be shorter.
-    mask_token_id: the token of masked positions, which only `layout` needs.
-    block_sizes: each row takes one of these, by its seed, in place of block_size.
-    random_block_offset: the first block of every document of a row is shorter by a number drawn from its seed.
-    place_weights: weight of each place of a block in the diffusion loss (default: all alike).
+    """block_size: tokens drafted in one forward pass; the last block of a document may be shorter.
+    mask_token_id: the token of masked positions; only `layout` needs it.
+    block_sizes: each row draws one of these from its seed, instead of block_size.
+    random_block_offset: the first block of every document of a row is shorter by a number drawn from the row's seed.
+    place_weights: weight of each position in a block in the diffusion loss (default: uniform).
     """
 
     block_size: int = 8
@@ -33,7 +33,7 @@ class BlockPattern(Pattern):
         if self.place_weights and (len(self.place_weights) != self.block_size or not any(self.place_weights)):
             raise UserError(
                 f"tidar.place_weights: {len(self.place_weights)} numbers, the largest {max(self.place_weights)}: must "
-                f"be {self.block_size}, one for each place of the largest block, and one of them above 0"
+                f"be {self.block_size}, one for each position in the largest block, and one of them above 0"
             )
 
     def documents(self, document_ids: Tensor, seeds: Sequence[int] | None = None) -> Documents:
@@ -43,7 +43,7 @@ class BlockPattern(Pattern):
         return documents
 
     def draw_blocks(self, seeds: Sequence[int], device: torch.device) -> Blocks:
-        """Size and offset of each row's blocks."""
+        """Draws the size and offset of each row's blocks."""
         sizes, offsets = [], []
         for seed in seeds:
             size = self.block_size
@@ -55,20 +55,23 @@ class BlockPattern(Pattern):
         size, offset = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (sizes, offsets))
         return Blocks(size, offset)
 
-    def block_bounds(self, first: Tensor, place: Tensor, end: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
+    def block_bounds(self, first: Tensor, index: Tensor, end: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
         """First token of each token's block and the one after its last, `[batch, seq_len]` int32.
 
-        What is cut into blocks begins at the token `first` and ends before `end`; `place`: of each token in it.
+        The span that is divided into blocks begins at the token `first` and ends before `end`. index: of each token in
+        its span.
         """
         if blocks is None:
-            start = first + place // self.block_size * self.block_size
+            start = first + index // self.block_size * self.block_size
             return start, torch.minimum(start + self.block_size, end)
-        start = first + (place + blocks.offset) // blocks.size * blocks.size - blocks.offset
+        start = first + (index + blocks.offset) // blocks.size * blocks.size - blocks.offset
         return torch.maximum(start, first), torch.minimum(start + blocks.size, end)
 
-    def place_weight(self, place: Tensor) -> Tensor | float:
-        """Weight of each place, float32 of the shape of `place`."""
-        return torch.tensor(self.place_weights, device=place.device)[place] if self.place_weights else 1.0
+    def place_weight(self, block_position: Tensor) -> Tensor | float:
+        """Weight of each position in a block, float32 of the shape of `block_position`."""
+        if not self.place_weights:
+            return 1.0
+        return torch.tensor(self.place_weights, device=block_position.device)[block_position]
 
 
 def row_seeds(seeds: Sequence[int] | None, n_rows: int) -> Sequence[int]:
@@ -76,5 +79,5 @@ def row_seeds(seeds: Sequence[int] | None, n_rows: int) -> Sequence[int]:
 
 
 def draw(seed: int, purpose: str) -> torch.Generator:
-    """The random numbers of a row for one purpose: an option that draws does not change what others have drawn."""
+    """Generator of a row's random numbers for one purpose, so that an option does not change the draws of others."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose))

@@ -1,4 +1,4 @@
-"""Plain autoregressive training, the baseline: each token sees those before it and itself, and predicts the next."""
+"""Plain autoregressive training, the baseline: each token sees itself and those before it, and predicts the next."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

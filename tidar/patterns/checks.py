@@ -1,4 +1,4 @@
-"""What a pattern must keep, so that a mistake of a user's is an error at the start and not NaN at the first step."""
+"""Checks of a pattern before training, so that a mistake in a user's pattern is an error at the start, not a NaN."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,15 @@ from torch import Tensor
 from tidar.config import UserError
 from tidar.patterns.base import LOSSES, PADDING, Documents, MaskMod, ModelBatch, Pattern, dense_pieces, key_ranges
 
-# longest row whose mask is evaluated at all its points
+# longest row that is checked, as its mask may be evaluated at all points
 LONGEST = 2048
 
 
 def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
-    """Lays out rows of at most `seq_len` tokens, whole and packed ones, and looks at each query of their masks.
+    """Lays out a whole and a packed row of at most `seq_len` tokens and checks every query of their masks.
 
-    name: of the pattern, for messages. Raises UserError for what does not fit together: model input, targets, a mask
-    that is no bool, a query that sees no key.
+    name: of the pattern, for messages. Raises UserError for model input or targets of a wrong shape, type or range, a
+    mask_mod that does not return bool, or a query that sees no key.
     """
     seq_len = min(seq_len, LONGEST)
     ids = torch.zeros(2, seq_len, dtype=torch.long)
@@ -29,11 +29,13 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a user's code raises
-        raise UserError(f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_named(error)})") from None
+        raise UserError(
+            f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_error_text(error)})"
+        ) from None
     _check_rows(about, pattern, rows, seq_len)
     _check_value(about, mask_mod, rows.documents)
     positions = rows.input_ids.shape[1]
-    for row, query in _blind_queries(about, mask_mod, positions, rows.documents):
+    for row, query in _queries_without_key(about, mask_mod, positions, rows.documents):
         kind = "document of all its tokens" if row == 0 else "packed row"
         raise UserError(
             f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN",
@@ -60,7 +62,7 @@ def _check_rows(about: str, pattern: Pattern, rows: ModelBatch, seq_len: int) ->
         if len({tuple(column.shape) for column in columns.values()}) != 1 or targets.index.ndim != 1:
             shapes = ", ".join(f"{key} {list(column.shape)}" for key, column in columns.items())
             raise UserError(f"{about}: targets of {loss} have the shapes {shapes}: must be one and the same, [n]")
-        highs = {"index": 2 * positions, "place": pattern.block_size}
+        highs = {"index": 2 * positions, "block_position": pattern.block_size}
         for key, high in highs.items():
             if len(columns[key]) and not 0 <= columns[key].min() <= columns[key].max() < high:
                 found = f"{columns[key].min()} to {columns[key].max()}"
@@ -68,12 +70,12 @@ def _check_rows(about: str, pattern: Pattern, rows: ModelBatch, seq_len: int) ->
 
 
 def _check_value(about: str, mask_mod: MaskMod, documents: Documents) -> None:
-    """FlexAttention asks for one query and one key at a time."""
+    """Calls mask_mod as FlexAttention does, with one query and one key."""
     zero = torch.zeros((), dtype=torch.long, device=documents.index.device)
     try:
         value = mask_mod(zero, zero, zero, zero)
     except Exception as error:  # whatever a user's code raises
-        raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({_named(error)})") from None
+        raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({_error_text(error)})") from None
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim != 0:
         raise UserError(
             f"{about}: mask_mod returns {_kind(value)} for one query and one key: must be one bool tensor without "
@@ -81,8 +83,8 @@ def _check_value(about: str, mask_mod: MaskMod, documents: Documents) -> None:
         )
 
 
-def _blind_queries(about: str, mask_mod: MaskMod, positions: int, documents: Documents):
-    """(row, query) of those that see no key."""
+def _queries_without_key(about: str, mask_mod: MaskMod, positions: int, documents: Documents):
+    """(row, query) of each query that sees no key."""
     batch, device = len(documents.index), documents.index.device
     ranges = key_ranges(mask_mod)
     if ranges is not None:
@@ -91,12 +93,12 @@ def _blind_queries(about: str, mask_mod: MaskMod, positions: int, documents: Doc
         try:
             pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, positions, device)]
         except Exception as error:  # whatever a user's code raises
-            raise UserError(f"{about}: mask_mod fails ({_named(error)})") from None
+            raise UserError(f"{about}: mask_mod fails ({_error_text(error)})") from None
         sees = torch.cat(pieces, dim=1)
     yield from (~sees).nonzero().tolist()
 
 
-def _named(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

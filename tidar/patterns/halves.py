@@ -1,7 +1,7 @@
-"""The layout of a clean copy of each row before a noisy one, whose blocks are predicted by diffusion.
+"""Layout of two halves: a clean copy of each row, then a noisy one, whose blocks are predicted by diffusion.
 
-What a noisy block may see is all clean tokens before it and itself, both ways; each pattern says how tokens are
-corrupted and what the clean half sees.
+A noisy block sees all clean tokens before it, and itself both ways. Each pattern defines how tokens are corrupted and
+what the clean half sees.
 """
 
 from abc import abstractmethod
@@ -36,7 +36,7 @@ class TwoHalves(BlockPattern):
     def corrupt(
         self, is_target: Tensor, block_start: Tensor, documents: Documents, seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Which tokens the noisy half masks, bool, and by what their weights are multiplied, both `[batch, seq_len]`.
+        """Tokens that the noisy half masks, bool, and the factor of each one's weight, both `[batch, seq_len]`.
 
         is_target: bool. block_start: first token of each token's block, int32.
         """
@@ -85,10 +85,10 @@ class TwoHalves(BlockPattern):
         documents = self.documents(document_ids, seeds)
         position = documents.position.long()
         block_start, _ = self._bounds(documents)
-        # nothing predicts the first token of a document
+        # no position predicts the first token of a document
         is_target = (loss_mask > 0) & (position > 0)
         is_masked, factor = self.corrupt(is_target, block_start, documents, row_seeds(seeds, len(tokens)))
-        place = (documents.tokens - block_start).long()
+        block_position = (documents.tokens - block_start).long()
         weights = loss_mask.float()
 
         blocks = documents.blocks
@@ -104,12 +104,13 @@ class TwoHalves(BlockPattern):
         if "ar" in self.losses:
             row, target = is_target.nonzero(as_tuple=True)
             at = row * positions + target - 1
-            targets["ar"] = Targets(at, tokens[row, target], weights[row, target], place[row, target])
+            targets["ar"] = Targets(at, tokens[row, target], weights[row, target], block_position[row, target])
         row, slot = (is_shown & (is_target & is_masked).gather(1, shown)).nonzero(as_tuple=True)
         target = shown[row, slot]
-        place = place[row, target]
-        weights = (weights * factor * inverse_probability)[row, target] * self.place_weight(place)
-        targets["diffusion"] = Targets(row * positions + seq_len + slot, tokens[row, target], weights, place)
+        block_position = block_position[row, target]
+        weights = (weights * factor * inverse_probability)[row, target] * self.place_weight(block_position)
+        at = row * positions + seq_len + slot
+        targets["diffusion"] = Targets(at, tokens[row, target], weights, block_position)
         return ModelBatch(
             input_ids=torch.cat([tokens, noisy], dim=1),
             position_ids=torch.cat([position, torch.where(is_shown, position.gather(1, shown), 0)], dim=1),
@@ -121,22 +122,27 @@ class TwoHalves(BlockPattern):
         seq_len = documents.index.shape[1]
         start, none = documents.start, torch.zeros_like(documents.index)
         block_start, block_end = self._bounds(documents)
-        # what the noisy copy of each token sees: clean tokens of its document before its block, and its block
+        # the noisy copy of each token sees the clean tokens of its document before its block, and its noisy block
         noisy = [start, block_start, block_start + seq_len, block_end + seq_len]
         if documents.blocks is not None and documents.blocks.tokens is not None:
-            noisy = _of_drawn(documents.blocks.tokens, seq_len, *noisy)
+            noisy = _bounds_of_shown(documents.blocks.tokens, seq_len, *noisy)
         clean_start, clean_end, noisy_start, noisy_end = (
             torch.cat(halves, dim=1) for halves in zip((start, self.clean_end(documents), none, none), noisy)
         )
         return in_either((clean_start, clean_end), (noisy_start, noisy_end))
 
 
-def _of_drawn(shown: Tensor, seq_len: int, start: Tensor, end: Tensor, first: Tensor, after: Tensor) -> list[Tensor]:
-    """Bounds of what is seen by the noisy positions that stand for the tokens `shown`, -1 for none: by all tokens'."""
+def _bounds_of_shown(
+    shown: Tensor, seq_len: int, start: Tensor, end: Tensor, first: Tensor, after: Tensor
+) -> list[Tensor]:
+    """Bounds of the keys that the noisy positions see, given those of the noisy copies of all tokens.
+
+    shown: the token of each noisy position, -1 for none. start, end: of clean keys; first, after: of noisy keys.
+    """
     slot = torch.arange(seq_len, seq_len + shown.shape[1], dtype=torch.int32, device=shown.device)
     is_shown, token = shown >= 0, shown.clamp(min=0).long()
     start, end, first, after = (bound.gather(1, token) for bound in (start, end, first, after))
-    # the tokens of a block lie together here, too
+    # the tokens of a block are contiguous here, too
     moved = slot - (token.int() + seq_len)
     return [
         torch.where(is_shown, start, 0),
@@ -149,13 +155,12 @@ def _of_drawn(shown: Tensor, seq_len: int, start: Tensor, end: Tensor, first: Te
 def mask_at_random(
     is_target: Tensor, block_start: Tensor, documents: Documents, seeds: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Masks l of the n targets of each block, l drawn from 1 to n; their weights are multiplied by n / l.
+    """Masks l of the n targets of each block, l drawn uniformly from 1 to n; their weights are multiplied by n / l.
 
-    This is the linear schedule (each token is masked with probability t, drawn from 0 to 1, and weighs 1 / t) in the
-    form that draws the number of masked tokens in place of t: in expectation the same bound, with less variance (LLaDA,
-    arXiv 2502.09992, which evaluates likelihoods so). The weights of a block add up to n whatever was drawn. Tokens
-    that are no targets stay as they are.
-    Arguments and results as those of `TwoHalves.corrupt`.
+    This is the linear schedule (each token is masked with probability t, drawn from 0 to 1, and weighs 1 / t), but
+    draws the number of masked tokens instead of t: the same bound in expectation, with less variance (LLaDA, arXiv
+    2502.09992, evaluates likelihoods so). The weights of a block add up to n for every draw. Tokens that are not
+    targets stay unmasked. Arguments and results are those of `TwoHalves.corrupt`.
     """
     batch, seq_len = is_target.shape
     draws = torch.stack([torch.rand(2, seq_len, generator=draw(seed, "noise"), dtype=torch.double) for seed in seeds])

@@ -1,4 +1,4 @@
-"""Patterns by name: those built in, and a user's own as "my_package.my_file:MyPattern"."""
+"""Patterns by name: the built-in ones, and a user's own as "my_package.my_file:MyPattern"."""
 
 import importlib
 import inspect
@@ -21,17 +21,17 @@ PATTERNS: dict[str, type[Pattern]] = {
     "block_diffusion": BlockDiffusion,
     "causal": Causal,
 }
-# options of [tidar] that are for training alone: a validation measures what inference does, whatever was trained
+# options of [tidar] that only training uses: validation measures what inference does
 EXPERIMENTS = ("block_sizes", "random_block_offset", "place_weights", "diffusion_share")
 
 
 def get_pattern(name: str, **options) -> Pattern:
-    """The pattern of that name, made with its options. Raises UserError where there is none, or it cannot be loaded."""
+    """The pattern `name` with these options. Raises UserError for an unknown name, or where it cannot be loaded."""
     return find_pattern(name)(**options)
 
 
 def find_pattern(name: str) -> type[Pattern]:
-    """The class of that name; see `get_pattern`."""
+    """The class of the pattern `name`. Raises UserError as `get_pattern` does."""
     if ":" in name:
         return _load(name)
     if name not in PATTERNS:
@@ -42,9 +42,9 @@ def find_pattern(name: str) -> type[Pattern]:
 
 
 def configured_pattern(config: Config, mask_token_id: int, training: bool = True) -> Pattern:
-    """The pattern that the options of [tidar] describe. training: with those of EXPERIMENTS, or without.
+    """The pattern that the options of [tidar] describe. training: whether the options of EXPERIMENTS apply.
 
-    Raises UserError as `get_pattern` does, and for an experiment that the pattern has no parameter for.
+    Raises UserError as `get_pattern` does, and for an experiment that the pattern does not have as a parameter.
     """
     options = config.tidar
     kind = find_pattern(options.pattern)
@@ -58,18 +58,18 @@ def configured_pattern(config: Config, mask_token_id: int, training: bool = True
     try:
         return kind(**{name: value for name, value in values.items() if name in accepted})
     except TypeError as error:
-        raise UserError(f"tidar.pattern = {options.pattern}: cannot be made: {error}") from None
+        raise UserError(f"tidar.pattern = {options.pattern}: cannot be created: {error}") from None
 
 
 def checked_pattern(config: Config, mask_token_id: int) -> Pattern:
-    """The pattern to train with. Raises UserError as `configured_pattern` does, and where it is not sound."""
+    """The pattern to train with. Raises UserError as `configured_pattern` and `check_pattern` do."""
     pattern = configured_pattern(config, mask_token_id)
     check_pattern(pattern, config.tidar.pattern, config.training.seq_len)
     return pattern
 
 
 def loss_weights(config: Config, pattern: Pattern) -> dict[str, float]:
-    """Weights of the losses that the pattern has. Raises UserError where they are all 0."""
+    """Weight of each loss of the pattern. Raises UserError where all are 0."""
     weights = {loss: getattr(config.tidar, f"{loss}_loss_weight") for loss in pattern.losses}
     if not any(weights.values()):
         names = " = ".join(f"tidar.{loss}_loss_weight" for loss in weights)
@@ -78,7 +78,7 @@ def loss_weights(config: Config, pattern: Pattern) -> dict[str, float]:
 
 
 def experiments(config: Config) -> dict[str, object]:
-    """Those of EXPERIMENTS that are not as by default: name, value."""
+    """The options of EXPERIMENTS that differ from their defaults: name, value."""
     default = Config().tidar
     values = {name: getattr(config.tidar, name) for name in EXPERIMENTS}
     return {name: value for name, value in values.items() if value != getattr(default, name)}

@@ -1,7 +1,7 @@
-"""TiDAR with random in place of full masking (arXiv 2511.08923, Table 5).
+"""TiDAR with random instead of full masking (arXiv 2511.08923, Table 5).
 
-Layout, mask and autoregressive loss are those of `tidar`; of the noisy half only some tokens of each block are masked
-and predicted, the others are seen. The schedule and its weights are those of `tidar.patterns.halves.mask_at_random`.
+Layout, mask and autoregressive loss are those of `tidar`. In the noisy half only some tokens of each block are masked
+and predicted; the others stay visible. `tidar.patterns.halves.mask_at_random` has the schedule and its weights.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """TiDAR without doubling, the layout of the replaced script's README: each document is clean first, then masked.
 
-The first floor(clean_ratio * length) tokens of a document are clean and causal, and train the autoregressive loss; each
-is predicted by the one before it. The others are the mask token; they see all clean tokens of their document and their
-block, both ways, and train the diffusion loss. Blocks are counted from the first masked token.
+The first floor(clean_ratio * length) tokens of a document are clean and causal, and train the autoregressive loss: each
+is predicted by the token before it. The others become the mask token. They see all clean tokens of their document and
+their block, both ways, and train the diffusion loss. Blocks are counted from the first masked token.
 
 Worked example, one document of 6 tokens, clean_ratio 0.5, blocks of 2 (rows are queries, columns keys):
 
@@ -27,7 +27,7 @@ from tidar.patterns.blocks import BlockPattern
 
 @dataclass
 class TidarSplit(BlockPattern):
-    """clean_ratio: share of a document's tokens that stays clean, above 0 and below 1."""
+    """clean_ratio: fraction of a document's tokens that stay clean, above 0 and below 1."""
 
     clean_ratio: float = 0.5
 
@@ -39,10 +39,10 @@ class TidarSplit(BlockPattern):
     def parts(self, seq_len: int) -> dict[str, int]:
         return {"row": seq_len}
 
-    def _cut(self, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-        """First masked token of each token's document, and bounds of the block of each that is masked."""
+    def _split(self, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+        """First masked token of each token's document, and bounds of each masked token's block."""
         start = documents.start
-        # in double on every device, as layout and mask must agree
+        # in float64 on every device, so that layout and mask agree
         first = start + ((documents.end - start).double() * self.clean_ratio).floor().int()
         return first, *self.block_bounds(first, documents.tokens - first, documents.end, documents.blocks)
 
@@ -51,7 +51,7 @@ class TidarSplit(BlockPattern):
     ) -> ModelBatch:
         tokens = tokens.long()
         documents = self.documents(document_ids, seeds)
-        first, block_start, _ = self._cut(documents)
+        first, block_start, _ = self._split(documents)
         is_masked = documents.tokens >= first
         # nothing predicts the first token of a document
         is_target = (loss_mask > 0) & (documents.position > 0)
@@ -59,11 +59,11 @@ class TidarSplit(BlockPattern):
         for loss, kind, shift in (("ar", ~is_masked, -1), ("diffusion", is_masked, 0)):
             row, target = (is_target & kind).nonzero(as_tuple=True)
             at = row * tokens.shape[1] + target
-            weights, place = loss_mask[row, target].float(), torch.zeros_like(at)
+            weights, block_position = loss_mask[row, target].float(), torch.zeros_like(at)
             if loss == "diffusion":
-                place = (documents.tokens - block_start)[row, target].long()
-                weights = weights * self.place_weight(place)
-            targets[loss] = Targets(at + shift, tokens[row, target], weights, place)
+                block_position = (documents.tokens - block_start)[row, target].long()
+                weights = weights * self.place_weight(block_position)
+            targets[loss] = Targets(at + shift, tokens[row, target], weights, block_position)
         return ModelBatch(
             input_ids=torch.where(is_masked, self.mask_token_id, tokens),
             position_ids=documents.position.long(),
@@ -73,7 +73,7 @@ class TidarSplit(BlockPattern):
 
     def mask_mod(self, documents: Documents) -> MaskMod:
         start, tokens = documents.start, documents.tokens
-        first, block_start, block_end = self._cut(documents)
+        first, block_start, block_end = self._split(documents)
         is_masked = tokens >= first
         clean_keys = start, torch.where(is_masked, first, tokens + 1)
         return in_either(clean_keys, (torch.where(is_masked, block_start, 0), torch.where(is_masked, block_end, 0)))

@@ -1,4 +1,4 @@
-"""Scores of held-out rows: the losses, and what the drafts are worth, by place in the block."""
+"""Scores of held-out rows: the losses, and the quality of the drafts by position in the block."""
 
 from collections.abc import Callable, Iterable
 
@@ -25,7 +25,7 @@ def validate(
     score: the model's scores of one batch on `device`.
     """
     sums = LossSums.zeros(device)
-    by_place = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, right arg-maxes
+    by_position = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, correct arg-maxes
     prefixes = torch.zeros(2, dtype=torch.float64, device=device)  # full blocks, sum of their accepted prefixes
     for batch in batches:
         rows = batch.to(device).rows
@@ -35,31 +35,31 @@ def validate(
             continue
         targets, drafts = rows.targets["diffusion"], scores["diffusion"]
         scored = torch.stack([torch.ones_like(drafts.nll), drafts.nll, drafts.correct]).double()
-        by_place.index_add_(1, targets.place, scored * targets.weights)
+        by_position.index_add_(1, targets.block_position, scored * targets.weights)
         accepted = accepted_prefixes(targets, drafts.correct, block_size)
         prefixes += torch.stack([accepted.new_tensor(len(accepted)), accepted.sum()])
     sums.all_reduce()
-    for total in (by_place, prefixes):
+    for total in (by_position, prefixes):
         dist.all_reduce(total)
     scalars = sums.means(loss_weights)
     full_blocks, accepted_tokens = prefixes.tolist()
     if full_blocks:
         scalars["accepted_prefix"] = accepted_tokens / full_blocks
-    for place, (weight, nll, correct) in enumerate(by_place.T.tolist()):
+    for position, (weight, nll, correct) in enumerate(by_position.T.tolist()):
         if weight:
-            scalars[f"diffusion_loss_at/{place}"] = nll / weight
-            scalars[f"accuracy_diff_at/{place}"] = correct / weight
+            scalars[f"diffusion_loss_at/{position}"] = nll / weight
+            scalars[f"accuracy_diff_at/{position}"] = correct / weight
     return {f"val/{name}": value for name, value in scalars.items()}
 
 
 def accepted_prefixes(targets: Targets, correct: Tensor, block_size: int) -> Tensor:
-    """Length of the run of right drafts at the start of each full block, `[full blocks]` int64.
+    """Length of the run of correct drafts at the start of each full block, `[full blocks]` int64.
 
-    A block is full where all its `block_size` tokens are targets. correct: `[n]` bool, of the n targets in order.
+    A block is full if all its `block_size` tokens are targets. correct: `[n]` bool, of the n targets in order.
     """
     if len(correct) < block_size:
         return torch.zeros(0, dtype=torch.long, device=correct.device)
-    index, place = targets.index.unfold(0, block_size, 1), targets.place.unfold(0, block_size, 1)
-    # targets in order, from the first place of a block to its last, and none left out between them
-    full = (place[:, 0] == 0) & (index[:, -1] - index[:, 0] == block_size - 1)
+    index, position = targets.index.unfold(0, block_size, 1), targets.block_position.unfold(0, block_size, 1)
+    # targets in order, from the first position of a block to its last, and none missing between them
+    full = (position[:, 0] == 0) & (index[:, -1] - index[:, 0] == block_size - 1)
     return correct.unfold(0, block_size, 1)[full].long().cumprod(dim=1).sum(dim=1)

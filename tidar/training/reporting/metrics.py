@@ -95,7 +95,7 @@ def step_line(step: int, steps: int, scalars: dict[str, float], seconds_left: fl
 
 
 def validation_lines(scalars: dict[str, float]) -> list[str]:
-    """Console lines for a validation: the means, then the drafts by place in the block."""
+    """Console lines for a validation: the means, then the drafts by position in the block."""
     names = {"accuracy": "val/accuracy", "drafts": "val/accuracy_diff"}
     accuracies = [f"{title} {scalars[name]:.3f}" for title, name in names.items() if name in scalars]
     lines = [f"validation  {_losses(scalars, 'val/')}  {', '.join(accuracies)}"]
@@ -104,7 +104,7 @@ def validation_lines(scalars: dict[str, float]) -> list[str]:
     for title, name in (("diffusion loss", "val/diffusion_loss_at/"), ("draft accuracy", "val/accuracy_diff_at/")):
         values = [f"{value:.3f}" for key, value in scalars.items() if key.startswith(name)]
         if values:
-            lines.append(f"  {title} by place in the block: {' '.join(values)}")
+            lines.append(f"  {title} by position in the block: {' '.join(values)}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The mask of one row, and where its parts, documents and blocks begin."""
+"""The mask of one row with its labels, and where parts, documents and blocks begin."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from tidar.patterns import Pattern
 
-# what begins at a position, the least first
+# what begins at a position
 NOTHING, BLOCK, DOCUMENT, PART = range(4)
 
 
 @dataclass
-class DrawnMask:
-    """mask: `[positions, positions]` bool. parts: names and lengths. labels: of each position, x and its place, or M
-    where the model sees the mask token. begins: what begins at each position, one of NOTHING, BLOCK, DOCUMENT, PART.
-    title: one line about it.
+class RowMask:
+    """`mask`: `[positions, positions]` bool. `parts`: name and length of each part of the row. `labels`: one per
+    position: x, or M for the mask token, and the position in the document. `begins`: what begins at each position, one
+    of NOTHING, BLOCK, DOCUMENT, PART. `title`: one line.
     """
 
     mask: Tensor
@@ -25,10 +25,10 @@ class DrawnMask:
     title: str
 
 
-def draw_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, mask_token_id: int) -> DrawnMask:
-    """Of a row with documents of these lengths, whose tokens are 0.
+def make_row_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, mask_token_id: int) -> RowMask:
+    """The mask of a row with documents of these lengths, whose tokens are 0.
 
-    seed: of what the pattern draws. mask_token_id: the pattern's, not 0.
+    seed: of the row. mask_token_id: that of the pattern, not 0.
     """
     seq_len = sum(lengths)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -51,4 +51,4 @@ def draw_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, mask_t
     title = (
         f"{name}: {seq_len} tokens, {len(mask)} model positions, {allowed:,} of {pairs:,} pairs ({allowed / pairs:.0%})"
     )
-    return DrawnMask(mask, parts, [f"{'M' if m else 'x'}{p}" for p, m in zip(position, is_masked)], begins, title)
+    return RowMask(mask, parts, [f"{'M' if m else 'x'}{p}" for p, m in zip(position, is_masked)], begins, title)

@@ -1,7 +1,7 @@
 """Converts the files of the DeepSpeed script: python -m tidar.migrate train_config.json ds_config.json > new.toml
 
-Writes the options of tidar.train that train the same recipe. Every key of both files is answered, by an option or by
-a comment that says why it has no effect here; what cannot be trained the same way is an error.
+Writes the options of tidar.train that train the same recipe. Each key of both files becomes an option, or a
+comment that says why it has no effect here. What cannot be trained the same way is an error.
 """
 
 import json
@@ -31,13 +31,13 @@ INTRODUCTION = [
     "- The script never scored token id 0; here every target token counts.",
     "- The script averaged the losses of each micro-batch and device, and then these means. Here each mean runs over "
     "all target tokens of the step; in float16 the loss scale multiplies that.",
-    "- The order of samples and all that is random follow training.seed; they are not the script's.",
+    "- The order of samples and all random draws depend on training.seed, and differ from the script's.",
     "- max_len counted both halves of a row, clean and masked; training.seq_len counts one.",
 ]
 
 
 def convert_script(script: Keys, recipe: Recipe) -> None:
-    """What train_config.json says."""
+    """Converts train_config.json."""
     folders = script.values.get("data_dir")
     folders = [folders] if isinstance(folders, str) else folders
     if not isinstance(folders, list) or not folders or not all(is_text(folder) and folder for folder in folders):
@@ -67,11 +67,11 @@ def convert_script(script: Keys, recipe: Recipe) -> None:
         script.refuse("start_epoch", f"less than num_epochs = {epochs}")
     counted = [script.said("start_epoch", 0)]
     if first:
-        counted.append("the script loaded only weights and counted on from start_epoch: these epochs were left")
+        counted.append("the script loaded only weights and counted on from start_epoch: these epochs remained")
         counted += [] if start else ["without existing_model_path they start from the base model"]
     recipe.convert(script, "num_epochs", "training.epochs", epochs - first, *counted)
     length = script.take("max_len", int, minimum=4) or script.refuse("max_len", "integer >= 4")
-    halves = "counted both halves" + ("; the odd position is left out" if length % 2 else "")
+    halves = "counted both halves" + ("; the odd position is dropped" if length % 2 else "")
     recipe.convert(script, "max_len", "training.seq_len", length // 2, halves)
 
     ratio = script.take("tidar_clean_ratio", float, 0.5)
@@ -81,7 +81,7 @@ def convert_script(script: Keys, recipe: Recipe) -> None:
     if script.values.get("run_mode") not in (None, "train"):
         script.refuse("run_mode", '"train"')
     recipe.leave(script.said("run_mode", "train"), "tidar.train trains")
-    exports = "Hugging Face folders; checkpoints to go on from come every checkpoint.interval steps"
+    exports = "Hugging Face folders; checkpoints to resume from are saved every checkpoint.interval steps"
     for key, kind, name, *comments in (
         ("ckpt_dir", str, "job.dump_folder"),
         ("save_interval", int, "checkpoint.export_epochs", exports),
@@ -96,7 +96,7 @@ def convert_script(script: Keys, recipe: Recipe) -> None:
 
 
 def convert_batch(deepspeed: Keys, recipe: Recipe) -> None:
-    """Global and local batch size, of the two or three sizes that are given."""
+    """Converts the batch sizes, of which two or three are given."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     total, rows, micro_batches = (deepspeed.take(name, int, minimum=1) for name in names)
     if total is None and rows is None and not any(map(deepspeed.is_auto, names[:2])):
@@ -128,14 +128,14 @@ def convert_batch(deepspeed: Keys, recipe: Recipe) -> None:
 
 
 def convert_optimizer(deepspeed: Keys, recipe: Recipe) -> None:
-    """AdamW and its rates; without a value those of DeepSpeed's FusedAdam."""
+    """Converts AdamW's options, with the defaults of DeepSpeed's FusedAdam."""
     optimizer = deepspeed.section("optimizer")
     kind = (optimizer.take("type", str) or "").lower()
     if kind not in ("adam", "adamw"):
         optimizer.refuse("type", "Adam or AdamW")
     params = optimizer.section("params")
     decoupled = params.take("adam_w_mode", bool, True) or kind == "adamw"
-    # torch's own AdamW decays where nothing is said
+    # torch's own AdamW decays by default
     weight_decay = params.take("weight_decay", float, 0.01 if decoupled and params.take("torch_adam", bool) else 0.0)
     if weight_decay and not decoupled:
         params.refuse("adam_w_mode", f"true where weight_decay = {weight_decay}: weight decay is decoupled here")
@@ -152,7 +152,7 @@ def convert_optimizer(deepspeed: Keys, recipe: Recipe) -> None:
 
 
 def convert_schedule(deepspeed: Keys, optimizer: Keys, recipe: Recipe) -> None:
-    """The highest rate and the schedule. optimizer: its params."""
+    """Converts the peak learning rate and the schedule. optimizer: the optimizer's params."""
     scheduler = deepspeed.section("scheduler")
     kind = scheduler.take("type", str)
     lr = optimizer.take("lr", float)
@@ -179,7 +179,7 @@ def convert_schedule(deepspeed: Keys, optimizer: Keys, recipe: Recipe) -> None:
         if kind == "WarmupDecayLR" and not params.is_auto("warmup_max_lr"):
             highest = 1e-3
         highest = params.take("warmup_max_lr", float, highest)
-        loser = [f"wins over {optimizer.said('lr')}"] if "lr" in optimizer.values else []
+        loser = [f"takes precedence over {optimizer.said('lr')}"] if "lr" in optimizer.values else []
         recipe.convert(params, "warmup_max_lr", "optimizer.lr", highest, *loser)
         share = params.take("warmup_min_lr", float, 0.0) / highest
         recipe.convert(params, "warmup_min_lr", lowest, share, f"as a share of {highest}", otherwise=0)
@@ -200,7 +200,7 @@ def convert_schedule(deepspeed: Keys, optimizer: Keys, recipe: Recipe) -> None:
 
 
 def convert_precision(deepspeed: Keys, recipe: Recipe) -> None:
-    """Type of the arithmetic, and the loss scale of fp16."""
+    """Converts the compute dtype and the loss scale of fp16."""
     if "bfloat16" in deepspeed.values and "bf16" in deepspeed.values:
         deepspeed.refuse("bfloat16", "left out where bf16, its other name, is given")
     fp16, bf16 = deepspeed.section("fp16"), deepspeed.section("bfloat16" if "bfloat16" in deepspeed.values else "bf16")
@@ -228,14 +228,14 @@ def convert_precision(deepspeed: Keys, recipe: Recipe) -> None:
         spent = "overflows before the scale halves, as in DeepSpeed: restored only when the scale doubles"
         recipe.carry(fp16, "hysteresis", int, "loss_scale.hysteresis", 2, spent)
         recipe.carry(fp16, "min_loss_scale", float, "loss_scale.minimum", 1.0)
-        # as many as the scale may take to fall from its start to its minimum
+        # overflows in a row until the scale has fallen from its start to its minimum
         falls = math.ceil(math.log2(start / recipe.config.loss_scale.minimum)) + recipe.config.loss_scale.hysteresis
         if falls >= recipe.config.training.max_steps_skipped:
-            recipe.set("training.max_steps_skipped", falls, "DeepSpeed stops when the scale can fall no more")
+            recipe.set("training.max_steps_skipped", falls, "DeepSpeed stops once the scale cannot be halved again")
 
 
 def convert_zero(deepspeed: Keys, recipe: Recipe) -> None:
-    """What ZeRO shards and offloads."""
+    """Converts the ZeRO stage and offloading."""
     if isinstance(deepspeed.values.get("zero_optimization"), bool):  # an old form
         deepspeed.values["zero_optimization"] = {"stage": int(deepspeed.values["zero_optimization"])}
     zero = deepspeed.section("zero_optimization")
@@ -271,7 +271,7 @@ def convert_zero(deepspeed: Keys, recipe: Recipe) -> None:
 
 
 def check_required(deepspeed: Keys) -> None:
-    """Raises UserError for what cannot be trained the same way, whatever else is given."""
+    """Raises UserError for values that cannot be trained the same way."""
     for name, (only, advice) in REQUIRED.items():
         *path, key = name.split(".")
         values = deepspeed.values
@@ -294,14 +294,14 @@ def migrate(train_config: str, ds_config: str) -> tuple[str, list[str]]:
     convert_precision(deepspeed, recipe)
     convert_zero(deepspeed, recipe)
     convert_optimizer(deepspeed, recipe)
-    # DeepSpeed does not clip where nothing is said, Hugging Face's Trainer does
+    # DeepSpeed does not clip by default, Hugging Face's Trainer does
     max_norm = 1.0 if deepspeed.is_auto("gradient_clipping") else 0.0
     recipe.carry(deepspeed, "gradient_clipping", float, "training.max_norm", max_norm)
     if "steps_per_print" in deepspeed.values:
         recipe.carry(deepspeed, "steps_per_print", int, "metrics.log_freq", recipe.config.metrics.log_freq)
-    recipe.answer_rest(script, by_path(SCRIPT_REASONS))
+    recipe.leave_rest(script, by_path(SCRIPT_REASONS))
     required = {tuple(name.split(".")): advice for name, (_, advice) in REQUIRED.items()}
-    recipe.answer_rest(deepspeed, required | by_path(DEEPSPEED_REASONS))
+    recipe.leave_rest(deepspeed, required | by_path(DEEPSPEED_REASONS))
     text = recipe.toml([f"Converted by tidar.migrate from {train_config} and {ds_config}.", *INTRODUCTION])
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "new.toml")

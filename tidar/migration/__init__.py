@@ -1,4 +1,4 @@
-"""Reading the files of the DeepSpeed script, and answering each of their keys."""
+"""Reading the files of the DeepSpeed script, and converting each of their keys."""
 
 from tidar.migration.keys import Keys, is_text, read_json, shown
 from tidar.migration.recipe import Recipe

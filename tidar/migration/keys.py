@@ -1,4 +1,4 @@
-"""JSON files whose every key is to be answered."""
+"""JSON files of which every key must be handled."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from tidar.config import UserError, in_range, printable
 
 
 def shown(value: Any, longest: int = 100) -> str:
-    """As the value stands in JSON, on one line."""
+    """The value as JSON, on one line of at most `longest` characters."""
     text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
@@ -19,11 +19,11 @@ def is_text(value: Any) -> bool:
 
 
 class Keys:
-    """The keys of a JSON file or of a section of it, and which of the file's were answered."""
+    """The keys of a JSON file or of a section of it, and which of the file's keys were handled."""
 
-    def __init__(self, file: str, values: dict, path: tuple[str, ...] = (), answered: set | None = None):
+    def __init__(self, file: str, values: dict, path: tuple[str, ...] = (), handled: set | None = None):
         self.file, self.values, self.path = printable(file), values, path
-        self.answered = set() if answered is None else answered
+        self.handled = set() if handled is None else handled
 
     def name(self, key: str) -> str:
         return printable(".".join((*self.path, key)))
@@ -50,17 +50,17 @@ class Keys:
         return value
 
     def section(self, key: str) -> "Keys":
-        """A section, whose keys are to be answered one by one."""
-        self.answered.add((*self.path, key))
-        return Keys(self.file, self.take(key, dict, {}), (*self.path, key), self.answered)
+        """A section, whose keys are handled one by one."""
+        self.handled.add((*self.path, key))
+        return Keys(self.file, self.take(key, dict, {}), (*self.path, key), self.handled)
 
     def refuse(self, key: str, allowed: str) -> NoReturn:
         value = f" = {shown(self.values[key])}" if key in self.values else " is missing"
         raise UserError(f"{self.file}: {self.name(key)}{value}: must be {allowed}")
 
     def said(self, key: str, otherwise: Any = None) -> str:
-        """What the file says of a key: its answer, in a comment. otherwise: what holds where that is no value."""
-        self.answered.add((*self.path, key))
+        """The key and its value for a comment; marks the key as handled. otherwise: the default if it has no value."""
+        self.handled.add((*self.path, key))
         if key not in self.values:
             text = f"{self.name(key)} is not given"
         else:

@@ -1,6 +1,6 @@
-"""Keys of both files that become no option, and why."""
+"""Keys of both files that do not become options, and why."""
 
-# keys of which one value can be trained (None: the key may not be given), and why or what to do
+# keys of which only one value is supported (None: the key must not be given), and why or what to do
 REQUIRED = {
     "amp.enabled": (False, "use fp16 or bf16"),
     "torch_autocast.enabled": (False, "use fp16 or bf16"),
@@ -12,16 +12,16 @@ REQUIRED = {
     "optimizer.params.maximize": (False, "the loss is minimized here"),
     "optimizer.params.max_grad_norm": (None, "use gradient_clipping, as DeepSpeed demands too"),
     "scheduler.params.last_batch_iteration": (-1, "a new run starts at the first step"),
-    "zero_optimization.zenflow": (None, "no update is late here"),
+    "zero_optimization.zenflow": (None, "no update is delayed here"),
 }
 
 LOGS = "job.dump_folder has metrics.jsonl and tb/, with losses, rates, speed, MFU and memory of every run"
-PRECISION = "parameters, gradients and moments are float32; training.mixed_precision_param is that of the arithmetic"
+PRECISION = "parameters, gradients and moments are float32; training.mixed_precision_param is the compute dtype"
 FSDP2 = "FSDP2 gathers and reduces one decoder layer at a time, always while others are computed"
 OFFLOAD = "FSDP2 keeps what is offloaded in the host's memory, pinned, and moves one decoder layer at a time"
 SHARDING = "here parallelism.data_parallel_shard_degree is the number of devices that hold the state once"
 BF16_KEYS = "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-# by section: why keys have no effect here, and which; what is said of a section holds for all in it
+# by section: why keys have no effect here, and which; the reason of a section applies to all of its keys
 SCRIPT_REASONS = {"": {"the name of a run is its folder, job.dump_folder": "model_name", LOGS: "logger_file"}}
 DEEPSPEED_REASONS = {
     "": {
@@ -32,9 +32,9 @@ DEEPSPEED_REASONS = {
         "the loss is divided first, and gradients are summed": "prescale_gradients gradient_predivide_factor",
         "gradients are dense, and FSDP2 reduces and gathers them": "sparse_gradients disable_allgather",
         "not enabled": "amp torch_autocast",
-        "not enabled; a run goes on with any number of devices that the batch size allows": "elasticity",
+        "not enabled; a run resumes on any number of devices that the batch size allows": "elasticity",
         "has an effect in DeepSpeed only if the model calls its checkpoint function; here activation_checkpoint.mode "
-        "says what is computed twice": "activation_checkpointing",
+        "says what is recomputed": "activation_checkpointing",
         "has an effect only in a model or script that asks for it, and the script did not": "curriculum_learning "
         "data_efficiency progressive_layer_drop eigenvalue quantize_training compression_training sparse_attention "
         "weight_quantization hybrid_engine",
@@ -44,7 +44,7 @@ DEEPSPEED_REASONS = {
         "nothing is kept on NVMe or in a service": "aio nebula datastates_ckpt",
         "training.local_batch_size is set by hand": "autotuning",
         "here compile.enable says what is compiled": "compile graph_harvesting",
-        "a step takes the last rows of an epoch with the first of the next": "dataloader_drop_last",
+        "the last rows of an epoch share a step with the first of the next": "dataloader_drop_last",
         "here training.gc_freq says when garbage is collected": "disable_python_gc",
         "the model's config.json has it": "vocabulary_size",
         "there is one AdamW here, for all settings": "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",

@@ -1,7 +1,7 @@
 """Exports a checkpoint to a Hugging Face folder: python -m tidar.export --checkpoint RUN/checkpoint/step-N --output DIR
 
-The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU,
-and little memory: it goes through the weights by rows. --list RUN tells a run's checkpoints, and which are whole.
+The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU
+and little memory: it reads the weights a few rows at a time. --list RUN lists a run's checkpoints and which are whole.
 """
 
 import math
@@ -29,7 +29,7 @@ from tidar.training.checkpoint.manifest import check_files, check_whole, read_ma
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     """Writes the model of a checkpoint's step-<n> to `output`.
 
-    Raises UserError where the one is not a whole checkpoint, or the other exists and is not an empty folder.
+    Raises UserError if the checkpoint is not whole, or `output` exists and is not an empty folder.
     """
     if not (checkpoint / ".metadata").is_file() or not (checkpoint / ASSETS).is_dir():
         raise UserError(f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>")
@@ -50,9 +50,9 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
 
 
 def list_checkpoints(run: Path) -> list[str]:
-    """A line for each checkpoint of a run: step, size, whether it is whole, what it holds. Reads all that they hold.
+    """A line for each checkpoint of a run: step, size, whether it is whole, its content. Reads all of their files.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     steps = saved_steps(run)
     if not steps:
@@ -62,7 +62,7 @@ def list_checkpoints(run: Path) -> list[str]:
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
         except FileNotFoundError:
-            continue  # a run that lives has removed it
+            continue  # the run, still running, has removed it
         try:
             manifest = read_manifest(path)
             problem, about = check_files(path, manifest["files"]), manifest["about"]
@@ -74,7 +74,7 @@ def list_checkpoints(run: Path) -> list[str]:
 
 
 def _contents(step: Path, about: dict[str, Any]) -> list[str]:
-    """What a checkpoint says of itself, and which tensors it has; nothing of what cannot be read."""
+    """Metadata of a checkpoint and the number of values of its tensors, as far as they can be read."""
     known = [str(about["saved"])] if "saved" in about else []
     known += [f"{about[name]:,} {name}" for name in ("samples", "tokens") if name in about]
     known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
@@ -97,7 +97,7 @@ def _contents(step: Path, about: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = ArgumentParser(prog="python -m tidar.export", description=__doc__.split("\n\n")[1])
     parser.add_argument("--checkpoint", type=Path, help="RUN/checkpoint/step-<n>")
-    parser.add_argument("--output", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--output", type=Path, help="folder to write; must be empty or not exist")
     parser.add_argument("--list", type=Path, metavar="RUN", help="a run's job.dump_folder; writes nothing")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights [bfloat16]"
@@ -116,7 +116,7 @@ def main() -> None:
         options = read_config_json(arguments.output)
         before = options.get("tidar", {}).get("vocab_size_before_mask_token")
         if before:
-            print(f"the vocabulary has grown from {before} to {options['vocab_size']} rows, to hold the mask token")
+            print(f"the vocabulary has grown from {before} to {options['vocab_size']} rows, for the mask token")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ DAMAGED = {
     ),
     "integers": (
         change_tensors(lambda held: held.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)})),
-        "model.norm.weight is torch.int32: must be floating-point",
+        "model.norm.weight is I32: must be bfloat16, float16, float32 or float64, not quantised",
     ),
     "weights in another form": (other_weights, "must be model.safetensors or pytorch_model.bin"),
 }

@@ -1,5 +1,6 @@
 """Sources to documents to tokens to packed rows to batches."""
 
+from tidar.data.chat import end_of_turn
 from tidar.data.corpus import BadDocument, Corpus, Document
 from tidar.data.dataset import (
     SOURCES,
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingOrder",
     "check_token_ids",
     "data_tokenizer",
+    "end_of_turn",
     "held_out_documents",
     "load_data",
     "load_tokenizer",

@@ -7,7 +7,7 @@ import numpy as np
 from tidar.config import UserError
 from tidar.config.options import Data
 from tidar.data.chat_template import conversation, encode_chats
-from tidar.data.corpus import BadDocument, Document
+from tidar.data.corpus import BadDocument, Corpus, Document
 from tidar.data.source import Part, batched
 from tidar.data.text import RecordSource
 from tidar.data.tokenizer import Tokenizer
@@ -46,3 +46,18 @@ class Chat(RecordSource):
                 yield conversation(record, self.options.prompt_field, self.options.response_field)
             except BadDocument as error:
                 yield error
+
+
+def end_of_turn(corpora: list[Corpus], tokenizer: Tokenizer | None) -> int | None:
+    """Id of the token that ends an assistant's turn, as the chat template of `tokenizer` renders it.
+
+    None where no corpus was made from chats, and without a chat template.
+    """
+    if not any(corpus.meta.get("source") == "chat" for corpus in corpora) or not getattr(tokenizer, "chat_template", 0):
+        return None
+    (chat,) = encode_chats(
+        tokenizer.backend, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    )
+    if isinstance(chat, BadDocument):
+        return None
+    return [token for token, is_target in zip(*chat) if is_target][-1]

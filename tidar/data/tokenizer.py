@@ -46,7 +46,7 @@ class FolderTokenizer:
             vocabulary = self.backend.get_vocab()
         except Exception as error:  # files of any kind, read by a library
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder}: its tokenizer cannot be read ({reason})") from None
+            raise UserError(f"{folder}: its tokenizer cannot be read ({reason})", *_saved_by_newer(folder)) from None
         if not self.backend.is_fast:
             raise UserError(f"{folder}: its tokenizer must be a fast one, with a tokenizer.json or vocab.json")
         self.name = str(folder)
@@ -71,6 +71,21 @@ class FolderTokenizer:
     def token(self, text: str) -> int | None:
         """Id of the token that is written so, None where there is none."""
         return self.backend.get_vocab().get(text)
+
+
+def _saved_by_newer(folder: Path) -> list[str]:
+    """The line of an error that says so where transformers 5 saved a tokenizer and an older version is installed."""
+    import transformers
+
+    try:
+        saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        is_newer = "backend" in saved or saved.get("tokenizer_class") == "TokenizersBackend"
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+    version = transformers.__version__
+    if not is_newer or int(version.partition(".")[0]) >= 5:
+        return []
+    return [f"transformers 5 or later saved it, and transformers {version} is installed: upgrade transformers"]
 
 
 Tokenizer = BytesTokenizer | FolderTokenizer

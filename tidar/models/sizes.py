@@ -1,10 +1,10 @@
-"""Sizes of the decoder by name: the config.json of the published models."""
+"""Model sizes by name: the config.json of the published models."""
 
 from typing import Any
 
 from tidar.config import UserError
 
-# ids of the published tokenizers, so the first one that no token has
+# number of ids of the published tokenizers: the first free one
 TOKENIZER_SIZES = {"qwen2": 151665, "qwen3": 151669}
 
 
@@ -48,7 +48,7 @@ def _qwen3(dim, layers, heads, hidden, tied) -> dict[str, Any]:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    # Qwen3's form, small enough to learn something on two CPU cores in minutes; its vocabulary is the data's
+    # Qwen3's architecture, small enough to learn on two CPU cores within minutes; its vocabulary is the data's
     "debug": {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

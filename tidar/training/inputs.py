@@ -1,9 +1,9 @@
 """What a run is made of, before anything is computed: its tokenizer, its data and its model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tidar.config import Config
-from tidar.data import Dataset, check_token_ids, data_tokenizer, load_data, load_tokenizer
+from tidar.data import Dataset, check_token_ids, data_tokenizer, end_of_turn, load_data, load_tokenizer
 from tidar.models.huggingface import ModelSpec, read_model, resolve_model
 
 
@@ -30,4 +30,4 @@ def load_inputs(config: Config, prepares: bool = True) -> Inputs:
     warning = check_token_ids(
         data, spec.vocab_size_before, spec.mask_token_id, mask_is_explicit=config.tidar.mask_token_id != -1
     )
-    return Inputs(data, spec, warning)
+    return Inputs(data, replace(spec, end_of_turn=end_of_turn(data.training, model_tokenizer)), warning)

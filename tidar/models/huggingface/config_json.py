@@ -1,4 +1,4 @@
-"""Hugging Face's config.json, as published for the dense models of the Qwen2, Qwen2.5 and Qwen3 families."""
+"""Hugging Face's config.json of the dense Qwen2, Qwen2.5 and Qwen3 models."""
 
 import json
 import math
@@ -11,6 +11,9 @@ from tidar.models.decoder import DecoderConfig
 
 # model_type: the class that reads it
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+DTYPE_NAMES = ("torch_dtype", "dtype")  # of transformers 4 and of transformers 5
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+DEFAULT_ROPE_THETA = 10000.0
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -18,6 +21,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: must be a local folder with a Hugging Face model")
+    refuse_other_folders(folder)
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -29,11 +33,30 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return options
 
 
-def decoder_config(options: dict[str, Any], origin: str = "config.json") -> DecoderConfig:
-    """The decoder that a config.json describes, with the defaults that transformers has for what it leaves out.
+def refuse_other_folders(folder: Path) -> None:
+    """Raises UserError for a folder that people take for a model's: a LoRA adapter, or a model in the hub's cache."""
+    adapter = next((name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+    if adapter:
+        raise UserError(
+            f"{folder}: holds a LoRA adapter ({adapter}): merge it into its model, and name the merged folder"
+        )
+    if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
+        snapshots = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
+        if not snapshots:
+            raise UserError(
+                f"{folder}: is a cache of the Hugging Face hub without a snapshot: download the model again"
+            )
+        main = folder / "refs" / "main"
+        revision = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+        newest = max(snapshots, key=lambda path: (path.name == revision, path.stat().st_mtime))
+        raise UserError(f"{folder}: is a cache of the Hugging Face hub: name its snapshot, {newest}")
 
-    origin: names the file in messages. Raises UserError for another architecture, for what this decoder does not
-    compute (sliding windows, other scalings of rotary positions, dropout, quantised weights) and for bad values.
+
+def decoder_config(options: dict[str, Any], origin: str = "config.json") -> DecoderConfig:
+    """The decoder that a config.json describes, with transformers' defaults for missing options.
+
+    origin: names the file in messages. Raises UserError for another architecture, for features that this decoder
+    lacks (sliding windows, other scalings of rotary positions, dropout, quantised weights) and for bad values.
     """
     read = _Reader(options, origin)
     family = options.get("model_type")
@@ -62,6 +85,7 @@ def decoder_config(options: dict[str, Any], origin: str = "config.json") -> Deco
             raise UserError(
                 f"{origin}: {name} = {json.dumps(options[name])}: is not supported, only {json.dumps(allowed)}"
             )
+    _refuse_contradiction({name: options.get(name) for name in DTYPE_NAMES}, origin)
     _refuse_sliding_windows(options, n_layers, origin)
     theta, scaling = _rope(options, head_dim, origin)
     return DecoderConfig(
@@ -132,15 +156,31 @@ def _refuse_sliding_windows(options: dict[str, Any], n_layers: int, origin: str)
         )
 
 
+def _refuse_contradiction(values: dict[str, Any], origin: str) -> None:
+    """Raises UserError where options that mean the same, by name, have different values. None: not given."""
+    given = [(name, value) for name, value in values.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            found = f"{given[0][0]} = {json.dumps(given[0][1])}, but {name} = {json.dumps(value)}"
+            raise UserError(f"{origin}: {found}: remove the wrong one")
+
+
 def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary positions, from `rope_parameters` or, older, `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if options.get("rope_parameters") else "rope_scaling"
-    parameters = options.get(name) or {}
-    if options.get("rope_scaling") not in (None, {}, parameters):
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = options.get(name) or {}
+        if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+            raise UserError(f"{origin}: {name}: must be one set of parameters for all layers")
+    name, parameters, kind, scaling = _rope_parameters(options)
+    old_form = {"rope_scaling": options.get("rope_scaling")}
+    if old_form["rope_scaling"] and _rope_parameters(old_form)[2:] != (kind, scaling):
         raise UserError(f"{origin}: rope_parameters and rope_scaling are both there and differ: leave one out")
-    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError(f"{origin}: {name}: must be one set of parameters for all layers")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    sections = {"": options} | {
+        f"{section}.": options.get(section) or {} for section in ("rope_parameters", "rope_scaling")
+    }
+    _refuse_contradiction(
+        {f"{prefix}rope_theta": found.get("rope_theta") for prefix, found in sections.items()}, origin
+    )
     if kind == "default" and parameters.get("factor", 1) != 1:
         raise UserError(f"{origin}: {name} = {json.dumps(parameters)}: has a factor, but no rope_type")
     if kind not in ("default", "linear", "yarn"):
@@ -149,7 +189,7 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
         if place.get("partial_rotary_factor", 1) != 1:
             raise UserError(f"{origin}: partial_rotary_factor = {place['partial_rotary_factor']}: only 1 is supported")
     theta = _Reader({"rope_theta": options.get("rope_theta"), **parameters}, origin).number(
-        "rope_theta", 10000.0, above=1
+        "rope_theta", DEFAULT_ROPE_THETA, above=1
     )
     if kind == "default":
         return theta, None
@@ -175,6 +215,28 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
     return theta, scaling
 
 
+def _rope_parameters(options: dict[str, Any]) -> tuple[str, dict[str, Any], str, dict[str, Any]]:
+    """The option that holds the rotary parameters, its value, the type that it names, and the other parameters."""
+    name = "rope_parameters" if options.get("rope_parameters") else "rope_scaling"
+    parameters = options.get(name) or {}
+    scaling = {key: value for key, value in parameters.items() if key not in ("rope_theta", "rope_type", "type")}
+    return name, parameters, parameters.get("rope_type", parameters.get("type", "default")), scaling
+
+
+def with_old_and_new_names(options: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that `decoder_config` admits, with rotary parameters under the names of transformers 4 and of 5.
+
+    Each version knows its own names only, and silently takes its defaults where these are missing.
+    """
+    _, parameters, kind, scaling = _rope_parameters(options)
+    theta = parameters.get("rope_theta", options.get("rope_theta")) or DEFAULT_ROPE_THETA
+    return options | {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling},
+        "rope_parameters": {"rope_theta": theta, "rope_type": kind, **scaling},
+    }
+
+
 def _magnitude(factor: float, scale: float) -> float:
-    """Of cosines and sines under YaRN (arXiv 2309.00071, eq. 22)."""
+    """Factor of cosines and sines under YaRN (arXiv 2309.00071, eq. 22)."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""Weights out: a folder that everything reads that reads Hugging Face's models."""
+"""Exports weights as a Hugging Face folder."""
 
 import json
 import math
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tidar.config import UserError
+from tidar.models.huggingface.config_json import DTYPE_NAMES, with_old_and_new_names
 from tidar.models.huggingface.weights import published_name
 
 MAX_SHARD_BYTES = 5 * 10**9
-HEADER_BYTES = 2**20  # more than the header of a file ever takes
+HEADER_BYTES = 2**20  # upper bound of a file's header
 SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -27,11 +28,11 @@ def write_huggingface_folder(
     write_assets: Callable[[Path], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes an exported model. What bears a final name in `folder`, which may be there and be empty, is whole.
+    """Writes an exported model to `folder`, which must be empty or not exist. Files get their final names once whole.
 
-    shapes: of the decoder's parameters by name. read: the rows of a tensor, in one piece or in several, none of which
-    is held longer than it takes to write it. write_assets: makes a folder with all but the weights. Raises OSError
-    where it cannot be written, and UserError for a value that `dtype` cannot hold.
+    shapes: of the decoder's parameters by name. read: the rows of a tensor, in one piece or several, of which one at a
+    time is held. write_assets: makes a folder with everything but the weights. Raises OSError if it cannot be written,
+    and UserError for a value that `dtype` cannot hold.
     """
     folder = folder.resolve()
     into = folder if folder.exists() else folder.parent
@@ -41,7 +42,7 @@ def write_huggingface_folder(
         written = partial / "model"
         write_assets(written)
         config = json.loads((written / "config.json").read_text(encoding="utf-8"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        config = with_old_and_new_names(config | dict.fromkeys(DTYPE_NAMES, str(dtype).removeprefix("torch.")))
         (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         files = _divide(shapes, dtype, max_shard_bytes)
         for file, names in files.items():
@@ -53,7 +54,7 @@ def write_huggingface_folder(
         path = written / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
-            # without config.json, which comes last, nothing takes it for a model
+            # config.json last: a folder without it is not taken for a model
             for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, folder / path.name)
         else:
@@ -81,7 +82,7 @@ def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: 
 def _write_safetensors(
     path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Iterable[Tensor]]
 ) -> None:
-    """One file: the length of its header, the header, the tensors. The library wants them all in memory at one time."""
+    """Writes the length of the header, the header and the tensors. The library would need all tensors in memory."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -91,7 +92,7 @@ def _write_safetensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:

@@ -1,4 +1,4 @@
-"""What a model is apart from its weights: its config.json, its tokenizer's files, and its mask token."""
+"""A model apart from its weights: its config.json, its tokenizer's files and its mask token."""
 
 import dataclasses
 import json
@@ -29,10 +29,11 @@ TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class ModelSpec:
     """options: the model's config.json. decoder: what it describes.
-    folder: where a generation_config.json may lie. tokenizer: folder that holds the tokenizer's files. None: no folder.
-    used_rows: ids below it belong to tokens; those from it on are free rows of the embedding.
-    mask_token_id, mask_row_is_trained: the mask token, and whether its row is one that must not be overwritten.
-    vocab_size_before: rows of the embedding that config.json knows, fewer than `decoder.vocab_size` where it has grown.
+    folder: may hold a generation_config.json. tokenizer: folder of the tokenizer's files. None: no folder.
+    used_rows: rows of the embedding that belong to tokens; the rows after them are free.
+    mask_token_id, mask_row_is_trained: the mask token, and whether its row is trained and must not be overwritten.
+    vocab_size_before: rows of the embedding by config.json, fewer than `decoder.vocab_size` if it has grown.
+    end_of_turn: the token that ends what the model says in a chat, None where it is not trained on chats.
     """
 
     options: dict[str, Any]
@@ -43,35 +44,38 @@ class ModelSpec:
     mask_token_id: int
     mask_row_is_trained: bool
     vocab_size_before: int
+    end_of_turn: int | None = None
 
     def write(self, folder: Path, tidar: dict[str, Any]) -> None:
-        """Writes all of an exported model but its weights: config.json, generation_config.json, the tokenizer's files.
+        """Writes an exported model without its weights: config.json, generation_config.json, the tokenizer's files.
 
-        tidar: what config.json keeps of the method, beside the mask token.
+        tidar: options of the method that config.json keeps, beside the mask token.
         """
         folder.mkdir()
         tidar = {**(self.options.get("tidar") or {}), **tidar, "mask_token_id": self.mask_token_id}
         if self.vocab_size_before < self.decoder.vocab_size:
             tidar["vocab_size_before_mask_token"] = self.vocab_size_before
         options = {**self.options, "vocab_size": self.decoder.vocab_size, "tidar": tidar}
-        (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "config.json", options)
         files = [self.tokenizer / name for name in TOKENIZER_FILES] if self.tokenizer else []
         files += [self.folder / "generation_config.json"] if self.folder else []
         for file in files:
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        if not (folder / "generation_config.json").exists():
+        generation = folder / "generation_config.json"
+        if not generation.exists():
             ends = {name: options[name] for name in ("bos_token_id", "eos_token_id") if options.get(name) is not None}
-            text = json.dumps({"_from_model_config": True, **ends}, indent=2) + "\n"
-            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+            _write_json(generation, {"_from_model_config": True, **ends})
+        if self.end_of_turn is not None:
+            _add_end_token(generation, self.end_of_turn, options.get("eos_token_id"))
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The folders that describe a model, checked, before anything in them but config.json is read.
+    """The folders that describe a model. Only their config.json has been read and checked.
 
     options: the model's config.json. origin: names it in messages. folder: the model's, None for a size by name.
-    start_options, start_folder: those of checkpoint.initial_load_path, where it has a config.json of its own.
+    start_options, start_folder: the same of checkpoint.initial_load_path, if it has a config.json of its own.
     tokenizer: folder of the tokenizer: data.tokenizer, the model's or that of the first weights.
     """
 
@@ -84,7 +88,7 @@ class ModelFiles:
 
 
 def read_model(config: Config) -> ModelFiles:
-    """What model.hf_path, or else model.name, and checkpoint.initial_load_path say of the model.
+    """Reads the config.json of model.hf_path, or else of model.name, and that of checkpoint.initial_load_path.
 
     Raises UserError as `decoder_config` does.
     """
@@ -105,7 +109,7 @@ def read_model(config: Config) -> ModelFiles:
 
 
 def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenizer_size: int | None) -> ModelSpec:
-    """The model that files describe, with the mask token `mask_token_id`; -1: the first id after the tokenizer's last.
+    """The model that `files` describe. mask_token_id: -1 for the first id after the tokenizer's last.
 
     data_ids: number of token ids that the data may hold. tokenizer_size: ids of the tokenizer in `files.tokenizer`.
     Raises UserError for a model that is not that of checkpoint.initial_load_path, and a mask token without a row.
@@ -116,7 +120,7 @@ def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenize
     else:
         used_rows = TOKENIZER_SIZES[files.options["model_type"]]
         if not vocab_size or used_rows >= vocab_size:
-            used_rows = data_ids  # nothing is known of the model's tokens but those of the data
+            used_rows = data_ids  # only the data's tokens are known
     if not vocab_size:
         vocab_size = used_rows + 1
     decoder = decoder_config({**files.options, "vocab_size": vocab_size}, files.origin)
@@ -152,7 +156,7 @@ def recorded_model(step: Path) -> tuple[int, int]:
 
 
 def _recorded_mask_token(options: dict[str, Any], origin: str) -> int | None:
-    """The mask token that a config.json keeps where TiDAR has trained the model."""
+    """The mask token in the config.json of a model that TiDAR has trained."""
     tidar = options.get("tidar") or {}
     number = tidar.get("mask_token_id") if isinstance(tidar, dict) else tidar
     if number is not None and not (type(number) is int and 0 <= number < options["vocab_size"]):
@@ -160,8 +164,24 @@ def _recorded_mask_token(options: dict[str, Any], origin: str) -> int | None:
     return number
 
 
+def _add_end_token(path: Path, token: int, default: int | list[int] | None) -> None:
+    """Adds a token to eos_token_id of a generation_config.json, which is `default` where the file has none."""
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        ends = options.get("eos_token_id", default)
+    except (ValueError, AttributeError):
+        return  # no generation_config.json that anything reads
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if token not in ends:
+        _write_json(path, {**options, "eos_token_id": [*ends, token]})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _config_folder(path: Path) -> Path | None:
-    """Where the config.json of weights at `path` lies: in a Hugging Face or a step's folder, or beside a file."""
+    """Folder of the config.json of weights at `path`, which is a Hugging Face folder, a step's folder or a file."""
     places = (path.parent,) if path.is_file() else (path, path / ASSETS)
     return next((place for place in places if (place / "config.json").is_file()), None)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,17 +14,35 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tidar.config import UserError
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
-from tidar.models.huggingface.config_json import decoder_config, read_config_json
+from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
 from tidar.models.huggingface.spec import ASSETS, ModelSpec
 
 PIECE_BYTES = 4 * 2**20  # read and converted at one time
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-VOCABULARY_ROWS = ("embed_tokens.weight", "lm_head.weight")
+SAFETENSORS_FLOATS = ("F32", "BF16", "F16", "F64")
+EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
+VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
 
 
 def published_name(name: str) -> str:
     """Name that a parameter of the decoder has in Hugging Face's checkpoints."""
     return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What all names have before Hugging Face's own: `module.` after DDP, `_orig_mod.` after torch.compile, or more."""
+    embedding = next((name for name in names if name.endswith(EMBEDDING)), EMBEDDING)
+    prefix = embedding.removesuffix(EMBEDDING).removesuffix("model.")
+    return prefix if all(name.startswith(prefix) for name in names) else ""
+
+
+def _with_model(name: str, names: Iterable[str]) -> str:
+    """The published name of a tensor. A model saved without its head has no `model.` before the names."""
+    return published_name(name) if EMBEDDING in names else name
+
+
+def _other_dtype(path: Path, name: str, dtype: str) -> UserError:
+    return UserError(f"{path}: {name} is {dtype}: must be bfloat16, float16, float32 or float64, not quantised")
 
 
 class SafetensorsFolder:
@@ -50,8 +68,18 @@ class SafetensorsFolder:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / file}: is not a whole safetensors file ({error})") from None
         for name, file in (weight_map or {}).items():
-            if held.get(name) != file:
+            # a tied output weight may be named and not saved; where it is not tied, check_weights misses it
+            if held.get(name) != file and name != OUTPUT:
                 raise UserError(f"{folder / file}: misses {name}, which {index.name} says it holds")
+        for name, part in self.slices.items():
+            if part.get_dtype() not in SAFETENSORS_FLOATS:
+                raise _other_dtype(folder / held[name], name, part.get_dtype())
+        prefix = _prefix(self.slices)
+        if prefix:
+            raise UserError(
+                f"{folder}: the names of all its tensors begin with {prefix}: strip it, and save them again"
+            )
+        self.slices = {_with_model(name, self.slices): part for name, part in self.slices.items()}
         self.shapes = {name: tuple(part.get_shape()) for name, part in self.slices.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -78,9 +106,12 @@ class StateDictFile:
             for name, tensor in tensors.items()
         ):
             raise UserError(f"{path}: must be a state dict: dense tensors by name, saved with torch.save")
-        embedding = published_name("embed_tokens.weight")
-        prefix = next((name.removesuffix(embedding) for name in tensors if name.endswith(embedding)), "")
-        self.tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in FLOAT_TYPES:
+                raise _other_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
+        prefix = _prefix(tensors)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        self.tensors = {_with_model(name, tensors): tensor for name, tensor in tensors.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -125,6 +156,7 @@ def open_weights(path: str) -> Weights | None:
     place = Path(path)
     if place.is_file():
         return StateDictFile(place)
+    refuse_other_folders(place)
     if any(place.glob("*.safetensors*")):
         return SafetensorsFolder(place)
     if (place / ".metadata").is_file():

@@ -1,4 +1,4 @@
-"""Records to messages, and messages to tokens with a mask of what the assistant says."""
+"""Messages to tokens, with a mask of what the assistant says."""
 
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tidar.config import UserError
-from tidar.data.chat_template import conversation, encode_chats
+from tidar.data.chat_records import Conversation
+from tidar.data.chat_template import encode_chats
 from tidar.data.corpus import BadDocument
 
 QWEN3 = Path(__file__).parents[3] / "shared" / "tokenizers" / "qwen3"
@@ -68,6 +69,10 @@ def chat(*contents: str, system: str | None = None) -> list[dict]:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
+def encode(tokenizer, *chats: list[dict]) -> list:
+    return encode_chats(tokenizer, [Conversation(messages) for messages in chats])
+
+
 def check(tokenizer, messages: list[dict], pieces: list[tuple[str, bool]], is_whole: bool | None = True) -> None:
     """pieces: text, and whether its tokens are targets. is_whole: whether the tokens are those of the text as one."""
     ids, targets = [], []
@@ -77,12 +82,12 @@ def check(tokenizer, messages: list[dict], pieces: list[tuple[str, bool]], is_wh
         targets += [bool(is_target)] * len(tokens)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert "".join(text for text, _ in pieces) == text
-    assert encode_chats(tokenizer, [messages]) == [(ids, targets)]
+    assert encode(tokenizer, messages) == [(ids, targets)]
     assert is_whole is None or is_whole == (ids == tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def reason(tokenizer, messages: list[dict]) -> str:
-    (found,) = encode_chats(tokenizer, [messages])
+    (found,) = encode(tokenizer, messages)
     assert isinstance(found, BadDocument)
     return str(found)
 
@@ -91,7 +96,7 @@ def reason(tokenizer, messages: list[dict]) -> str:
 def test_ids_of_qwen3():
     before = [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271]
     ids, targets = before + [9707, 151645, 198], [False] * len(before) + [True, True, False]
-    assert encode_chats(qwen3(), [chat("Hi", "Hello")]) == [(ids, targets)]
+    assert encode(qwen3(), chat("Hi", "Hello")) == [(ids, targets)]
 
 
 THINKING_CHATS = {
@@ -357,10 +362,10 @@ def test_a_batch_goes_on(small, monkeypatch):
     monkeypatch.setattr(small, "chat_template", template)
     good = [chat("a", "b"), chat("c", "d", "e", "the"), chat("f", "")]
     bad = chat("bad", "b")
-    found = encode_chats(small, [bad, good[0], good[1], bad, good[2]])
+    found = encode(small, bad, good[0], good[1], bad, good[2])
     assert [str(found[0]), str(found[3])] == ["the chat template cannot be rendered (bad)"] * 2
-    assert [found[1], found[2], found[4]] == [encode_chats(small, [messages])[0] for messages in good]
-    assert encode_chats(small, []) == [] and len(encode_chats(small, [bad])) == 1
+    assert [found[1], found[2], found[4]] == [encode(small, messages)[0] for messages in good]
+    assert encode_chats(small, []) == [] and len(encode(small, bad)) == 1
 
 
 def test_an_end_that_starts_as_another(tmp_path):
@@ -385,92 +390,10 @@ def test_tokenizers_that_cannot(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="data.tokenizer = .*: must have a chat template"):
-        encode_chats(tokenizer, [chat("Hi", "Hello")])
+        encode(tokenizer, chat("Hi", "Hello"))
     tokenizer.chat_template = CHATML
     tokenizer.split_special_tokens = True
     assert reason(tokenizer, chat("Hi", "Hello")).startswith("the tokenizer does not keep")
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     with pytest.raises(UserError, match="data.tokenizer = .*: must not change the beginning of a text"):
-        encode_chats(tokenizer, [chat("Hi", "Hello")])
-
-
-def test_shapes_of_records():
-    one = chat("Hi", "Hello")
-    assert conversation({"prompt": "Hi", "response": "Hello", "id": 3}) == one
-    assert conversation({"question": "Hi", "answer": "Hello", "prompt": None, "messages": None}) == one
-    assert conversation({"ask": "Hi", "response": "Hello"}, prompt_field="ask") == one
-    assert conversation({"question": "Hi", "say": "Hello"}, response_field="say") == one
-    # what was asked for comes first
-    assert conversation({"messages": 3, "ask": "Hi", "say": "Hello", "prompt": "", "response": ""}, "ask", "say") == one
-    assert (
-        conversation({"messages": [{**m, "name": "x", "tool_calls": []} for m in one], "prompt": "", "response": ""})
-        == one
-    )
-    told = "system human gpt user chatgpt tool observation function_response assistant".split()
-    roles = "system user assistant user assistant tool tool tool assistant".split()
-    turns = [{"from": name, "value": name} for name in told]
-    assert conversation({"conversations": turns}) == [
-        {"role": role, "content": name} for role, name in zip(roles, told)
-    ]
-
-
-@pytest.mark.parametrize(
-    "record, message",
-    [
-        ([1], "[1]: must be a JSON object"),
-        (
-            {"text": "Hi"},
-            'fields = ["text"]: must have messages, conversations, or prompt and response or question and answer',
-        ),
-        ({"messages": []}, "messages = []: must be a list of one turn or more"),
-        ({"conversations": "Hi"}, 'conversations = "Hi": must be a list of one turn or more'),
-        ({"messages": ["Hi"]}, 'turn 1: "Hi": must be an object with role and content'),
-        ({"messages": chat("Hi")}, 'roles = ["user"]: must have a turn of the assistant'),
-        (
-            {"messages": [*chat("Hi"), {"role": "bot\n", "content": ""}]},
-            'turn 2: role = "bot\\n": must be one of system, user, assistant, tool',
-        ),
-        (
-            {"conversations": [{"from": "bing", "value": ""}]},
-            'turn 1: from = "bing": must be one of system, human, user, gpt, assistant, chatgpt, tool, observation, '
-            "function_response",
-        ),
-        ({"messages": [{"role": ["user"], "content": ""}]}, 'turn 1: role = ["user"]: must be a text'),
-        ({"messages": [{"content": ""}]}, "turn 1: role is missing"),
-        ({"messages": [{"role": "user"}]}, "turn 1: content is missing"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "turn 1: value = null: must be a text"),
-        ({"question": "Hi", "answer": 3}, "turn 2: answer = 3: must be a text"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 99}]}]},
-            f'turn 1: content = [{{"type": "text", "text": "{"x" * 50}...: must be a text',
-        ),
-        (
-            {"prompt": "Hi \ud800", "response": ""},
-            'turn 1: prompt has "\\ud800": must be Unicode without lone surrogates',
-        ),
-        (
-            {"messages": [*chat("Hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": 3}]}]},
-            'turn 2: tool_calls = [{"id": 3}]: is not supported, only texts are',
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
-            'turn 1: function_call = {"name": "f"}: is not supported, only texts are',
-        ),
-        (
-            {"conversations": [{"from": "gpt", "value": "", "reasoning_content": "Hm"}]},
-            'turn 1: reasoning_content = "Hm": is not supported, only texts are',
-        ),
-        ({"messages": chat("Hi", ""), "tools": "[f]"}, 'tools = "[f]": is not supported, only texts are'),
-    ],
-)
-def test_bad_records(record, message):
-    with pytest.raises(BadDocument) as error:
-        conversation(record)
-    assert str(error.value) == message and len(message.splitlines()) == 1
-
-
-def test_fields_that_were_asked_for_are_missing():
-    with pytest.raises(BadDocument, match=r'^fields = \["prompt"\]: must have ask and say$'):
-        conversation({"prompt": "Hi"}, "ask", "say")
-    with pytest.raises(BadDocument, match=r": must have ask and response or ask and answer$"):
-        conversation({"messages": chat("Hi", "Hello")}, prompt_field="ask")
+        encode(tokenizer, chat("Hi", "Hello"))

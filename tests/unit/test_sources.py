@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 
 from tidar.config import UserError, load_config
 from tidar.data import Corpus, data_tokenizer, load_data, load_tokenizer, make_rows
-from tidar.data.source import lines_before, read_lines
+from tidar.data.source import lines_before, read_records
 from tidar.data.text import Text
 
 
@@ -42,14 +43,14 @@ def write_texts(folder: Path) -> dict[str, list[str]]:
     folder.mkdir()
     lines = "\r\n\n".join(json.dumps({"text": text, "other": 1}, ensure_ascii=False) for text in TEXTS)
     (folder / "a.jsonl").write_bytes(lines.encode())  # no newline at its end
-    with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+    with gzip.open(folder / "b.JSONL.GZ", "wt", encoding="utf-8") as file:
         file.write(lines)
     (folder / "plain").mkdir()
     for number, text in enumerate(TEXTS):
         (folder / "plain" / f"{number}.txt").write_text(text, encoding="utf-8")
     return {
         "a.jsonl": TEXTS,
-        "b.jsonl.gz": TEXTS,
+        "b.JSONL.GZ": TEXTS,
         "plain": TEXTS,
         "plain/[13].txt": [TEXTS[1], TEXTS[3]],
         "": TEXTS * 3,
@@ -92,7 +93,7 @@ def test_lines_are_divided_without_loss(tmp_path, monkeypatch):
         found = [
             (line, source.place(part, index, lines_before(part)))
             for part in parts
-            for index, line in enumerate(read_lines(part))
+            for index, line in enumerate(read_records(part))
         ]
         assert [line for line, _ in found] == lines
         assert [place for _, place in found] == [f"{file}: line {number}" for number in range(1, 41)]
@@ -288,7 +289,7 @@ def test_bad_chats_and_plain_files(tmp_path):
     options = ["--data.source", "text", "--data.tokenizer", "bytes"]
     with pytest.raises(UserError, match=r"b.txt: is not UTF-8 \(byte 5\)"):
         load(tmp_path, *options, "--data.paths", str(tmp_path / "b.txt"))
-    with pytest.raises(UserError, match="nothing.*: holds no file of"):
+    with pytest.raises(UserError, match="nothing.*: matches no file or folder"):
         load(tmp_path, *options, "--data.paths", str(tmp_path / "nothing*"))
     with gzip.open(tmp_path / "c.jsonl.gz", "wb") as archive:
         archive.write(b'{"text": "a"}\n' * 100)
@@ -401,3 +402,163 @@ def test_validation_paths_of_python_source(tmp_path):
     (tmp_path / "own" / "a.py").write_text("x = 1\n")
     _, data = load(tmp_path, "--validation.paths", str(tmp_path / "own"))
     assert documents(data.validation[0]) == as_bytes(["x = 1\n"]) and len(data.training[0]) > 100
+
+
+def json_array(layout: str, values: list) -> bytes:
+    """A JSON array of these values in one of the layouts in which arrays are written."""
+    if layout == "one line":
+        return json.dumps(values, ensure_ascii=False).encode()
+    if layout == "indented":
+        return b"\xef\xbb\xbf\n " + json.dumps(values, indent=3).encode() + b"\n\n"
+    return b"[\r\n" + b",\r\n".join(json.dumps(value).encode() for value in values) + b"\r\n]"
+
+
+@pytest.mark.parametrize("layout", ["one line", "indented", "a line each"])
+def test_json_arrays(layout, tmp_path, monkeypatch):
+    """Every element once, wherever parts and blocks end; what looks like structure in strings is none."""
+    rng = np.random.default_rng(len(layout))
+    words = ["[", "]", "{", "}", '"', "\\", '\\"', ",", "},\n{", "ü", "三", "a", " ", "\n"]
+    texts = ["".join(rng.choice(words, size=rng.integers(0, 40))) for _ in range(120)]
+    content = json_array(layout, [{"text": text, "more": [[1, {"x": "]"}], None]} for text in texts])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_bytes(content)
+    with gzip.open(tmp_path / "in" / "b.JSON.GZ", "wb") as file:
+        file.write(content)
+    (tmp_path / "in" / "c.json").write_bytes(b" [ ] ")
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "in")]
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    for part_bytes, block in ((1, 7), (100, 3), (1000, 64), (10**6, 2**20)):
+        monkeypatch.setattr("tidar.data.source.PART_BYTES", part_bytes)
+        monkeypatch.setattr("tidar.data.json_array.CHUNK", block)
+        config, data = load(tmp_path, *options)
+        assert documents(data.training[0]) == as_bytes(texts * 2)
+        parts = Text(config.data, load_tokenizer("bytes")).parts([str(tmp_path / "in" / "a.json")])
+        assert part_bytes == 10**6 or len(parts) > min(len(texts), len(content) / part_bytes) / 2
+
+
+@pytest.mark.parametrize(
+    "content, place, reason",
+    [
+        (b'[{"text": "a"}, {"text": }, {"text": "b"}]', "element 2", "is not JSON"),
+        (b'[{"text": "a"}, {"text": "b"}, 3]', "element 3", "has no text in the field"),
+        (b'[{"text": "a"}, {"text": "b"}] {}', "element 3", "there is more behind the end of the JSON array"),
+        (b'[{"text": "a"}, {"text": "b"},', "element 3", "the JSON array has no end"),
+        (b'[{"text": "a"}, {"text": "b"}, {"text": "c', "element 3", "the JSON array has no end"),
+    ],
+)
+def test_bad_json_arrays(content, place, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("tidar.data.source.PART_BYTES", 10)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    (tmp_path / "a.json").write_bytes(content)
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "a.json")]
+    with pytest.raises(UserError) as error:
+        load(tmp_path, *options)
+    assert str(error.value).startswith(f"{tmp_path / 'a.json'}: {place}: ") and reason in str(error.value)
+    _, data = load(tmp_path, *options, "--data.on_error", "skip")
+    assert documents(data.training[0]) == as_bytes(["a", "b"]) and data.training[0].meta["bad_documents"] == 1
+
+
+def test_names_that_begin_with_a_dot(tmp_path):
+    """They are left out of a folder, and read where a path names or matches them."""
+    for name in ("a.jsonl", ".b.jsonl", ".c/d.jsonl", "e/.f/g.jsonl", "e/h.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(json.dumps({"text": name}) + "\n")
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths"]
+    found = {
+        "in": ["a.jsonl", "e/h.jsonl"],
+        "in/*": ["a.jsonl", "e/h.jsonl"],
+        "in/.*": [".b.jsonl", ".c/d.jsonl"],
+        "in/e/.f": ["e/.f/g.jsonl"],
+        "in/.b.jsonl": [".b.jsonl"],
+    }
+    for path, names in found.items():
+        _, data = load(tmp_path, *options, str(tmp_path / path))
+        assert documents(data.training[0]) == as_bytes(names), path
+    with pytest.raises(UserError, match=r"e: holds no file of .*begin with a dot"):
+        (tmp_path / "in" / "e" / "h.jsonl").unlink()
+        load(tmp_path, *options, str(tmp_path / "in" / "e"))
+    for name in ("a.ckpt", ".b.ckpt", ".c/d.ckpt"):
+        (tmp_path / "ids" / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"input_ids": [len(name)], "loss_mask": [1]}, tmp_path / "ids" / name)
+    _, data = load(tmp_path, "--data.source", "gumiho", "--data.paths", str(tmp_path / "ids"))
+    assert documents(data.training[0]) == [[6]]
+    for name in ("a.py", ".b.py", ".git/c.py", "d/.e/f.py", "d/g.py"):
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / name).write_text(name)
+    _, data = load(tmp_path, "--validation.paths", str(tmp_path / "code"))
+    assert documents(data.validation[0]) == as_bytes(["a.py", "d/g.py"])
+
+
+@pytest.mark.parametrize("source", ["text", "gumiho", "python_source"])
+def test_a_path_that_does_not_exist(source, tmp_path):
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'nothing'}: does not exist$"):
+        load(tmp_path, "--data.source", source, "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "nothing"))
+
+
+def test_compressed_gumiho_files(tmp_path, monkeypatch):
+    """SpecForge writes them. One that is damaged, or grows beyond a bound, is a bad document."""
+    (tmp_path / "in").mkdir()
+    torch.save({"input_ids": torch.arange(5), "loss_mask": torch.ones(1, 5)}, tmp_path / "a.ckpt")
+    packed = gzip.compress((tmp_path / "a.ckpt").read_bytes())
+    (tmp_path / "in" / "a.ckpt.gz").write_bytes(packed)
+    (tmp_path / "in" / "B.CKPT.GZ").write_bytes(packed)
+    options = ["--data.source", "gumiho", "--data.paths", str(tmp_path / "in")]
+    _, data = load(tmp_path, *options)
+    assert documents(data.training[0]) == [[0, 1, 2, 3, 4]] * 2
+    bad = {
+        "cannot be read": packed[:-20],
+        "cannot be read (Not a gzipped file": b"plain" + packed,
+        "cannot be read safely as a file of torch.save": gzip.compress(pickle.dumps(Malicious(tmp_path / "trap"))),
+        "is empty": b"",
+    }
+    for reason, content in bad.items():
+        (tmp_path / "in" / "a.ckpt.gz").write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load(tmp_path, *options)
+        assert str(error.value).startswith(f"{tmp_path / 'in' / 'a.ckpt.gz'}: {reason}")
+    monkeypatch.setattr("tidar.data.gumiho.MOST_BYTES", 100)
+    with pytest.raises(UserError, match="B.CKPT.GZ: holds more than 100 bytes when decompressed"):
+        load(tmp_path, *options)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_bug_is_no_bad_document(tmp_path, monkeypatch):
+    """An exception of the trainer's own code ends the run; data.on_error = skip does not hide it."""
+    monkeypatch.setattr("tidar.data.text.parse_json", lambda record: record < 3)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.on_error", "skip"]
+    with pytest.raises(TypeError):
+        load(tmp_path, *options, "--data.paths", str(tmp_path / "a.jsonl"))
+
+
+def test_chats_of_parquet_and_of_arrays(tmp_path):
+    """Structs whose fields are null are none, turns of weight 0 are context, and an array's records are JSON lines'."""
+    write_tokenizer(tmp_path / "tokenizer")
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls or '' }}<|im_end|>\n"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    turns = [("system", "s", None), ("user", "a", 1), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
+    empty = {"tool_calls": [{"function": {"name": None, "arguments": None}}], "function_call": {"name": None}}
+    messages = [{"role": role, "content": text, "weight": weight, **empty} for role, text, weight in turns[1:]]
+    records = [{"system": "s", "messages": messages, "tools": [{"name": None}], "score": 1.5}] * 3
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=1))
+    paths = [tmp_path / "a.json"]
+    if find_spec("pyarrow"):
+        import pyarrow.parquet
+
+        paths.append(tmp_path / "b.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), paths[1])
+    backend = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    expected = []
+    for role, text, weight in turns:
+        pieces = [
+            (f"<|im_start|>{role}\n", 0),
+            (f"{text}<|im_end|>", int(role == "assistant" and weight == 1)),
+            ("\n", 0),
+        ]
+        expected += [(token, flag) for piece, flag in pieces for token in backend(piece)["input_ids"]]
+    options = ["--data.source", "chat", "--data.tokenizer", str(tmp_path / "tokenizer"), "--validation.enable", "false"]
+    for path in paths:
+        _, data = load(tmp_path, *options, "--data.paths", str(path))
+        tokens, mask = data.training[0].read(0, len(data.training[0].tokens))
+        assert list(zip(tokens.tolist(), mask.tolist())) == expected * 3

@@ -1,7 +1,11 @@
-"""The replaced script's data: a file saved with torch.save for each document, `input_ids` and `loss_mask` in a dict."""
+"""Data of the DeepSpeed script and SpecForge: files of torch.save, each a document of input_ids and loss_mask."""
 
+import gzip
+import io
 import os
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +15,21 @@ from tidar.data.source import Part, Source, find_files
 
 FILES_IN_A_PART = 256
 MOST_IDS = 2**24  # no vocabulary has more
+MOST_BYTES = 2**33  # of a file that is decompressed in memory
 
 
 class Gumiho(Source):
-    """Folders of .ckpt files, searched at any depth. Other keys, as a `hidden_state`, are never read into memory."""
+    """Folders of .ckpt and .ckpt.gz files, searched at any depth.
+
+    Other keys of a .ckpt file, as a `hidden_state`, are not read into memory; those of a .ckpt.gz file are.
+    """
 
     needs_tokenizer = False
 
     def parts(self, paths: list[str]) -> list[Part]:
         found = []
         for group, path in enumerate(paths):
-            files = find_files(path, (".ckpt",))
+            files = find_files(path, (".ckpt", ".ckpt.gz"))
             for first in range(0, len(files), FILES_IN_A_PART):
                 found.append(Part(group, tuple(files[first : first + FILES_IN_A_PART])))
         return found
@@ -34,16 +42,7 @@ class Gumiho(Source):
                 yield error
 
     def _read(self, file: str) -> Document:
-        try:
-            if os.path.getsize(file) == 0:
-                raise BadDocument("is empty")
-            # mapped: of tensors that are not touched nothing is read; no code of a pickle is run
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except BadDocument:
-            raise
-        except Exception as error:  # whatever a damaged or malicious file leads to
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadDocument(f"cannot be read safely as a file of torch.save: {reason}") from None
+        saved = _load(file)
         if not isinstance(saved, dict):
             raise BadDocument(f"holds a {type(saved).__name__}: must be a dict with input_ids and loss_mask")
         tokens, targets = (_vector(saved, key) for key in ("input_ids", "loss_mask"))
@@ -64,8 +63,29 @@ class Gumiho(Source):
         return Document(tokens, targets.astype(bool))
 
 
+def _load(file: str) -> Any:
+    """What torch.save wrote. Runs no code of the file's pickle. Raises BadDocument for a file that cannot be read."""
+    try:
+        if os.path.getsize(file) == 0:
+            raise BadDocument("is empty")
+        content: str | io.BytesIO = file
+        if file.lower().endswith(".gz"):
+            with gzip.open(file) as stream:
+                content = io.BytesIO(stream.read(MOST_BYTES))
+                if stream.read(1):
+                    raise BadDocument(f"holds more than {MOST_BYTES:,} bytes when decompressed")
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadDocument(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        # mapped: tensors that are not used are not read
+        return torch.load(content, map_location="cpu", weights_only=True, mmap=content is file)
+    except Exception as error:  # torch.load raises exceptions of any type for damaged and malicious files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadDocument(f"cannot be read safely as a file of torch.save: {reason}") from None
+
+
 def _vector(saved: dict, key: str) -> np.ndarray:
-    """A copy of what is saved under `key`, `[S]`."""
+    """A copy of the numbers saved under `key`, `[S]`. Raises BadDocument for anything but numbers of that shape."""
     if key not in saved:
         raise BadDocument(f"has no {key}")
     try:
@@ -80,6 +100,6 @@ def _vector(saved: dict, key: str) -> np.ndarray:
         return (value.float() if value.is_floating_point() else value).numpy().copy()
     except BadDocument:
         raise
-    except Exception as error:  # a tensor can be of many kinds
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # lists of anything, sparse tensors, …
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadDocument(f"{key} must be numbers of shape [S] or [1, S] ({reason})") from None

@@ -1,6 +1,6 @@
-"""The embedded corpus: the Python files of the running interpreter's standard library.
+"""The built-in corpus: the Python files of the running interpreter's standard library.
 
-Real text on every machine, without a download. Without a tokenizer, a token is a byte.
+It needs no download. Without a tokenizer, a token is a byte.
 """
 
 import os
@@ -13,17 +13,17 @@ import numpy as np
 
 from tidar.config import UserError
 from tidar.data.corpus import BadDocument, Document
-from tidar.data.source import Part, Source, batched, divide_files
+from tidar.data.source import Part, Source, batched, divide_files, visible
 from tidar.data.tokenizer import BytesTokenizer
 
-# installed packages are not the standard library, and test suites are there on some systems only
+# installed packages are not part of the standard library, and its tests are not installed on every system
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 STANDARD_LIBRARY = "the standard library"
 
 
 class PythonSource(Source):
-    """The standard library's files and those of the folders in data.paths, one document each."""
+    """The standard library's files and those in the folders of data.paths; each file is a document."""
 
     needs_paths = False
     meaning = ("end_of_document", "end_is_target")
@@ -38,14 +38,15 @@ class PythonSource(Source):
                 groups.append(_find_files(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS))
                 continue
             if not os.path.isdir(path):
-                raise UserError(f"data.paths: {path}: must be a folder that holds .py files")
+                wrong = "must be a folder that holds .py files" if os.path.exists(path) else "does not exist"
+                raise UserError(f"{path}: {wrong}")
             added = _find_files(Path(path), {"__pycache__"})
             if not added:
-                raise UserError(f"data.paths: {path}: holds no .py file")
+                raise UserError(f"{path}: holds no .py file (names that begin with a dot are not read)")
             groups.append(added)
         parts, seen = [], set()
         for group, files in enumerate(groups):
-            new = [file for file in files if file.resolve() not in seen]  # folders may lie in each other
+            new = [file for file in files if file.resolve() not in seen]  # a folder may be inside another
             seen |= {file.resolve() for file in new}
             parts += divide_files(group, [str(file) for file in new])
         return parts
@@ -72,9 +73,9 @@ def _read_text(file: str) -> str | BadDocument:
 
 
 def _find_files(root: Path, skipped_folders: set[str]) -> list[Path]:
-    """The .py files below `root`, in an order that depends on their names alone."""
+    """The .py files below `root` whose names do not begin with a dot, in an order that depends on names alone."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped_folders)
-        found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        subfolders[:] = visible(set(subfolders) - skipped_folders)
+        found += [Path(folder, name) for name in visible(names) if name.endswith(".py")]
     return [file for file in found if file.is_file() and file.stat().st_size > 0]

@@ -1,22 +1,25 @@
-"""Text: JSON lines, plain files (one is one document) and Parquet; gzip, and zstd with the extra data."""
+"""Text: JSON lines, JSON arrays, plain files (one is one document) and Parquet; gzip, and zstd with the extra data."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tidar.config import UserError
 from tidar.data.corpus import BadDocument, Document
 from tidar.data.source import (
+    UNREADABLE,
     Part,
     Source,
     batched,
+    divide_array,
     divide_files,
     divide_lines,
     divide_rows,
     find_files,
+    is_array,
     parse_json,
-    read_lines,
     read_parquet,
+    read_records,
+    unreadable,
 )
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -25,18 +28,18 @@ PARQUET = (".parquet",)
 PLAIN = (".txt",)
 
 
-def _is_parquet(part: Part) -> bool:
+def is_parquet(part: Part) -> bool:
     return part.files[0].lower().endswith(PARQUET)
 
 
 class RecordSource(Source):
-    """Files of records: JSON lines and Parquet. What is a document in a record, subclasses say."""
+    """Files of records: JSON lines, JSON arrays and Parquet. Subclasses make a document of a record."""
 
     suffixes: tuple[str, ...] = LINES + COMPRESSED + PARQUET
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Fields of a record that are looked at; none: all."""
+        """Columns of Parquet that are read; empty: all."""
         return ()
 
     def parts(self, paths: list[str]) -> list[Part]:
@@ -53,6 +56,8 @@ class RecordSource(Source):
                     found += divide_rows(group, file)
                 elif file.lower().endswith((".gz", ".zst")):
                     found.append(Part(group, (file,)))
+                elif is_array(file):
+                    found += divide_array(group, file)
                 else:
                     found += divide_lines(group, file)
             found += divide_files(group, plain)
@@ -61,20 +66,21 @@ class RecordSource(Source):
     def place(self, part: Part, index: int, before: int) -> str:
         if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst")):
             return part.files[index]
-        return f"{part.files[0]}: {'row' if _is_parquet(part) else 'line'} {before + index + 1}"
+        unit = "row" if is_parquet(part) else "element" if is_array(part.files[0]) else "line"
+        return f"{part.files[0]}: {unit} {before + index + 1}"
 
     def records(self, part: Part) -> Iterator[Any | BadDocument | None]:
-        """The records of a part; None for a blank line."""
+        """The parsed records of a part; None for a blank line. A file that is damaged ends with a BadDocument."""
         try:
-            if _is_parquet(part):
+            if is_parquet(part):
                 yield from read_parquet(part, self.columns)
             else:
-                for line in read_lines(part):
-                    yield parse_json(line)
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file, read by one of several libraries
-            yield BadDocument(f"cannot be read from here on ({(str(error).splitlines() or [type(error).__name__])[0]})")
+                for record in read_records(part):
+                    yield parse_json(record)
+        except BadDocument as error:
+            yield error
+        except UNREADABLE as error:
+            yield unreadable(error)
 
 
 class Text(RecordSource):

@@ -119,13 +119,13 @@ def llama_pieces(messages: list[dict], tools: list[dict]) -> list[tuple[str, int
     return pieces
 
 
-def tags_pieces(prompt: str):
+def tags_pieces(prompt: str | None, only_last: bool = False):
     def pieces_of(messages: list[dict], tools: list[dict]) -> list[tuple[str, int | None]]:
         pieces = [("[tool]" + as_json(tool), None) for tool in tools]
         for i, message in enumerate(messages):
             turn = i if message["role"] == "assistant" else None
             pieces.append((f"<|head|>{message['role']}\n", None))
-            if message.get("reasoning_content"):
+            if message.get("reasoning_content") and (turn == len(messages) - 1 or not only_last):
                 pieces.append(("[thought]", None if prompt else turn))
                 pieces.append((message["reasoning_content"] + "[/thought]", turn))
             pieces.append((message["content"] or "", turn))
@@ -219,6 +219,12 @@ def test_a_template_with_tags_of_its_own(small, monkeypatch, prompt):
     template = TAGS.replace("{prompt}", prompt or "")
     monkeypatch.setattr(small, "chat_template", template if prompt is not None else template.split("{% if add_gen")[0])
     compare(small, 60, tags_pieces(prompt), reasons=True)
+
+
+def test_a_template_that_leaves_out_reasoning_of_earlier_turns(small, monkeypatch):
+    template = TAGS.replace("{prompt}", "").replace("if m.reasoning_content", "if m.reasoning_content and loop.last")
+    monkeypatch.setattr(small, "chat_template", template)
+    compare(small, 50, tags_pieces("", only_last=True), reasons=True)
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}

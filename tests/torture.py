@@ -30,7 +30,7 @@ from results import read_metrics
 
 from tidar import train
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
-from tidar.training import checkpoint_writer
+from tidar.training.checkpoint import writer as checkpoint_writer
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.checkpoint.manifest import saved_steps
 
@@ -221,9 +221,9 @@ def trial(number: int, seed: int, data: str, expected: dict, folder: Path) -> tu
     return phases[0], difference(end_of(folder), expected[ranks])
 
 
-def end_of(folder: Path) -> tuple:
+def end_of(folder: Path, steps: int = STEPS) -> tuple:
     """Everything that a finished run has come to, but times."""
-    tensors = CheckpointTensors(folder / "checkpoint" / f"step-{STEPS}")
+    tensors = CheckpointTensors(folder / "checkpoint" / f"step-{steps}")
     state = {name: tensors.rows(name, 0, shape[0]) for name, shape in tensors.shapes.items() if shape}
     lines = read_metrics(folder)
     curve = [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
@@ -243,6 +243,13 @@ def difference(found: tuple, expected: tuple) -> str:
     return ""
 
 
+def prepare(folder: Path) -> str:
+    """Options that train on the source "uneven", prepared in `folder`."""
+    options = ["--data.source", "uneven", "--validation.enable", "false", "--training.steps", "0"]
+    assert Run(1, [*options, "--job.dump_folder", str(folder / "data")], folder / "data.log").wait(TIMEOUT)
+    return f"--data.source prepared --data.paths {folder / 'data' / 'data' / 'training'}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--trials", type=int, default=200)
@@ -250,9 +257,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        preparing = ["--data.source", "uneven", "--validation.enable", "false", "--training.steps", "0"]
-        assert Run(1, [*preparing, "--job.dump_folder", str(folder / "data")], folder / "data.log").wait(TIMEOUT)
-        data = f"--data.source prepared --data.paths {folder / 'data' / 'data' / 'training'}"
+        data = prepare(folder)
         expected = {}
         for ranks in (1, 2):
             whole = folder / f"whole-{ranks}"

@@ -1,6 +1,7 @@
 """Runs that are asked to stop: by signals to the launcher, and by the clock."""
 
 import json
+import multiprocessing.popen_fork
 import os
 import re
 import signal
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from results import batch_losses, read_metrics
 
 from tidar.check import signal_options
 from tidar.config import UserError, load_config
+from tidar.data import make_loader
 from tidar.distributed import leave_world
+from tidar.patterns import get_pattern
 from tidar.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -105,17 +109,54 @@ def test_without_checkpoints_nothing_is_saved(tmp_path, uneven_data, capsys):
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
-    wait = "import time; from tidar import train; from tidar.training import run; "
-    wait += "run.load_inputs = lambda *_, **__: time.sleep(60); train.main()"
-    command = [sys.executable, "-c", wait, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        wait_for((tmp_path / "outcome.json").exists, process)
-        time.sleep(0.5)
-        process.terminate()
-        output = process.communicate(timeout=10)[1]
-    assert process.returncode == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in output
+    """From the moment that the outcome is "running"."""
+    script = """
+import os, signal, time
+from tidar import train
+from tidar.training import run
+
+class Signalled(run.Outcome):
+    def begin(self):
+        super().begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+run.Outcome = Signalled
+run.load_inputs = lambda *_, **__: time.sleep(60)
+train.main()
+"""
+    command = [sys.executable, "-c", script, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
+    finished = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in finished.stderr
     assert outcome(tmp_path)["outcome"] == "failed"
+
+
+def test_a_signal_at_the_fork_kills_no_worker(monkeypatch):
+    """Each worker gets SIGTERM and SIGUSR1 before it has run a line, with the handlers that a plain process has."""
+    forked = multiprocessing.popen_fork.os.fork
+
+    def fork_signalled() -> int:
+        pid = forked()
+        if pid == 0:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+        return pid
+
+    monkeypatch.setattr(multiprocessing.popen_fork.os, "fork", fork_signalled)
+    rows = [(torch.zeros(4, dtype=torch.long),) * 3] * 6
+    batches = make_loader(rows, [[(0, i)] for i in range(6)], get_pattern("causal"), 0, 2, pin_memory=False)
+    assert len(list(batches)) == 6
+
+
+def test_stopped_anywhere_it_ends_the_same():
+    """In validations, exports and steps, on one rank and two; `python tests/stops.py --trials 40` for more."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "tests/stops.py", "--trials", "3"], cwd=ROOT, capture_output=True, text=True,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr
 
 
 def test_an_error_is_the_outcome(tmp_path, uneven_data):

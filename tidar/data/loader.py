@@ -19,6 +19,8 @@ from tidar.data.order import Sample
 from tidar.data.packing import PackedRows, Row
 from tidar.patterns import PADDING, ModelBatch, Pattern
 
+# what a launcher or a scheduler sends to all processes of a run
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 # shared with workers, and set when the process that has forked them ends: only then they heed the SIGTERM by which
 # multiprocessing ends them
 _parent_ends = mmap.mmap(-1, 1)
@@ -40,6 +42,16 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+class _Loader(DataLoader):
+    def __iter__(self):
+        # workers inherit the blocked signals: one that came before their handlers stand would kill them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Samples:
     """Rows by (epoch, row), which are given out with them."""
 
@@ -58,7 +70,7 @@ def make_loader(
     order: an iterable of lists of samples. seed: all that is random about a sample is a function of it, the sample's
     epoch and its row.
     """
-    return DataLoader(
+    return _Loader(
         _Samples(dataset),
         batch_sampler=order,
         collate_fn=partial(_collate, pattern, seed),
@@ -88,6 +100,7 @@ def _ignore_signals(worker: int) -> None:
 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_with_parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -13,14 +13,20 @@ from tidar.models.huggingface import write_huggingface_folder
 
 
 def export_parameters(
-    folder: Path, parameters: dict[str, nn.Parameter], write_assets: Callable[[Path], None], writes: bool
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    write_assets: Callable[[Path], None],
+    writes: bool,
+    before_each: Callable[[], None],
 ) -> None:
     """Writes parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
 
+    before_each: called by all ranks before each parameter; what it raises interrupts the export.
     What an earlier try has left of the folder is replaced. Raises UserError where it cannot be written.
     """
 
     def gather(name: str) -> torch.Tensor:
+        before_each()
         narrow = parameters[name].detach().to(torch.bfloat16)
         return (narrow.full_tensor() if isinstance(narrow, DTensor) else narrow).cpu()
 

@@ -17,12 +17,15 @@ class Progress:
         self.data_identity = data_identity
         self.clock = time.monotonic()
         # seconds: of all processes that have trained the run, one after the other, their starts included;
-        # epoch_sums: the values of the LossSums since the end of the last epoch
+        # epoch_sums: the values of the LossSums since the end of the last epoch;
+        # interrupted: what is due after the last step and a stop has interrupted: a validation (1), an epoch's export
+        # (its number)
         self.state: dict[str, Tensor] = {
             "step": torch.zeros((), dtype=torch.long),
             "samples": torch.zeros((), dtype=torch.long),
             "tokens": torch.zeros((), dtype=torch.long, device=device),
             "seconds": torch.zeros((), dtype=torch.float64),
+            "interrupted": torch.zeros(2, dtype=torch.long),
             "rows": torch.tensor(n_rows),
             "data": torch.tensor(data_identity),
             "epoch_sums": LossSums.zeros(device).values,

@@ -58,15 +58,20 @@ class Run:
             dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.save_timeout_seconds))
             for _ in range(2)
         )
-        self.lock = hold_folder(self.folder, self.world, self.group, self.log)
-        self.outcome = Outcome(self.folder)
-        if self.world.rank == 0:
-            self.outcome.begin()
         minutes = config.checkpoint.max_wall_minutes
         deadline = self.started + 60 * minutes if minutes else None
         self.stops = StopRequests(self.world, self.group, deadline, self.fail)
+        try:
+            self.lock = hold_folder(self.folder, self.world, self.group, self.log)
+        except BaseException:
+            self.stops.close()
+            raise
+        self.outcome = Outcome(self.folder)
         self.compiler: Compiler | None = None
         try:
+            if self.world.rank == 0:
+                self.outcome.begin()
+            self.stops.listen()  # the outcome begins first, so that a signal finds it there to be ended
             self.prepare(save_group)
         except BaseException as error:
             self.fail(str(error) or type(error).__name__)
@@ -180,6 +185,7 @@ class Run:
             rank_zero_first(self.world, lambda is_first: is_first and check_first_weights(config))
             self.start = set_first_weights(self.model, self.spec, config)
         self.val_losses: dict[int, float] = {}
+        self.stop_reason: str | None = None
         self.steps = config.training.steps
         if config.training.epochs:
             samples_left = config.training.epochs * len(self.training_rows) - self.progress.samples

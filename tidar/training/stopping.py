@@ -21,17 +21,23 @@ SAME_SIGNAL = 0.5
 LAST = 0
 
 
-class StopRequests:
-    """What asks the ranks of a run to stop, and the step at which all of them do.
+class Stopped(Exception):
+    """All ranks have agreed to stop, here. The text says why."""
 
-    The first SIGTERM or SIGUSR1 on any rank asks, a second one ends its process at once; so does the first one before
-    `begin`, when there is nothing to save, and a SIGTERM that comes because another rank has died.
-    checkpoint.max_wall_minutes asks when it is over, and so does whatever the caller adds.
+
+class StopRequests:
+    """Requests to stop before the last step, and the agreement of all ranks on where they stop.
+
+    The first SIGTERM or SIGUSR1 on any rank is a request, a second one ends its process at once; so does the first one
+    before `begin`, when there is nothing to save, and a SIGTERM that comes because another rank has died. The end of
+    checkpoint.max_wall_minutes is a request too, and so is whatever the caller adds.
     """
 
     def __init__(self, world: World, group: dist.ProcessGroup, deadline: float | None, abort: Callable[[str], None]):
-        """group: of all ranks, on the CPU. deadline: of time.monotonic(), None for none. abort: told why before the
-        process ends; any thread may call it.
+        """Signals are caught from here on, and heeded after `listen`.
+
+        group: of all ranks, on the CPU. deadline: of time.monotonic(), None for none. abort: gets the reason before the
+        process ends at once; called by the listening thread.
         """
         while _current:
             _current[-1].close()
@@ -48,16 +54,20 @@ class StopRequests:
         self.neighbours = {pid: rank for host, pid, rank in processes if host == mine[0] and rank != world.rank}
         self.parent = os.getppid()
         # signals reach the pipe even while the main thread waits in a collective
-        reader, self.pipe = os.pipe()
+        self.reader, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.wakeup = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-        self.thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
-        self.thread.start()
+        self.thread: threading.Thread | None = None
         _current.append(self)
 
+    def listen(self) -> None:
+        """Heeds signals, those too that have come since this object was made."""
+        self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self.thread.start()
+
     def begin(self) -> None:
-        """From here on `agreed` is called."""
+        """From here on `agreed` or `check` is called between batches."""
         self.trains = True
 
     def close(self) -> None:
@@ -68,35 +78,51 @@ class StopRequests:
         signal.set_wakeup_fd(self.wakeup)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        os.write(self.pipe, bytes([LAST]))
-        self.thread.join()
+        if self.thread:
+            os.write(self.pipe, bytes([LAST]))
+            self.thread.join()
+        else:
+            os.close(self.reader)
         os.close(self.pipe)
 
-    def agreed(self, other: bool) -> str | None:
-        """Why all ranks stop now, the same on all of them; None where they go on. All ranks call it after each step.
+    def agreed(self, other: bool = False) -> str | None:
+        """Why all ranks stop now, the same on all of them; None where nothing was requested. All ranks call it.
 
-        other: whether this rank wants to stop for another reason. What a rank wants counts a step later, so that
-        nobody waits for the slowest in the meantime.
+        other: whether this rank requests to stop for another reason. A request counts at the next call, so that no rank
+        waits for the slowest in the meantime.
         """
-        reason = None
-        if self.vote:
-            work, votes = self.vote
-            work.wait()
-            number, clock, others = votes.tolist()
-            if number:
-                reason = signal.Signals(number).name
-            elif clock:
-                reason = "checkpoint.max_wall_minutes"
-            elif others:
-                reason = "an error"
+        reason = self._result()
+        self._vote(other)
+        return reason
+
+    def check(self) -> None:
+        """Raises Stopped on all ranks where one of them has a request by now. All ranks call it, and wait here."""
+        reason = self._result()
+        if not reason:
+            self._vote()
+            reason = self._result()
+        if reason:
+            raise Stopped(reason)
+
+    def _vote(self, other: bool = False) -> None:
         out_of_time = self.deadline is not None and time.monotonic() > self.deadline
         votes = torch.tensor([self.signal or 0, out_of_time, other], dtype=torch.int)
         self.vote = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True), votes
-        return reason
 
-    def _listen(self, pipe: int) -> None:
+    def _result(self) -> str | None:
+        """Of the last vote, if there is one whose result was not taken before."""
+        if not self.vote:
+            return None
+        (work, votes), self.vote = self.vote, None
+        work.wait()
+        number, clock, others = votes.tolist()
+        if number:
+            return signal.Signals(number).name
+        return "checkpoint.max_wall_minutes" if clock else "an error" if others else None
+
+    def _listen(self) -> None:
         received = 0.0
-        with os.fdopen(pipe, "rb", buffering=0) as reader:
+        with os.fdopen(self.reader, "rb", buffering=0) as reader:
             while (number := reader.read(1)[0]) != LAST:
                 if number in SIGNALS and self.signal is None:
                     self._take(number)

@@ -22,6 +22,7 @@ from tidar.training.reporting.profiling import StepTraces
 from tidar.training.reporting.reports import Reports
 from tidar.training.reporting.summary import summarize
 from tidar.training.run import Run
+from tidar.training.stopping import Stopped
 from tidar.training.validation import validate
 
 
@@ -31,7 +32,7 @@ class Trainer(Run):
     def train(self) -> None:
         try:
             self.tell_start()
-            if self.step < self.steps:
+            if self.step < self.steps or self.is_interrupted:
                 self.run()
             elif not self.checkpoint:
                 self.save_first_weights()
@@ -82,7 +83,9 @@ class Trainer(Run):
         self.checkpointer.reserve()
         self.write_options()
         first_step = self.step + 1
-        self.metrics = MetricWriter(self.folder, first_step, self.world.rank == 0, self.log)
+        self.metrics = MetricWriter(
+            self.folder, first_step, self.world.rank == 0, self.log, validates_again=self.is_interrupted
+        )
         self.reports = Reports(self.metrics, self.throughput, self.loss_weights, self.device, self.log)
         if config.training.gc_freq:
             # all ranks collect at the same steps, so that none waits for another; what is there now stays to the end
@@ -96,25 +99,26 @@ class Trainer(Run):
         self.stops.begin()
         batches = self.training_batches()
         try:
-            while self.step < self.steps:
+            if self.is_interrupted:
+                self.finish_step()
+            while self.step < self.steps and not self.stop_reason:
                 epoch = self.progress.epoch
-                self.train_step(batches)
+                try:
+                    self.train_step(batches)
+                except Stopped as stopped:
+                    self.stop_reason = str(stopped)
+                    self.save_unless_saved()
+                    break
                 traces.step()
                 if self.step == first_step:
                     self.end_first_step()
                 if config.training.gc_freq and self.step % config.training.gc_freq == 0:
                     gc.collect()
-                # validated and exported first: what a checkpoint says is done has been reported and written
-                if config.validation.enable and self.is_due(config.validation.freq):
-                    self.validate()
-                if config.checkpoint.export_epochs:
-                    self.export_epoch(epochs_before=epoch)
-                self.stop_reason = self.stops.agreed(self.checkpointer.has_failed)
-                if config.checkpoint.enable and (self.stop_reason or self.is_due(config.checkpoint.interval)):
-                    self.save()
+                validates = config.validation.enable and self.is_due(config.validation.freq)
+                self.progress.state["interrupted"][0] = validates
+                self.progress.state["interrupted"][1] = self.epoch_to_export(epochs_before=epoch)
+                self.finish_step()
                 self.updates.skipped.check()
-                if self.stop_reason:
-                    break
             self.passes("the checkpoint", config.comm.save_timeout_seconds)
             if config.checkpoint.enable:
                 self.checkpointer.finish_last(self.step)
@@ -154,6 +158,9 @@ class Trainer(Run):
             self.updates.skipped.note(batch.rows, scores)
             sums += LossSums.of(batch.rows.targets, scores)
             self.pace()
+            # a step of many micro-batches may take longer than a launcher waits, so it is abandoned
+            if place < self.micro_batches and (reason := self.stops.agreed(self.checkpointer.has_failed)):
+                raise Stopped(reason)
         sums.all_reduce()
 
         self.passes(f"step {number}: optimizer")
@@ -185,6 +192,31 @@ class Trainer(Run):
             head=lambda hidden, weight: self.objective(hidden, weight, rows.targets, denominators),
         )
 
+    def finish_step(self) -> None:
+        """Does what is due after a step, and saves. A request to stop interrupts it; the resumed run does it again.
+
+        Validates and exports first: what a checkpoint says is done has been reported and written.
+        """
+        interrupted = self.progress.state["interrupted"]
+        try:
+            if interrupted[0] and self.config.validation.enable:
+                self.validate()
+            interrupted[0] = 0
+            if interrupted[1]:
+                self.export_epoch(int(interrupted[1]))
+                interrupted[1] = 0
+            self.stop_reason = self.stops.agreed(self.checkpointer.has_failed)
+        except Stopped as stopped:
+            self.stop_reason = str(stopped)
+        options = self.config.checkpoint
+        if options.enable and (self.stop_reason or self.is_due(options.interval)):
+            self.save()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the last step's validation or export was interrupted, and is still to be done."""
+        return bool(self.progress.state["interrupted"].any())
+
     def validate(self) -> None:
         config, world = self.config, self.world
         order = validation_order(
@@ -193,6 +225,7 @@ class Trainer(Run):
         ones = dict.fromkeys(LOSSES, torch.ones((), device=self.device))
 
         def score(rows: ModelBatch) -> dict[str, TokenScores]:
+            self.stops.check()
             scores = self.forward(rows, self.validation_mask_builder(rows.documents), ones)[1]
             self.pace()
             self.passes("validation")
@@ -212,16 +245,19 @@ class Trainer(Run):
         self.metrics.write(self.step, scalars)
         self.log(*validation_lines(scalars))
 
-    def export_epoch(self, epochs_before: int) -> None:
-        """Exports to export/epoch_<n> where the step has ended an epoch of which checkpoint.export_epochs wants one."""
+    def epoch_to_export(self, epochs_before: int) -> int:
+        """Number of the epoch that the step has ended where checkpoint.export_epochs wants its export, 0 otherwise."""
         every = self.config.checkpoint.export_epochs
-        number = self.progress.epoch // every * every
-        if number <= epochs_before:
-            return
+        number = self.progress.epoch // every * every if every else 0
+        return number if number > epochs_before else 0
+
+    def export_epoch(self, number: int) -> None:
+        """Exports to export/epoch_<number>."""
         folder = self.folder / "export" / f"epoch_{number}"
         with self.throughput.paused():
             self.wait_for_all("the export")
-            export_parameters(folder, self.checkpointer.parameters, self.write_assets, writes=self.world.rank == 0)
+            parameters, writes = self.checkpointer.parameters, self.world.rank == 0
+            export_parameters(folder, parameters, self.write_assets, writes, before_each=self.stops.check)
             self.wait_for_all("the export")
         self.log(f"exported {folder}")
 
@@ -231,6 +267,13 @@ class Trainer(Run):
         with self.throughput.paused():
             self.checkpointer.save(self.step, self.about())
 
+    def save_unless_saved(self) -> None:
+        """Where a step was given up: saves the state before it."""
+        if self.config.checkpoint.enable:
+            self.checkpointer.finish()
+            if self.checkpointer.saved_step != self.step:
+                self.save()
+
     def wait_for_all(self, place: str) -> None:
         """Before and after what only some ranks do, which may take long."""
         self.passes(place, self.config.comm.save_timeout_seconds)
@@ -239,7 +282,7 @@ class Trainer(Run):
     def tell_end(self) -> None:
         saved = self.checkpointer.saved_path
         outcome, reason = "finished", "all steps are done"
-        if self.step < self.steps:
+        if self.step < self.steps or self.is_interrupted:
             outcome, reason = "stopped", self.stop_reason
             text = f"saved in {saved}, from which the same command goes on" if saved else "nothing is saved"
             self.log(f"stopped after step {self.step} by {reason}: {text}")
@@ -252,9 +295,7 @@ class Trainer(Run):
         saved = []
         if self.config.checkpoint.enable:
             try:
-                self.checkpointer.finish()
-                if self.checkpointer.saved_step != self.step:
-                    self.save()
+                self.save_unless_saved()
                 self.checkpointer.finish_last(self.step)
                 saved = [f"the state before them is saved in {self.checkpointer.saved_path}"]
             except UserError as error:

@@ -21,8 +21,11 @@ class MetricWriter:
     metrics.jsonl holds one JSON object a line: "step" and the scalars by name, null where one is not finite.
     """
 
-    def __init__(self, folder: Path, first_step: int, enabled: bool, log: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, first_step: int, enabled: bool, log: Callable[[str], None], validates_again: bool = False
+    ):
         """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again.
+        validates_again: so is the validation of the step before it.
 
         Raises UserError where nothing can be written.
         """
@@ -30,7 +33,7 @@ class MetricWriter:
         self.log = log
         if enabled:
             try:
-                self.file = _truncated(folder / "metrics.jsonl", first_step)
+                self.file = _truncated(folder / "metrics.jsonl", first_step, validates_again)
                 self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
             except OSError as error:
                 raise UserError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
@@ -60,12 +63,14 @@ class MetricWriter:
             self.log(f"warning: metrics cannot be written ({error.strerror})")
 
 
-def _truncated(path: Path, first_step: int):
-    """The file, open for appending, without the lines of `first_step` and later and without torn ones."""
+def _truncated(path: Path, first_step: int, validates_again: bool):
+    """The file, open for appending, without the lines of what is done again and without torn ones."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            before = line.endswith(b"\n") and json.loads(line)["step"] < first_step
+            scalars = json.loads(line)
+            before = line.endswith(b"\n") and scalars["step"] < first_step
+            before = before and not (validates_again and scalars["step"] == first_step - 1 and "val/loss" in scalars)
         except (ValueError, TypeError, KeyError):
             before = False
         if before:

@@ -153,7 +153,7 @@ def test_stopped_anywhere_it_ends_the_same():
     """In validations, exports and steps, on one rank and two; `python tests/stops.py --trials 40` for more."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, "tests/stops.py", "--trials", "3"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "tests/stops.py", "--trials", "2"], cwd=ROOT, capture_output=True, text=True,
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr

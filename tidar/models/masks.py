@@ -115,7 +115,7 @@ class RangeMask(PointMask):
         a range has those before its end minus those before its start.
         """
         query_tiles, key_tiles = -(-self.n_queries // tile), -(-self.n_keys // tile)
-        # where the row of tiles of each query begins, over all rows of the batch; a bound may lie after the last tile
+        # index of the first tile of each query's row of tiles, in the flat `sums`; a bound may be after the last tile
         query = torch.arange(self.n_queries, device=self.device, dtype=torch.int32) // tile
         batch = torch.arange(self.batch, device=self.device, dtype=torch.int32)[:, None]
         row = (batch * query_tiles + query) * (key_tiles + 1)
@@ -147,7 +147,7 @@ def pattern_mask(pattern: Pattern, documents: Documents) -> PointMask:
 class BatchMask:
     """The mask of one batch, shared by all layers.
 
-    `attention`: as the backend wants it. `allowed_pairs`: number of query-key pairs, scalar int64 on the device.
+    `attention`: in the form that the backend takes. `allowed_pairs`: number of query-key pairs, scalar int64.
     """
 
     def __init__(self, mask: PointMask, backend: str):

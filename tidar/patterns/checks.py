@@ -28,7 +28,7 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
         mask_mod = pattern.mask_mod(rows.documents)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(
             f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_error_text(error)})"
         ) from None
@@ -74,7 +74,7 @@ def _check_value(about: str, mask_mod: MaskMod, documents: Documents) -> None:
     zero = torch.zeros((), dtype=torch.long, device=documents.index.device)
     try:
         value = mask_mod(zero, zero, zero, zero)
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({_error_text(error)})") from None
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim != 0:
         raise UserError(
@@ -92,7 +92,7 @@ def _queries_without_key(about: str, mask_mod: MaskMod, positions: int, document
     else:
         try:
             pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, positions, device)]
-        except Exception as error:  # whatever a user's code raises
+        except Exception as error:  # a user's code may raise anything
             raise UserError(f"{about}: mask_mod fails ({_error_text(error)})") from None
         sees = torch.cat(pieces, dim=1)
     yield from (~sees).nonzero().tolist()

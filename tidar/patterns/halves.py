@@ -64,7 +64,7 @@ class TwoHalves(BlockPattern):
         drawn = []
         for number, seed in zip((is_first.cumsum(dim=1) - 1), seeds):
             lengths = torch.bincount(number)
-            # the longest fit: so do as many others, and none is drawn more often for being short
+            # the longest fit, so as many others do: no block is drawn more often because it is short
             n_shown = int((lengths.sort(descending=True).values.cumsum(dim=0) <= room).sum())
             order = torch.randperm(len(lengths), generator=draw(seed, "share")).to(number.device)
             is_shown = torch.zeros_like(lengths, dtype=torch.bool)

@@ -90,7 +90,7 @@ def _load(name: str) -> type[Pattern]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's file raises
+    except Exception as error:  # a user's file may raise anything
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"tidar.pattern = {name}: {module_name or 'a module without a name'} cannot be imported "

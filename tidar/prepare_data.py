@@ -1,7 +1,7 @@
 """Tokenises any source once: python -m tidar.prepare_data --output DIR --data.source text --data.paths FILE ...
 
-Takes the options of [data], in a TOML file or on the command line. Killed, it goes on where it was when it is started
-again. Train on the folder with data.source = "prepared" and data.paths = ["DIR"].
+Takes the options of [data], in a TOML file or on the command line. Started again after it was killed, it resumes.
+Train on the folder with data.source = "prepared" and data.paths = ["DIR"].
 """
 
 import os
@@ -34,22 +34,19 @@ def main() -> None:
         tokenizer = data_tokenizer(config.data, load_tokenizer(folder) if folder else None)
         source = make_source(config.data, tokenizer)
         paths = source.training_paths(config.data.paths)
-        try:
-            prepare(source, make_source, paths, arguments.output, arguments.processes, progress_printer())
-        except OSError as error:
-            raise UserError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
+        prepare(source, make_source, paths, arguments.output, arguments.processes, progress_printer())
         print_lines(*summary(arguments.output, time.perf_counter() - started))
 
 
 def summary(folder: Path, seconds: float) -> list[str]:
-    """What a prepared folder holds, and what was left out."""
-    meta = Corpus.open(folder).meta
+    """What a prepared folder holds, and what was dropped."""
+    meta = Corpus.open(folder, verify=False).meta
     lines = [
         f"{folder}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['target_tokens']:,} of them "
         f"targets, ids {meta['smallest_id']} to {meta['largest_id']}, {meta['dtype']}, in {seconds:.1f} s"
     ]
     if meta["dropped"]:
-        lines.append(f"left out: {meta['dropped']:,} documents, listed in {folder / 'dropped.txt'}")
+        lines.append(f"dropped: {meta['dropped']:,} documents, listed in {folder / 'dropped.txt'}")
         lines += [f"  {count:,}: {reason}" for reason, count in meta["dropped_reasons"].items()]
     return lines
 

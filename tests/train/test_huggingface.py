@@ -253,10 +253,10 @@ def test_a_mask_token_in_the_data(tmp_path, capfd):
     (folder / "config.json").write_text(
         json.dumps(json.loads((folder / "config.json").read_text()) | {"tidar": {"mask_token_id": 8}})
     )
-    with pytest.raises(UserError, match=r"tidar.mask_token_id = 8: stands \d+ times in the data; name"):
+    with pytest.raises(UserError, match=r"tidar.mask_token_id = 8: occurs \d+ times in the data; name"):
         train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0")
     train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0", "--tidar.mask_token_id", "8")
-    times = int(re.search(r"warning: tidar.mask_token_id = 8: stands (\d+) times", capfd.readouterr().out)[1])
+    times = int(re.search(r"warning: tidar.mask_token_id = 8: occurs (\d+) times", capfd.readouterr().out)[1])
     documents = uneven.Uneven(load_config([]).data, None).documents(None)
     assert times == sum(int((document.tokens == 8).sum()) for document in documents)
     (folder / "config.json").write_text(

@@ -1,5 +1,6 @@
 """Preparing data: killed and begun again, by one process or more; and real text, packed and found again."""
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 import torch
 from small_models import write_tokenizer
 
-from tidar.config import load_config
+from tidar.config import UserError, load_config
 from tidar.data import data_tokenizer, load_data, load_tokenizer, make_rows
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path):
     assert whole.returncode == 0, output
     expected = content(tmp_path / "whole")
     meta = json.loads(expected["meta.json"])
-    assert meta["dropped"] > 100 and f"left out: {meta['dropped']:,} documents" in output
+    assert meta["dropped"] > 100 and f"dropped: {meta['dropped']:,} documents" in output
     out = tmp_path / "killed"
     for _ in range(3):
         process = prepare(out, *options, "1")
@@ -110,6 +111,55 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     output, _ = refused.communicate()
     assert refused.returncode == 1 and "holds thesis.txt: must be empty" in output
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_system_without_locks_costs_one_warning(tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    monkeypatch.setattr("fcntl.lockf", fail)
+    (tmp_path / "a.txt").write_text("in the beginning")
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "a.txt")]
+    config = load_config([*options, "--job.dump_folder", str(tmp_path / "run")])
+    data = load_data(config, load_tokenizer("bytes"))
+    assert data.training[0].tokens.tolist() == [*b"in the beginning", 256]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot be locked" in line and "waits" not in line
+
+
+def test_a_lock_that_is_a_folder_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("in the beginning")
+    (tmp_path / "run" / "data" / "training" / ".tidar-lock").mkdir(parents=True)
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "a.txt")]
+    config = load_config([*options, "--job.dump_folder", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r".tidar-lock: must be a regular file[^\n]*$"):
+        load_data(config, load_tokenizer("bytes"))
+
+
+FULL_DISK = """import resource, sys
+from tidar import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+train.main()"""
+
+
+@pytest.mark.parametrize("limit", [10**5, 11 * 10**6])
+def test_a_disk_that_is_full_while_training_prepares(limit, tmp_path):
+    """While a part is written, and while the parts are joined: one line, a failed run, no partial file."""
+    (tmp_path / "in").mkdir()
+    for number in range(14):
+        (tmp_path / "in" / f"{number}.txt").write_text("in the beginning " * 30_000)
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", FULL_DISK, str(limit), "--job.dump_folder", str(run), "--model.name", "debug"]
+    command += ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "in")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    folder = run / "data" / "training"
+    assert ended.returncode != 0, ended.stdout
+    errors = [line for line in ended.stderr.splitlines() if line.startswith(("error", "Traceback"))]
+    assert errors == [f"error: {folder}: the prepared data cannot be written (File too large)"], ended.stderr
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "failed"
+    assert not list(run.rglob("*partial*")) and not (folder / "meta.json").exists()
+    assert bool(list(folder.glob(".tidar-parts/*.npz"))) == (limit > 10**6)  # finished parts are kept
 
 
 @real_text

@@ -1,10 +1,11 @@
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from tidar.config import load_config
+from tidar.config import UserError, load_config
 from tidar.data import (
     Corpus,
     Document,
@@ -100,6 +101,67 @@ def test_without_packing_a_row_is_a_document():
         length = min(end - start, 20)
         assert tokens[:length].tolist() == list(range(start, start + length))
         assert ids.tolist() == [0] * length + [PADDING] * (20 - length)
+
+
+def take_times(times: np.ndarray, corpus: int, documents: np.ndarray) -> np.ndarray:
+    return times[documents]
+
+
+def has_target(rows: PackedRows, row: int) -> bool:
+    _, ids, mask = rows[row]
+    return bool((mask[1:].bool() & (ids[1:] == ids[:-1])).any())
+
+
+@pytest.mark.parametrize("packing, long_documents", [(True, "split"), (True, "drop"), (False, "split")])
+@pytest.mark.parametrize("source", ["chat", "gumiho"])
+def test_rows_without_targets(source, packing, long_documents, monkeypatch):
+    """Counted for any source, dropped for chats; nothing else changes. Documents may be taken several times."""
+    monkeypatch.setattr("tidar.data.packing.CHUNK_DOCUMENTS", 17)
+    monkeypatch.setattr("tidar.data.corpus.PIECE", 3)  # bytes of target bits that are read at one time
+    rng = random.Random(2)
+    seen = 0
+    for _ in range(60):
+        seq_len = rng.randint(1, 30)
+        corpus = random_corpus(rng, seq_len)
+        share = rng.choice([0.0, 0.02, 0.1, 0.9])
+        bits = np.array([rng.random() < share for _ in corpus.tokens], bool)
+        corpus.target_bits = None if share == 0.9 and rng.random() < 0.5 else np.packbits(bits)
+        times = np.array([rng.choice([0, 1, 1, 3]) for _ in range(len(corpus))])
+        options = dict(packing=packing, long_documents=long_documents, copies=partial(take_times, times))
+        every = PackedRows([corpus], seq_len, **options)
+        corpus.meta = {"source": source}
+        rows = PackedRows([corpus], seq_len, **options)
+
+        without = [row for row in range(len(every)) if not has_target(every, row)]
+        kept = [row for row in range(len(every)) if source != "chat" or row not in without]
+        assert every.n_without_targets == len(without) and every.n_rows_dropped == 0
+        assert (rows.n_rows_dropped if source == "chat" else rows.n_without_targets) == len(without)
+        assert [rows.pieces(row)[1] for row in range(len(rows))] == [every.pieces(row)[1] for row in kept]
+        assert rows.n_tokens == sum(length for row in kept for _, length in every.pieces(row)[1])
+        seen += len(without)
+    assert seen > 200
+
+
+def test_data_without_any_target_is_an_error(tmp_path):
+    """Before a step: rows of truncated prompts, only long documents to drop, and no targets at all."""
+    torch.save({"input_ids": torch.arange(40), "loss_mask": (torch.arange(40) > 30).long()}, tmp_path / "a.ckpt")
+    torch.save({"input_ids": torch.arange(40), "loss_mask": torch.zeros(40)}, tmp_path / "none.ckpt")
+    options = ["--data.source", "gumiho", "--validation.enable", "false", "--training.seq_len", "16", "--data.paths"]
+    truncated = [*options, str(tmp_path / "a.ckpt"), "--data.packing", "false"]
+    with pytest.raises(
+        UserError, match="none of the 1 rows .* holds a token to predict; .* data.packing = true"
+    ) as error:
+        load(tmp_path / "a", *truncated)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(UserError, match="none of the 3 rows"):
+        load(tmp_path / "b", *options, str(tmp_path / "none.ckpt"))
+    with pytest.raises(UserError, match="drop: all 1 documents to train on are longer than training.seq_len = 16"):
+        load(tmp_path / "c", *options, str(tmp_path / "a.ckpt"), "--data.long_documents", "drop")
+    _, rows, _ = load(tmp_path / "d", *options, str(tmp_path / "a.ckpt"))
+    assert len(rows) == 3 and rows.n_without_targets == 1
+    validation = ["--validation.enable", "true", "--validation.paths", str(tmp_path / "none.ckpt")]
+    with pytest.raises(UserError, match="none of the 3 rows held out"):
+        load(tmp_path / "e", *options, str(tmp_path / "a.ckpt"), *validation)
 
 
 def test_a_shuffle_is_a_permutation():

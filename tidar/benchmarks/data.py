@@ -18,6 +18,7 @@ import torch
 
 from tidar.config import ArgumentParser, load_config, user_errors_exit
 from tidar.data import TrainingOrder, load_data, make_loader, make_rows
+from tidar.data.corpus import checksum
 from tidar.patterns import get_pattern
 
 
@@ -54,8 +55,14 @@ def make_prepared_folder(folder: Path, n_documents: int) -> None:
         "documents": n_documents,
         "tokens": n_tokens,
         "target_tokens": n_tokens,
-        "largest_id": 999,
+        "smallest_id": int(np.flatnonzero(counts)[0]),
+        "largest_id": len(counts) - 1,
+        "dropped": 0,
+        "bad_documents": 0,
+        "dropped_reasons": {},
         "paths": [{"path": "repeated text", "documents": n_documents}],
+        "sha256": {name: checksum(np.memmap(folder / f"{name}.bin")) for name in ("tokens", "offsets", "counts")},
+        "plan": {},
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 

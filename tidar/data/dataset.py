@@ -27,8 +27,8 @@ SOURCES: dict[str, type[Source]] = {"python_source": PythonSource, "text": Text,
 
 @dataclass
 class Dataset:
-    """training, validation: prepared corpora; without any of the latter a share of the first is held out.
-    n_ids: token ids that the data may hold are below it. padding_token_id: fills rows, and is never seen.
+    """training, validation: prepared corpora; where `validation` is empty, a share of `training` is held out.
+    n_ids: all token ids of the data are below it. padding_token_id: fills rows, and is never attended to.
     """
 
     training: list[Corpus]
@@ -37,8 +37,11 @@ class Dataset:
     padding_token_id: int
 
     def identity(self, config: Config) -> int:
-        """A number, of 64 bits, that differs where a run would see other samples, or in another order."""
-        digests = [corpus.digest for corpus in self.training]
+        """64 bits that differ where a run would see other samples, or in another order, in training or validation.
+
+        Made of the checksums of the prepared folders, in order.
+        """
+        digests = [[corpus.digest for corpus in corpora] for corpora in (self.training, self.validation)]
         packing = config.training.seq_len, config.data.packing, config.data.long_documents, config.data.weights
         share = 0 if self.validation or not config.validation.enable else config.validation.share
         return derive_seed(config.training.seed, digests, packing, share)
@@ -64,17 +67,19 @@ def make_source(options: Data, tokenizer: Tokenizer | None, vocab_size: int | No
 def load_data(
     config: Config, tokenizer: Tokenizer | None, vocab_size: int | None = None, prepares: bool = True
 ) -> Dataset:
-    """The corpora of a run, memory-mapped. What is not prepared yet is prepared in job.dump_folder/data.
+    """The corpora of a run, memory-mapped. Data that are not prepared yet are prepared in job.dump_folder/data.
 
-    vocab_size: rows of the model's embedding, where they are known. prepares: false where another rank has.
-    Raises UserError for bad options or documents, and for a prepared folder made with another tokenizer.
+    vocab_size: rows of the model's embedding, where they are known. prepares: true on the rank that prepares data and
+    compares prepared folders with their checksums; the others come after it.
+    Raises UserError for bad options or documents, and for a prepared folder that is damaged or made with another
+    tokenizer.
     """
     options, validation_paths = config.data, config.validation.paths if config.validation.enable else []
     if options.source == "prepared":
         if not options.paths:
             raise UserError("data.paths: is empty: data.source = prepared needs folders of tidar.prepare_data")
         training, validation = (
-            [Corpus.open(Path(path)) for path in paths] for paths in (options.paths, validation_paths)
+            [Corpus.open(Path(path), verify=prepares) for path in paths] for paths in (options.paths, validation_paths)
         )
         for path, corpus in zip([*options.paths, *validation_paths], training + validation):
             _check_tokenizer(path, corpus, tokenizer)
@@ -83,12 +88,12 @@ def load_data(
         folder = Path(config.job.dump_folder) / "data"
         paths = {"training": source.training_paths(options.paths), "validation": validation_paths}
         if prepares:
-            # bytes are read faster than a process starts
+            # reading bytes takes less time than starting a process
             processes = 1 if isinstance(tokenizer, BytesTokenizer) else os.cpu_count() or 1
             for name in paths:
                 if paths[name]:
                     prepare(source, make_source, paths[name], folder / name, processes, progress_printer())
-        training, validation = ([Corpus.open(folder / name)] if paths[name] else [] for name in paths)
+        training, validation = ([Corpus.open(folder / name, verify=prepares)] if paths[name] else [] for name in paths)
     if not any(len(corpus.tokens) for corpus in training):
         raise UserError(f"data.source = {options.source}: holds no documents to train on")
     recorded = [corpus.meta["tokenizer"]["size"] for corpus in training + validation if corpus.meta.get("tokenizer")]
@@ -100,7 +105,7 @@ def load_data(
 def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
     """Rows to train on and rows held out: those of the validation corpora, or of a share of the documents.
 
-    Raises UserError for weights that do not fit, and where one of the two is empty.
+    Raises UserError for weights that do not fit, and where one of the two has no row, or none with a target.
     """
     options, validation, training = config.data, config.validation, config.training
     weights = _weights_by_document_group(options, data.training)
@@ -118,7 +123,7 @@ def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
             return taken
         ends, weight = weights[corpus]
         weight = weight[np.searchsorted(ends, documents, side="right")]
-        # the share of a document that is left over, it is taken by a draw of its own
+        # the fraction of a weight is the probability of one more copy
         draws = _draw(documents + firsts[corpus], training.seed)
         return taken * (weight.astype(np.int64) + (draws < weight % 1))
 
@@ -129,20 +134,40 @@ def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
         validation_rows = PackedRows(data.validation, **rows)
     else:
         validation_rows = PackedRows(data.training, **rows, copies=is_held_out)
-    if not len(train_rows):
-        raise UserError(f"data.source = {options.source}: holds no documents to train on")
-    if validation.enable and not len(validation_rows):
-        raise UserError(
-            f"validation.enable = true: validation.share = {validation.share} of the documents holds none; "
-            "raise it, name validation.paths, or validate not at all"
-        )
+    _require_targets(train_rows, options, training.seq_len, "to train on")
+    if validation.enable:
+        if not len(validation_rows) + validation_rows.n_dropped + validation_rows.n_rows_dropped:
+            raise UserError(
+                f"validation.enable = true: validation.share = {validation.share} of the documents holds none; "
+                "raise it, name validation.paths, or set validation.enable = false"
+            )
+        _require_targets(validation_rows, options, training.seq_len, "held out")
     return train_rows, validation_rows
 
 
-def check_token_ids(data: Dataset, vocab_size: int, mask_token_id: int, mask_is_explicit: bool) -> str | None:
-    """Raises UserError for a token without a row in the embedding, and for the mask token where it stands in the data.
+def _require_targets(rows: PackedRows, options: Data, seq_len: int, use: str) -> None:
+    """Raises UserError where there is no row, or none with a target."""
+    if rows.n_dropped and not rows.n_documents:
+        raise UserError(
+            f"data.long_documents = drop: all {rows.n_dropped:,} documents {use} are longer than "
+            f"training.seq_len = {seq_len}; raise training.seq_len, or split them (data.long_documents = split)"
+        )
+    if len(rows) > rows.n_without_targets:
+        return
+    n_rows = len(rows) + rows.n_rows_dropped
+    if not n_rows:
+        raise UserError(f"data.source = {options.source}: holds no documents {use}")
+    remedy = "raise training.seq_len" + ("" if options.packing else ", or set data.packing = true")
+    raise UserError(
+        f"data.source = {options.source}: none of the {n_rows:,} rows {use} of training.seq_len = {seq_len} tokens "
+        f"holds a token to predict; {remedy}"
+    )
 
-    Where tidar.mask_token_id named it, the mask token may stand there: the warning returned then says how often.
+
+def check_token_ids(data: Dataset, vocab_size: int, mask_token_id: int, mask_is_explicit: bool) -> str | None:
+    """Raises UserError for a token without a row in the embedding, and where the data hold the mask token.
+
+    mask_is_explicit: tidar.mask_token_id names the mask token. The data may hold it then, and a warning is returned.
     """
     corpora = data.training + data.validation
     largest = max(len(corpus.counts) for corpus in corpora) - 1
@@ -151,14 +176,14 @@ def check_token_ids(data: Dataset, vocab_size: int, mask_token_id: int, mask_is_
     masks = sum(int(corpus.counts[mask_token_id]) for corpus in corpora if mask_token_id < len(corpus.counts))
     if not masks:
         return None
-    text = f"tidar.mask_token_id = {mask_token_id}: stands {masks:,} times in the data"
+    text = f"tidar.mask_token_id = {mask_token_id}: occurs {masks:,} times in the data"
     if not mask_is_explicit:
-        raise UserError(f"{text}; name a token that does not, or this one to train all the same")
-    return f"warning: {text}, where the model cannot tell it from a masked position"
+        raise UserError(f"{text}; name a token that does not occur, or name this one to train with it")
+    return f"warning: {text}, where the model cannot distinguish it from a masked position"
 
 
 def progress_printer() -> Callable[[Progress], None]:
-    """Shows on stderr how far a preparation is: a line that is written over on a terminal, else one now and then."""
+    """Shows the progress of a preparation on stderr: one line that is updated on a terminal, else a line every 10 s."""
     last = time.perf_counter()
 
     def show(progress: Progress) -> None:
@@ -184,7 +209,7 @@ def _check_tokenizer(path: str, corpus: Corpus, tokenizer: Tokenizer | None) -> 
     if made_with and tokenizer and made_with["sha256"] != tokenizer.digest:
         raise UserError(
             f"{path}: was prepared with the tokenizer {made_with['name']} ({made_with['size']} ids), "
-            f"and this run's is {tokenizer.name} ({tokenizer.size} ids): prepare it anew"
+            f"and this run's is {tokenizer.name} ({tokenizer.size} ids): prepare it again"
         )
 
 

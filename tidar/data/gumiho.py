@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tidar.data.corpus import BadDocument, Document
+from tidar.data.corpus import MOST_IDS, BadDocument, Document
 from tidar.data.source import Part, Source, find_files
 
 FILES_IN_A_PART = 256
-MOST_IDS = 2**24  # no vocabulary has more
 MOST_BYTES = 2**33  # of a file that is decompressed in memory
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tidar.config import UserError
 from tidar.data.corpus import Corpus
 from tidar.patterns import PADDING
 
@@ -26,8 +25,9 @@ class Packed:
     """Rows of one chunk of a corpus: first those that a long document fills, then those of packed pieces.
 
     first_row: its number in all rows. first_document: the chunk's first in the corpus. long_documents, long_ends:
-    documents longer than a row and, summed up, the rows that they fill. pieces: documents of the packed rows, in order,
-    counted from `first_document`. ends: where each packed row ends in `pieces`.
+    documents longer than a row and, summed up, the rows that they fill. kept_long: the numbers of those of these rows
+    that are kept; None: all. pieces: documents of the packed rows, in order, counted from `first_document`. ends: where
+    each packed row ends in `pieces`.
     """
 
     corpus: Corpus
@@ -37,18 +37,24 @@ class Packed:
     long_ends: np.ndarray
     pieces: np.ndarray
     ends: np.ndarray
+    kept_long: np.ndarray | None = None
 
     @property
     def n_long_rows(self) -> int:
+        if self.kept_long is not None:
+            return len(self.kept_long)
         return int(self.long_ends[-1]) if len(self.long_ends) else 0
 
 
 class PackedRows(Dataset[Row]):
     """Rows of corpora. A row is a sample, and its number the sample's id.
 
-    Documents that fit are kept whole and packed together, by best fit, longest first. A longer one is cut into full
-    rows and a rest ("split"), or left out ("drop"); a piece of a document is a document of its own: nothing predicts
+    Documents that fit are kept whole and packed together, by best fit, longest first. A longer one is split into full
+    rows and a rest ("split"), or dropped ("drop"); a piece of a document is a document of its own: nothing predicts
     its first token. Without packing every document is a row, truncated. Row EMPTY_ROW is padding.
+
+    A row without a target predicts nothing. Such rows of chats are dropped; others are kept.
+    n_without_targets: rows without a target that are kept. n_rows_dropped: those that are dropped.
     """
 
     def __init__(
@@ -66,11 +72,10 @@ class PackedRows(Dataset[Row]):
         self.packing = packing
         self.chunks: list[Packed] = []
         self.n_rows = self.n_documents = self.n_tokens = self.n_long = self.n_dropped = self.n_cut_tokens = 0
+        self.n_without_targets = self.n_rows_dropped = 0
         for number, corpus in enumerate(corpora):
             for first in range(0, len(corpus), CHUNK_DOCUMENTS):
                 lengths = np.diff(corpus.offsets[first : first + CHUNK_DOCUMENTS + 1])
-                if lengths.min() < 0:
-                    raise UserError("data.paths: a prepared folder's offsets.bin is damaged: prepare it anew")
                 documents = np.flatnonzero(lengths)
                 if copies:
                     documents = np.repeat(documents, copies(number, first + documents))
@@ -110,8 +115,50 @@ class PackedRows(Dataset[Row]):
             pieces.astype(np.uint32),
             ends.astype(np.uint32),
         )
+        self._drop_rows_without_targets(chunk)
         self.chunks.append(chunk)
         self.n_rows += chunk.n_long_rows + len(chunk.ends)
+
+    def _drop_rows_without_targets(self, chunk: Packed) -> None:
+        """Drops a chat's rows without a target from a chunk that is not added yet; counts those of others."""
+        corpus, first = chunk.corpus, chunk.first_document
+        is_split = np.zeros(CHUNK_DOCUMENTS, bool)
+        is_split[chunk.long_documents] = True
+        # by document: its piece in a packed row, which is the rest of a long one
+        is_piece = np.zeros(CHUNK_DOCUMENTS, bool)
+        is_piece[chunk.pieces] = True
+        documents = np.flatnonzero(is_piece)
+        starts, ends = corpus.offsets[first + documents], corpus.offsets[first + documents + 1]
+        if self.packing:
+            rests = np.where(is_split[documents], (ends - starts) % self.seq_len, ends - starts)
+            starts = ends - rests
+        else:
+            ends = np.minimum(ends, starts + self.seq_len)
+        piece_lengths = ends - starts
+        has_target = np.zeros(CHUNK_DOCUMENTS, bool)
+        has_target[documents] = corpus.have_targets(starts, ends)
+        begins = np.concatenate([[0], chunk.ends[:-1]]).astype(np.int64)
+        packed = np.logical_or.reduceat(has_target[chunk.pieces], begins) if len(chunk.ends) else np.zeros(0, bool)
+        # the full rows of long documents; a document that is taken several times has them several times
+        n_rows = np.diff(chunk.long_ends, prepend=0)
+        numbers = np.arange(n_rows.sum()) - np.repeat(chunk.long_ends - n_rows, n_rows)
+        starts = np.repeat(corpus.offsets[first + chunk.long_documents.astype(np.int64)], n_rows)
+        starts = starts + numbers * self.seq_len
+        unique, inverse = np.unique(starts, return_inverse=True)
+        long = corpus.have_targets(unique, unique + self.seq_len)[inverse]
+        n_without = int((~packed).sum() + (~long).sum())
+        if not n_without or not corpus.is_chat:
+            self.n_without_targets += n_without
+            return
+        self.n_rows_dropped += n_without
+        sizes = np.diff(chunk.ends.astype(np.int64), prepend=0)
+        gone = chunk.pieces[np.repeat(~packed, sizes)].astype(np.int64)
+        lengths = np.zeros(CHUNK_DOCUMENTS, np.int64)
+        lengths[documents] = piece_lengths
+        self.n_tokens -= int(lengths[gone].sum()) + int((~long).sum()) * self.seq_len
+        chunk.pieces = chunk.pieces[np.repeat(packed, sizes)]
+        chunk.ends = np.cumsum(sizes[packed]).astype(np.uint32)
+        chunk.kept_long = np.flatnonzero(long).astype(np.uint32)
 
     def __len__(self) -> int:
         return self.n_rows
@@ -135,6 +182,7 @@ class PackedRows(Dataset[Row]):
         offsets, seq_len = chunk.corpus.offsets, self.seq_len
         row -= chunk.first_row
         if row < chunk.n_long_rows:
+            row = row if chunk.kept_long is None else int(chunk.kept_long[row])
             number = int(np.searchsorted(chunk.long_ends, row, side="right"))
             part = row - (int(chunk.long_ends[number - 1]) if number else 0)
             document = chunk.first_document + int(chunk.long_documents[number])

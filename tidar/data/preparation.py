@@ -1,9 +1,9 @@
 """Any source to a prepared folder: documents tokenised once, by many processes, safe to kill and start again.
 
 The folder holds tokens.bin (uint16 or uint32), offsets.bin (int64), targets.bin (a bit for each token; absent where all
-are targets), counts.bin (int64, how often each token occurs), dropped.txt where documents were left out, and meta.json,
-which is written last: a folder that has it is whole. Until then finished parts lie in .tidar-parts and are not made
-again.
+are targets), counts.bin (int64, how often each token occurs), dropped.txt where documents were dropped, and meta.json
+with the checksums of these files. meta.json is written last: a folder that has it is whole. Until then .tidar-parts
+holds the finished parts, which the next call reuses.
 """
 
 import hashlib
@@ -19,24 +19,27 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from tidar.config import UserError, print_lines, printable
+from tidar.config.files import create_file, open_regular, parse_json, write_atomically
 from tidar.config.locks import FileLock
 from tidar.config.options import Data
 from tidar.data.chat import Chat
-from tidar.data.corpus import BadDocument, Corpus, Document
+from tidar.data.corpus import MOST_META_BYTES, REMEDY, BadDocument, Checksum, Corpus, Document, check_meta
 from tidar.data.source import Part, Source, lines_before
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 BLOCK_TOKENS = 2**22  # held at one time
 PARTS, LOCK = ".tidar-parts", ".tidar-lock"
+ARRAYS = ("tokens", "offsets", "targets", "counts")
 
 
 @dataclass
@@ -82,16 +85,19 @@ def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
     Raises UserError where it is whole and made by another, or without documents that data.on_error does not forgive.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        found = meta["plan"]
-    except (OSError, ValueError, KeyError):
+        with open_regular(folder / "meta.json") as file:
+            meta = parse_json(file.read(MOST_META_BYTES))
+        if isinstance(meta, dict) and "sha256" not in meta and "plan" in meta:
+            raise UserError(f"{folder}: an earlier version of tidar prepared it, without checksums; {REMEDY}")
+        meta = check_meta(meta)
+    except (OSError, ValueError):
         return False
     if meta["bad_documents"] and on_error == "fail":
         raise UserError(
             f"{folder}: was prepared without {meta['bad_documents']} bad documents, listed in dropped.txt; "
             "data.on_error = skip accepts that"
         )
-    different = [name for name in wanted if found.get(name) != wanted[name]]
+    different = [name for name in wanted if meta["plan"].get(name) != wanted[name]]
     if different:
         raise UserError(
             f"{folder}: was prepared from other {' and '.join(different)}; remove it, or choose another folder"
@@ -107,28 +113,33 @@ def prepare(
     processes: int,
     report: Callable[[Progress], None],
 ) -> None:
-    """Makes `folder` from the documents at `paths`, or what is missing of it.
+    """Prepares `folder` from the documents at `paths`, or what is missing of it.
 
-    make_source: makes `source` anew in another process. Where another process is at work in the folder, it is waited
-    for. Raises UserError for a document that cannot be used where data.on_error is "fail", and for a folder that holds
-    something else.
+    make_source: makes `source` in another process. Where another process prepares the folder, this one waits for it.
+    Raises UserError for a document that cannot be used where data.on_error is "fail", for a folder that holds something
+    else, and where the folder cannot be written, as on a full disk.
     """
     parts = source.parts(paths)
     wanted = plan(source, parts, paths)
-    _refuse_other_content(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK) as lock:
-        if not lock.acquire():
-            print_lines(f"{folder}: waits for another process that prepares data there", file=sys.stderr)
-            lock.acquire(wait=True)
-        if lock.warning:
-            print_lines(lock.warning, file=sys.stderr)
-        if not _is_prepared(folder, wanted, source.options.on_error):
-            _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
-            _join_parts(folder, source, parts, wanted)
-            # parts that a call with data.on_error = skip has left may lack documents
-            _is_prepared(folder, wanted, source.options.on_error)
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
+    try:
+        _refuse_other_content(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK) as lock:
+            if not lock.acquire():
+                print_lines(f"{folder}: waits for another process that prepares data there", file=sys.stderr)
+                lock.acquire(wait=True)
+            if lock.warning:
+                print_lines(lock.warning, file=sys.stderr)
+            if not _is_prepared(folder, wanted, source.options.on_error):
+                _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
+                _join_parts(folder, source, parts, wanted)
+                # parts that a call with data.on_error = skip has left may lack documents
+                _is_prepared(folder, wanted, source.options.on_error)
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+    except zipfile.BadZipFile:
+        raise UserError(f"{folder / PARTS}: is damaged; remove it and start again") from None
+    except OSError as error:
+        raise UserError(f"{folder}: the prepared data cannot be written ({error.strerror or error})") from None
 
 
 def _refuse_other_content(folder: Path) -> None:
@@ -148,11 +159,12 @@ def _prepare_parts(
     processes: int,
     report: Callable[[Progress], None],
 ) -> None:
-    plan_file = folder / "plan.json"
-    if not plan_file.is_file() or json.loads(plan_file.read_text(encoding="utf-8") or "null") != wanted:
+    if not _has_plan(folder, wanted):
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        _write(plan_file, lambda file: file.write(json.dumps(wanted).encode()))
+        write_atomically(folder / "plan.json", json.dumps(wanted))
     files = [_part_file(folder, number) for number in range(len(parts))]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     started = time.perf_counter()
@@ -178,9 +190,22 @@ def _prepare_parts(
         for result in pool.map(_work, jobs):
             count(result)
     except BrokenProcessPool:
-        raise UserError(f"{folder}: a process that prepares data there has died; start again to go on") from None
+        at_work = sorted({part.files[0] for part, file in jobs if not file.is_file()})[:processes]
+        raise UserError(
+            f"{folder}: the system ended a process that tokenised {' or '.join(at_work)}, as where memory is short: "
+            "start again with fewer processes (tidar.prepare_data --processes); finished parts are kept"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _has_plan(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the parts in `folder` are made by this plan."""
+    try:
+        with open_regular(folder / "plan.json") as file:
+            return not folder.is_symlink() and parse_json(file.read(MOST_META_BYTES)) == wanted
+    except (OSError, ValueError):
+        return False
 
 
 _source: Source
@@ -207,14 +232,13 @@ def _work(job: tuple[Part, Path]) -> tuple[int, int]:
 
 def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
     """Writes a part and returns its numbers of documents and tokens. A large file's tokens are held block by block."""
-    n_documents = n_tokens = n_blocks = held_tokens = 0
+    n_documents, n_tokens, n_blocks, held_tokens = -source.continues(part), 0, 0, 0
     held: list[Document] = []
     dropped: list[tuple[int, str, bool]] = []
     index = -1
 
-    def write(stream: BinaryIO) -> None:
-        nonlocal n_documents, n_tokens, n_blocks, held_tokens, index
-        with zipfile.ZipFile(stream, "w") as archive:
+    with _Output(file) as output:
+        with zipfile.ZipFile(output.file, "w") as archive:
 
             def put(name: str, array: np.ndarray) -> None:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -233,11 +257,11 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
             for index, document in enumerate(source.documents(part)):
                 if isinstance(document, BadDocument):
                     if source.options.on_error == "fail":
-                        place = source.place(part, index, lines_before(part))
+                        place = source.place(part, index, 0 if source.continues(part) else lines_before(part))
                         raise UserError(f"{place}: {document}; data.on_error = skip would leave it out")
                     dropped.append((index, str(document), True))
-                elif document is not None and not len(document.tokens):
-                    dropped.append((index, "holds no tokens", False))  # nothing that could be mended
+                elif document is not None and not len(document.tokens) and not source.continues(part):
+                    dropped.append((index, "holds no tokens", False))  # not an error
                 elif document is not None:
                     held.append(document)
                     held_tokens += len(document.tokens)
@@ -246,60 +270,65 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
             flush()
             put("dropped", np.frombuffer(json.dumps(dropped).encode(), np.uint8))
             put("places", np.array(index + 1))
-
-    _write(file, write)
+        output.commit()
     return n_documents, n_tokens
 
 
 def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[str, Any]) -> None:
-    """Puts the parts one behind the other, and writes meta.json last."""
+    """Concatenates the parts, and writes meta.json last."""
     tokenizer = wanted["tokenizer"]
     dtype = np.uint16 if tokenizer and tokenizer["size"] <= 2**16 else np.uint32
-    names = ("tokens", "offsets", "targets")
-    files = {name: open(folder / f"{name}.bin.partial", "wb") for name in names}  # noqa: SIM115
     counts = np.zeros(1, np.int64)
-    n_documents = n_tokens = n_targets = 0
+    n_documents = n_tokens = n_targets = n_bad = before = 0
     groups = [0] * len(wanted["paths"])
     dropped: list[tuple[str, str]] = []
-    n_bad = before = 0
     left_bits = np.zeros(0, np.uint8)
-    files["offsets"].write(np.zeros(1, np.int64).tobytes())
-    for number, part in enumerate(parts):
-        with np.load(_part_file(folder / PARTS, number)) as arrays:
-            before = before if part.start else 0
-            for index, reason, is_bad in json.loads(arrays["dropped"].tobytes()):
-                dropped.append((source.place(part, index, before), reason))
-                n_bad += is_bad
-            before += int(arrays["places"])
-            for block in itertools.count():
-                if f"tokens_{block}" not in arrays:
-                    break
-                tokens, lengths = arrays[f"tokens_{block}"], arrays[f"lengths_{block}"]
-                files["tokens"].write(tokens.astype(dtype).tobytes())
-                files["offsets"].write((n_tokens + np.cumsum(lengths)).astype(np.int64).tobytes())
-                bits = np.unpackbits(arrays[f"targets_{block}"])[: len(tokens)]
-                n_targets += int(bits.sum())
-                bits = np.concatenate([left_bits, bits])
-                whole = len(bits) // 8 * 8
-                files["targets"].write(np.packbits(bits[:whole]).tobytes())
-                left_bits = bits[whole:]
-                found = np.bincount(tokens, minlength=len(counts))
-                counts = np.pad(counts, (0, len(found) - len(counts))) + found
-                n_tokens += len(tokens)
-                n_documents += len(lengths)
-                groups[part.group] += len(lengths)
-    files["targets"].write(np.packbits(left_bits).tobytes())
-    for name, file in files.items():
-        _close(file)
-        if name == "targets" and n_targets == n_tokens:
-            (folder / "targets.bin.partial").unlink()
+    damaged = _damaged_texts(folder / PARTS, source, parts)
+    for left in folder.glob("*.partial"):  # of a process that was killed
+        left.unlink()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_Output(folder / f"{name}.bin")) for name in ARRAYS}
+        for number, part in enumerate(parts):
+            with np.load(_part_file(folder / PARTS, number)) as arrays:
+                before = before if part.start else 0
+                if damaged.get(number, number) == number:
+                    for index, reason, is_bad in json.loads(arrays["dropped"].tobytes()):
+                        dropped.append((source.place(part, index, before), reason))
+                        n_bad += is_bad
+                before += int(arrays["places"])
+                if number in damaged:
+                    continue
+                for block in itertools.count():
+                    if f"tokens_{block}" not in arrays:
+                        break
+                    tokens, lengths = arrays[f"tokens_{block}"], arrays[f"lengths_{block}"].astype(np.int64)
+                    starts = n_tokens + np.cumsum(lengths) - lengths
+                    if block == 0 and source.continues(part):
+                        starts = starts[1:]
+                    files["tokens"].write(tokens.astype(dtype))
+                    files["offsets"].write(starts)
+                    bits = np.unpackbits(arrays[f"targets_{block}"])[: len(tokens)]
+                    n_targets += int(bits.sum())
+                    bits = np.concatenate([left_bits, bits])
+                    whole = len(bits) // 8 * 8
+                    files["targets"].write(np.packbits(bits[:whole]))
+                    left_bits = bits[whole:]
+                    found = np.bincount(tokens, minlength=len(counts))
+                    counts = np.pad(counts, (0, len(found) - len(counts))) + found
+                    n_tokens += len(tokens)
+                    n_documents += len(starts)
+                    groups[part.group] += len(starts)
+        files["offsets"].write(np.array([n_tokens], np.int64))
+        files["targets"].write(np.packbits(left_bits))
+        files["counts"].write(counts)
+        if n_targets == n_tokens:
+            files.pop("targets")
             (folder / "targets.bin").unlink(missing_ok=True)
-        else:
-            os.replace(folder / f"{name}.bin.partial", folder / f"{name}.bin")
-    _write(folder / "counts.bin", lambda file: file.write(counts.tobytes()))
+        for file in files.values():
+            file.commit()
     if dropped:
         lines = "".join(printable(f"{place}: {reason}") + "\n" for place, reason in dropped)
-        _write(folder / "dropped.txt", lambda file: file.write(lines.encode()))
+        write_atomically(folder / "dropped.txt", lines)
     used = np.flatnonzero(counts)
     reasons = dict(sorted(Counter(reason for _, reason in dropped).items(), key=lambda item: (-item[1], item[0]))[:20])
     if sum(reasons.values()) < len(dropped):
@@ -317,26 +346,54 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
         "bad_documents": n_bad,
         "dropped_reasons": reasons,
         "paths": [{"path": path, "documents": n} for path, n in zip(wanted["paths"], groups)],
+        "sha256": {name: file.checksum.hexdigest() for name, file in files.items()},
         "plan": wanted,
     }
-    _write(folder / "meta.json", lambda file: file.write((json.dumps(meta, indent=2) + "\n").encode()))
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+
+def _damaged_texts(folder: Path, source: Source, parts: list[Part]) -> dict[int, int]:
+    """The parts of texts in several parts one of which is bad: number of each -> that of the first bad one."""
+    heads = list(itertools.accumulate(range(len(parts)), lambda head, n: head if source.continues(parts[n]) else n))
+    sizes = Counter(heads)
+    bad: dict[int, int] = {}
+    for number, head in enumerate(heads):
+        if sizes[head] > 1 and head not in bad:
+            with np.load(_part_file(folder, number)) as arrays:
+                if json.loads(arrays["dropped"].tobytes()):
+                    bad[head] = number
+    return {number: bad[head] for number, head in enumerate(heads) if head in bad}
 
 
 def _part_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.npz"
 
 
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    file = open(partial, "wb")  # noqa: SIM115
-    write(file)
-    _close(file)
-    os.replace(partial, path)
+class _Output:
+    """A file that is whole or not there. checksum: of what is written."""
 
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self.partial.unlink(missing_ok=True)
+        self.file = create_file(self.partial)
+        self.checksum = Checksum()
 
-def _close(file: BinaryIO) -> None:
-    """Closes a file that is on the disk then."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+    def write(self, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self.file.write(data)
+        self.checksum.update(data)
+
+    def commit(self) -> None:
+        """Puts the file in its place, flushed to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.partial, self.path)
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of a full disk: what could not be written before
+            self.file.close()
+        self.partial.unlink(missing_ok=True)

@@ -77,6 +77,10 @@ class Source(ABC):
         """
         return part.files[index]
 
+    def continues(self, part: Part) -> bool:
+        """Whether a part is one piece of a document of which the part before is another."""
+        return False
+
     def end_of_document(self, default: int | None) -> int | None:
         """Id of the token of data.end_of_document, which is appended to each document; None: none is appended.
 

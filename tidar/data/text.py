@@ -1,11 +1,13 @@
 """Text: JSON lines, JSON arrays, plain files (one is one document) and Parquet; gzip, and zstd with the extra data."""
 
+import mmap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tidar.data.corpus import BadDocument, Document
+from tidar.data.pieces import cut_points
 from tidar.data.source import (
+    PART_BYTES,
     UNREADABLE,
     Part,
     Source,
@@ -14,6 +16,7 @@ from tidar.data.source import (
     divide_files,
     divide_lines,
     divide_rows,
+    file_size,
     find_files,
     is_array,
     parse_json,
@@ -32,6 +35,10 @@ def is_parquet(part: Part) -> bool:
     return part.files[0].lower().endswith(PARQUET)
 
 
+def _is_plain(part: Part) -> bool:
+    return part.files[0].lower().endswith(PLAIN)
+
+
 class RecordSource(Source):
     """Files of records: JSON lines, JSON arrays and Parquet. Subclasses make a document of a record."""
 
@@ -48,7 +55,12 @@ class RecordSource(Source):
             plain: list[str] = []
             for file in find_files(path, self.suffixes):
                 if file.lower().endswith(PLAIN) and PLAIN[0] in self.suffixes:
-                    plain.append(file)
+                    pieces = self.divide_text(group, file)
+                    if len(pieces) > 1:
+                        found += divide_files(group, plain) + pieces
+                        plain = []
+                    else:
+                        plain.append(file)
                     continue
                 found += divide_files(group, plain)
                 plain = []
@@ -62,6 +74,17 @@ class RecordSource(Source):
                     found += divide_lines(group, file)
             found += divide_files(group, plain)
         return found
+
+    def divide_text(self, group: int, file: str) -> list[Part]:
+        """Parts of one text that give the tokens of the whole; none where it is small or cannot be cut."""
+        try:
+            if file_size(file) <= PART_BYTES:
+                return []
+            with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                ends = cut_points(content, self.tokenizer.cuts, PART_BYTES)
+        except OSError:
+            return []  # its reader says so
+        return [Part(group, (file,), start, stop) for start, stop in zip([0, *ends], ends)]
 
     def place(self, part: Part, index: int, before: int) -> str:
         if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst")):
@@ -93,8 +116,16 @@ class Text(RecordSource):
     def columns(self) -> tuple[str, ...]:
         return (self.options.text_field,)
 
+    def continues(self, part: Part) -> bool:
+        return _is_plain(part) and part.start > 0
+
+    def place(self, part: Part, index: int, before: int) -> str:
+        return part.files[index] if _is_plain(part) else super().place(part, index, before)
+
     def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
         end = self.end_of_document(self.tokenizer.end_of_text)
+        if _is_plain(part) and part.stop is not None and part.stop < file_size(part.files[0]):
+            end = None  # the text continues in the next part
 
         def encode(texts: list[str]) -> list[Document]:
             return [self.finish(tokens, None, end) for tokens in self.tokenizer.encode(texts)]
@@ -102,12 +133,15 @@ class Text(RecordSource):
         yield from batched(self._texts(part), encode, size=len)
 
     def _texts(self, part: Part) -> Iterator[str | BadDocument | None]:
-        if part.stop is None and part.files[0].lower().endswith(PLAIN):
+        if _is_plain(part):
             for file in part.files:
                 try:
-                    yield Path(file).read_bytes().decode("utf-8-sig")
+                    with open(file, "rb") as stream:
+                        stream.seek(part.start)
+                        content = stream.read(-1 if part.stop is None else part.stop - part.start)
+                    yield content.decode("utf-8" if part.start else "utf-8-sig")
                 except UnicodeDecodeError as error:
-                    yield BadDocument(f"is not UTF-8 (byte {error.start})")
+                    yield BadDocument(f"is not UTF-8 (byte {part.start + error.start})")
                 except OSError as error:
                     yield BadDocument(f"cannot be read ({error.strerror})")
             return

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from tidar.config import UserError
+from tidar.data.pieces import BETWEEN_CHARACTERS, cut_pattern, cut_points
+
+PIECE_BYTES = 2**18  # of a long text, tokenised at one time; the library takes 150 bytes of memory for each
 
 
 class BytesTokenizer:
@@ -19,6 +22,7 @@ class BytesTokenizer:
     end_of_text = 256
     digest = "bytes"
     chat_template = None
+    cuts = BETWEEN_CHARACTERS
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Tokens of each text."""
@@ -32,7 +36,7 @@ class FolderTokenizer:
     """The tokenizer in a local folder, as transformers loads it.
 
     size: one more than its last id. end_of_text: the id of <|endoftext|>, else of its eos_token, None without either.
-    digest: SHA-256 of all that decides about tokens.
+    digest: SHA-256 of all that decides about tokens. cuts: where a long text may be cut, see `pieces.cut_pattern`.
     """
 
     def __init__(self, folder: Path):
@@ -60,11 +64,20 @@ class FolderTokenizer:
         state = json.loads(self.backend.backend_tokenizer.to_str())
         meaning = {name: state.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         self.digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+        self.cuts = cut_pattern(state)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Tokens of each text."""
-        if not texts:
-            return []
+        """Tokens of each text. A long one is tokenised in pieces."""
+        if self.cuts and any(len(text) > PIECE_BYTES for text in texts):
+            return [np.concatenate([self._encode([piece])[0] for piece in self._pieces(text)]) for text in texts]
+        return self._encode(texts) if texts else []
+
+    def _pieces(self, text: str) -> list[str]:
+        content = text.encode("utf-8", "surrogatepass")
+        ends = cut_points(content, self.cuts, PIECE_BYTES)
+        return [content[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends)]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self.backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 

@@ -42,6 +42,7 @@ def summarize(
         long_documents += f", {training_rows.n_cut_tokens:,} tokens cut"
     if n_left_out:
         long_documents += f", {n_left_out:,} bad or empty ones left out"
+    long_documents += _without_targets(training_rows)
     name = config.model.hf_path or config.model.name
     blocks = [f"blocks of {config.tidar.block_size}"] if "diffusion" in pattern.losses else []
     drawn = [f"{name} {value}" for name, value in experiments(config).items()]
@@ -49,7 +50,7 @@ def summarize(
         "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",
         "data": f"{config.data.source}, {training_rows.n_tokens:,} tokens of {training_rows.n_documents:,} documents "
         f"in {len(training_rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
-        f"{len(held_out_rows):,} rows held out",
+        f"{len(held_out_rows):,} rows held out{_without_targets(held_out_rows)}",
         "pattern": ", ".join(
             [config.tidar.pattern, *blocks, *drawn, f"{pattern.model_positions(seq_len)} model positions a row"]
         ),
@@ -60,6 +61,11 @@ def summarize(
         "engine": engine,
     }
     return [f"{name:<8} {text}" for name, text in lines.items()]
+
+
+def _without_targets(rows: PackedRows) -> str:
+    kept = f", {rows.n_without_targets:,} rows without a target" if rows.n_without_targets else ""
+    return kept + (f", {rows.n_rows_dropped:,} rows without a target dropped" if rows.n_rows_dropped else "")
 
 
 def _memory(config: Config, parameters: int, param_bytes: int, world_size: int, micro_batches: int) -> str:

@@ -108,10 +108,10 @@ def document_lengths(documents: str | None, seq_len: int | None, default: int) -
     """Document lengths of a row. Raises UserError for invalid ones, or if they do not add up to a given `seq_len`."""
     if documents is None:
         return [seq_len or default]
-    lengths = documents.split(",")
-    if not all(length.strip().isdecimal() and int(length) > 0 for length in lengths):
+    words = documents.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--documents {documents}: must be integers >= 1, separated by commas")
-    lengths = [int(length) for length in lengths]
+    lengths = [int(word) for word in words]
     if seq_len is not None and sum(lengths) != seq_len:
         raise UserError(f"--documents {documents}: add up to {sum(lengths)}, must add up to --seq_len {seq_len}")
     return lengths

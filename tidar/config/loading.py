@@ -111,9 +111,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=48, width=118),
     )
     for section in dataclasses.fields(Config):
-        group = parser.add_argument_group(f"[{section.name}] {section.type.__doc__.rstrip('.')}")
-        for field in dataclasses.fields(section.type):
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        kind: Any = section.type
+        group = parser.add_argument_group(f"[{section.name}] {kind.__doc__.rstrip('.')}")
+        values = kind()
+        for field in dataclasses.fields(kind):
+            default = getattr(values, field.name)
             text = field.metadata["help"] + ("" if default == "" else f" [{_show(default)}]")
             arguments: dict[str, Any] = {"metavar": _allowed(field), "help": text.replace("%", "%%")}
             if field.type is bool:
@@ -208,14 +210,15 @@ def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
 def _allowed(field: dataclasses.Field) -> str:
     if typing.get_origin(field.type) is typing.Literal:
         return "|".join(_show(choice) for choice in typing.get_args(field.type))
-    words = {
+    kinds: dict[Any, str] = {
         int: "integer",
         float: "number",
         bool: "true|false",
         str: "text",
         list[float]: "list of numbers",
         list[int]: "list of integers",
-    }.get(field.type, "list of texts")
+    }
+    words = kinds.get(field.type, "list of texts")
     minimum, maximum, above, below = (field.metadata[bound] for bound in ("minimum", "maximum", "above", "below"))
     if above is not None:
         words += f" > {above}"
@@ -243,11 +246,7 @@ def _show(value: Any) -> str:
 
 
 def _all_names() -> list[str]:
-    return [
-        f"{section.name}.{field.name}"
-        for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(section.type)
-    ]
+    return [f"{section}.{name}" for section, options in vars(Config()).items() for name in vars(options)]
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

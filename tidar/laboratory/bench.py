@@ -32,7 +32,8 @@ def bench(
     pairs = int(pattern_mask(pattern, documents).allowed_pairs())
     lines = [*_build_times(pattern, documents), "", HEADER]
     wrong = []
-    for name, attend in {"flex": attention, "flash": partial(attention, flash=True), "sdpa": attention}.items():
+    backends: dict[str, Callable] = {"flex": attention, "flash": partial(attention, flash=True), "sdpa": attention}
+    for name, attend in backends.items():
         if name == "flash" and find_spec("flash_attn") is None:
             lines.append(f"{name:<8} is not installed (the package flash-attn-4)")
             continue
@@ -85,13 +86,15 @@ def _inputs(rows: int, positions: int, shape: tuple[int, int, int], device: torc
 
 def _error(name: str, attend: Callable, pattern: Pattern, lengths: list[int], shape, device: torch.device) -> float:
     """Largest error of output and gradients, on rows shortened to CHECKED tokens."""
-    shortened, left = [], CHECKED
+    shortened: list[int] = []
+    left = CHECKED
     for length in lengths:
         shortened, left = shortened + [min(length, left)], left - min(length, left)
     documents, positions = _documents(pattern, [length for length in shortened if length], 2, device)
     *inputs, d_out = _inputs(2, positions, shape, device)
     results = []
-    for kind, backend, function in ((torch.float64, "sdpa", attention), (torch.bfloat16, name, attend)):
+    exactly: tuple[torch.dtype, str, Callable] = (torch.float64, "sdpa", attention)
+    for kind, backend, function in (exactly, (torch.bfloat16, name, attend)):
         tensors = [tensor.to(kind).requires_grad_() for tensor in inputs]
         out = function(*tensors, MaskBuilder(pattern, backend)(documents).attention)
         results.append([out.detach(), *torch.autograd.grad(out, tensors, d_out.to(kind))])

@@ -52,8 +52,7 @@ class BlockPattern(Pattern):
             offset = int(torch.randint(size, (), generator=draw(seed, "offset"))) if self.random_block_offset else 0
             sizes.append([size])
             offsets.append([offset])
-        size, offset = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (sizes, offsets))
-        return Blocks(size, offset)
+        return Blocks(*(torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (sizes, offsets)))
 
     def block_bounds(self, first: Tensor, index: Tensor, end: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
         """First token of each token's block and the one after its last, `[batch, seq_len]` int32.

@@ -1,6 +1,14 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when imported; the suite has a core for each worker
+
 import pytest
 import torch
+import uneven  # noqa: F401  (registers the source)
 from rank_pool import RankPool
+
+from tidar.config import load_config
+from tidar.training.inputs import load_inputs
 
 
 def pytest_collection_modifyitems(items):
@@ -23,17 +31,34 @@ def without_gpu(request, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Calls the main() of a command with arguments, without a process of its own. Exit code, stdout and stderr."""
+
+    def call(main, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def ranks():
-    """Four processes that train together, as many of them as a run wants."""
-    with RankPool(4) as pool:
+    """Processes that train together, as many of them as a run wants."""
+    with RankPool() as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
-def uneven_data(tmp_path_factory, ranks) -> str:
+def uneven_data(tmp_path_factory) -> str:
     """Options that train on the source "uneven", prepared."""
     folder = tmp_path_factory.mktemp("uneven")
-    options = "--data.source uneven --validation.enable false --training.steps 0 --job.dump_folder"
-    ranks.run(1, *options.split(), str(folder))
+    options = "--data.source uneven --validation.enable false --job.dump_folder"
+    load_inputs(load_config([*options.split(), str(folder)]))
     return f"--data.source prepared --data.paths {folder / 'data' / 'training'} --data.num_workers 0"

@@ -16,16 +16,18 @@ ROOT = Path(__file__).parent.parent
 
 
 class RankPool:
-    def __init__(self, size: int):
+    """Its processes are started when a run first wants so many."""
+
+    def __init__(self):
+        self.processes: list[subprocess.Popen] = []
+
+    def _start(self) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "tests/rank_pool.py"], cwd=ROOT, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for _ in range(size)
-        ]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "tests/rank_pool.py"], cwd=ROOT, text=True,
+            env=environment | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     def __enter__(self):
         return self
@@ -44,6 +46,8 @@ class RankPool:
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
         "error" if it has ended with one of the user's.
         """
+        while len(self.processes) < ranks:
+            self.processes.append(self._start())
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

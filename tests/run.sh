@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests; further arguments go to pytest. Sets up an environment first if there is none.
+# Runs the tests: all of them in two processes, or, with arguments, pytest with these. Sets up an environment first if
+# there is none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$("${PYTHON:-python3}" scripts/environment.py test)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m pytest tests "$@"
+if [ $# -eq 0 ] && [ "$(nproc)" -gt 1 ]; then
+    set -- -n 2 --dist loadfile
+fi
+exec "$PYTHON" -m pytest "$@"

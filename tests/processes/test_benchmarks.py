@@ -1,13 +1,12 @@
 """The benchmarks run anywhere: with the debug model on a CPU."""
 
 import json
-import subprocess
-import sys
 
+import pytest
 import torch
 from results import read_metrics
 
-from tidar.benchmarks import train_step
+from tidar.benchmarks import attention, matmul, profile, train_step
 from tidar.benchmarks.baseline import _loss
 from tidar.benchmarks.cases import WARM_UP, first_batches, running
 from tidar.config import load_config
@@ -15,18 +14,24 @@ from tidar.distributed import leave_world
 from tidar.training.trainer import Trainer
 
 
-def run(name: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", f"tidar.benchmarks.{name}", *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def run(call):
+    """Calls a benchmark; returns what it prints."""
+
+    def run(benchmark, *arguments: str) -> str:
+        code, output, error = call(benchmark.main, *arguments)
+        assert code == 0, error
+        return output
+
+    return run
 
 
 SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--data.num_workers", "0")
 
 
-def test_train_step_measures_a_case_its_baseline_and_its_start():
-    output = run("train_step", "--case", "debug", *SMALL, "--steps", "2", "--baseline", "--overhead", "--start")
+def test_train_step_measures_a_case_its_baseline_and_its_start(run, monkeypatch):
+    monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
+    output = run(train_step, "--case", "debug", *SMALL, "--steps", "2", "--baseline", "--overhead", "--start")
     (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
     assert result["case"] == "debug" and result["torch"] == torch.__version__
     assert result["ratio"] == result["tokens_per_second"] / result["baseline_tokens_per_second"]
@@ -74,8 +79,8 @@ def test_the_baselines_micro_batches_have_the_losses_of_the_whole():
         assert torch.isclose(sum(parts).double(), expected, rtol=1e-5)
 
 
-def test_profile_tells_every_kind_and_its_floor():
-    output = run("profile", *SMALL, "--steps", "2")
+def test_profile_tells_every_kind_and_its_floor(run):
+    output = run(profile, *SMALL, "--steps", "2")
     table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
     times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
     assert min(*times["products"], *times["attention forward"], *times["norm and elementwise"]) > 0
@@ -97,8 +102,8 @@ def test_training_writes_traces(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_products_are_those_of_the_decoder():
-    _, _, *lines = run("products", *SMALL, "--only", "down", "d_gate_up").splitlines()
+def test_products_are_those_of_the_decoder(run):
+    _, _, *lines = run(matmul, *SMALL, "--only", "down", "d_gate_up").splitlines()
     assert [line.split()[:6] for line in lines] == [
         ["down", "128", "x", "512", "x", "192"],
         ["d_gate_up", "1024", "x", "128", "x", "192"],
@@ -106,8 +111,8 @@ def test_products_are_those_of_the_decoder():
     assert all(float(line.split("torch ")[1].split()[0]) > 0 for line in lines)
 
 
-def test_attention_compares_masks():
-    output = run("attention", *SMALL)
+def test_attention_compares_masks(run):
+    output = run(attention, *SMALL)
     rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]
     assert len(rows) == 3 and all(float(number) > 0 for row in rows for number in row[-4:-3])
     assert "flash    model.attention_backend = flash: has no backward pass without CUDA" in output

@@ -1,11 +1,8 @@
 """Weights in from Hugging Face's folders and state dicts, the mask token, and weights out."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +17,12 @@ from tidar.config import UserError, load_config
 from tidar.data import load_tokenizer
 from tidar.distributed import leave_world
 from tidar.export import export
+from tidar.export import main as export_command
 from tidar.models import from_pretrained
 from tidar.models.huggingface import read_model, resolve_model
 from tidar.models.huggingface.export import write_huggingface_folder
 from tidar.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
 SHORT = "--data.source uneven --training.seq_len 32 --training.local_batch_size 2 --data.num_workers 0".split()
 SHORT += "--validation.enable false --metrics.log_freq 1".split()
 TOKENS = 263  # ids of the tokenizer that tests write
@@ -60,12 +57,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_round_trip_is_bit_for_bit(published, tmp_path):
+def test_round_trip_is_bit_for_bit(published, tmp_path, call):
     """Folder, trainer, checkpoint, export, where nothing was trained: all but the mask token's row."""
     run, out = tmp_path / "run", tmp_path / "out"
     train(run, "--model.hf_path", str(published), "--training.steps", "0", "--tidar.block_size", "5")
-    command = [sys.executable, "-m", "tidar.export", "--checkpoint", run / "checkpoint" / "step-0", "--output", out]
-    subprocess.run(command, cwd=ROOT, check=True)
+    assert call(export_command, "--checkpoint", run / "checkpoint" / "step-0", "--output", out)[0] == 0
     before, after = tensors(published), tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -200,7 +196,7 @@ def test_the_mask_token_is_the_first_free_row(tmp_path):
         resolve("--model.hf_path", str(tmp_path), "--tidar.mask_token_id", str(TOKENS))
 
 
-def test_a_full_vocabulary_grows(tmp_path, capfd):
+def test_a_full_vocabulary_grows(tmp_path, capfd, call):
     """New rows, of the embedding and of the output, start as the mean; the export says that it has grown."""
     folder, run, out = tmp_path / "in", tmp_path / "run", tmp_path / "out"
     make_model("qwen2", tie_word_embeddings=False, vocab_size=TOKENS).save_pretrained(folder)
@@ -208,8 +204,7 @@ def test_a_full_vocabulary_grows(tmp_path, capfd):
     train(run, "--model.hf_path", str(folder), "--training.steps", "0")
     assert "grows from 263 to 320 rows" in capfd.readouterr().out
     arguments = ["--checkpoint", run / "checkpoint" / "step-0", "--output", out, "--dtype", "float32"]
-    subprocess.run([sys.executable, "-m", "tidar.export", *arguments], cwd=ROOT, check=True)
-    assert "has grown from 263 to 320 rows" in capfd.readouterr().out
+    assert "has grown from 263 to 320 rows" in call(export_command, *arguments)[1]
     config = json.loads((out / "config.json").read_text())
     assert config["vocab_size"] == 320 and config["tidar"]["vocab_size_before_mask_token"] == 263
     before, after = tensors(folder), tensors(out)
@@ -325,20 +320,19 @@ def test_epochs_are_exported(tmp_path):
     assert model.dtype == torch.bfloat16
 
 
-def test_the_export_target_is_not_overwritten(tmp_path):
+def test_the_export_target_is_not_overwritten(tmp_path, call):
     train(tmp_path / "run", "--training.steps", "0")
     checkpoint, out = tmp_path / "run" / "checkpoint" / "step-0", tmp_path / "out"
     out.mkdir()
     export(checkpoint, out, torch.bfloat16)  # an empty one may be there
     before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
-    command = [sys.executable, "-m", "tidar.export", "--output", out, "--checkpoint"]
     for source, message in (
         (checkpoint, f"--output {out}: exists and is not an empty folder"),
         (tmp_path / "run", "must be a checkpoint of a run"),
     ):
-        result = subprocess.run([*command, source], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
-        assert len(result.stderr.splitlines()) <= 2
+        code, _, error = call(export_command, "--output", out, "--checkpoint", source)
+        assert code == 1 and error.startswith("error: ") and message in error
+        assert len(error.splitlines()) <= 2
     assert before == sorted((path.name, path.read_bytes()) for path in out.iterdir())
     assert not list(tmp_path.glob("*.partial"))
 
@@ -425,18 +419,14 @@ def test_data_beyond_the_embedding_is_refused_though_the_vocabulary_may_grow(tmp
         train(tmp_path / "run", "--model.hf_path", str(tmp_path / "in"), "--training.steps", "0")
 
 
-def test_two_ranks_export_what_one_does(tmp_path):
+def test_two_ranks_export_what_one_does(tmp_path, ranks):
     """At the end of an epoch, of a model whose vocabulary has grown and does not divide by two."""
     make_model("qwen2", vocab_size=TOKENS, tie_word_embeddings=False).save_pretrained(tmp_path / "in")
     write_tokenizer(tmp_path / "in")
     options = [*SHORT, "--model.hf_path", str(tmp_path / "in"), "--training.epochs", "1", "--checkpoint.export_epochs"]
     options += ["1", "--training.global_batch_size", "128", "--training.local_batch_size", "64"]
     for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        folder = ["--job.dump_folder", str(tmp_path / str(processes))]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *launcher, "tests/uneven.py", *options, *folder]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        ranks.run(processes, *options, "--job.dump_folder", str(tmp_path / str(processes)))
     one, two = (tensors(tmp_path / str(processes) / "export" / "epoch_1") for processes in (1, 2))
     assert one.keys() == two.keys()
     for name in one:

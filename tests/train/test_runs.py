@@ -13,6 +13,7 @@ import pytest
 import torch
 from results import read_metrics
 
+from tidar import check
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.training.compile_ahead import Compiler, Work
@@ -205,7 +206,6 @@ def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
 
 
 BAD_RUNS = {
-    ("CONFIG_FILE=/no/such.toml",): "job.config_file = /no/such.toml: cannot be read",
     ("NGPU=two",): "NGPU = two: must be integer >= 1",
     ("LOG_RANK=1",): "LOG_RANK = 1: must be ranks from 0 to 0",
     ("NNODES=2", "MASTER_ADDR=localhost"): "NODE_RANK: must be this node's number where NNODES = 2",
@@ -219,19 +219,23 @@ BAD_RUNS = {
 }
 
 
-def test_bad_runs_are_refused_in_two_lines(tmp_path):
-    processes = {}
+def test_bad_runs_are_refused_in_two_lines(tmp_path, call, monkeypatch):
     for number, arguments in enumerate(BAD_RUNS):
         words = ["--job.dump_folder", str(tmp_path / "runs" / str(number))]
         words += [word.format(empty=tmp_path) for word in arguments]
-        variables = [word for word in words if word[0].isupper()]
-        options = [word for word in words if not word[0].isupper()]
-        command = ["env", f"PYTHON={sys.executable}", *variables, "./run_train.sh", *options]
-        processes[arguments] = start(command)
-    for arguments, process in processes.items():
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 1, arguments
-        assert BAD_RUNS[arguments] in output and len(output.splitlines()) <= 2
+        with monkeypatch.context() as patch:
+            for variable in ("NGPU=1", *(word for word in words if word[0].isupper())):
+                patch.setenv(*variable.split("="))
+            code, output, error = call(check.main, *(word for word in words if not word[0].isupper()))
+        assert code == 1 and not output, arguments
+        assert BAD_RUNS[arguments] in error and len(error.splitlines()) <= 2
+
+
+def test_the_launcher_passes_a_refusal_on():
+    process = start(["env", f"PYTHON={sys.executable}", "CONFIG_FILE=/no/such.toml", "./run_train.sh"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and len(output.splitlines()) <= 2
+    assert "job.config_file = /no/such.toml: cannot be read" in output
 
 
 def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys):

@@ -6,4 +6,4 @@ import os
 # Read when torch is imported; what the user sets wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -19,6 +19,8 @@ from tidar.models.huggingface import (
     StepFolder,
     check_weights,
     decoder_config,
+    published_ranges,
+    published_shapes,
     read_config_json,
     read_metadata,
     write_huggingface_folder,
@@ -41,9 +43,14 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     weights = StepFolder(checkpoint)
     check_weights(weights, model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parts = published_ranges(shapes, model.config)
     try:
         write_huggingface_folder(
-            output, shapes, dtype, weights.pieces, lambda folder: shutil.copytree(checkpoint / ASSETS, folder)
+            output,
+            published_shapes(shapes, model.config),
+            dtype,
+            lambda name: weights.published_pieces(parts[name]),
+            lambda folder: shutil.copytree(checkpoint / ASSETS, folder),
         )
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None

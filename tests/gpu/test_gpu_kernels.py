@@ -106,18 +106,18 @@ def test_norm_backward_equals_plain_torch(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_backward_equals_autograd(dtype):
     """Of gradients that lie in memory as attention leaves them, and otherwise."""
-    for rows, positions, head_dim, sizes in ((2, 77, 24, [4, 2, 2]), (1, 300, 128, [12, 2, 2])):
-        heads = torch.randn(rows, positions, sum(sizes), head_dim, device=CUDA).to(dtype).requires_grad_()
+    for rows, positions, head_dim, n_heads, kv in ((2, 77, 24, 4, 2), (1, 300, 128, 12, 2), (1, 50, 32, 5, 5)):
+        heads = torch.randn(rows, positions, n_heads + 2 * kv, head_dim, device=CUDA).to(dtype).requires_grad_()
         for batch in {1, rows}:
             angles = torch.randn(batch, 1, positions, head_dim // 2, device=CUDA).repeat(1, 1, 1, 2)
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-            found = RotatedHeads.apply(heads, cos, sin, sizes)
+            found = RotatedHeads.apply(heads, cos, sin, kv)
             d_parts = [torch.randn_like(part) for part in found]
             d_parts[0] = d_parts[0].transpose(1, 2).contiguous().transpose(1, 2)
             d_parts[1] = d_parts[1].mT.contiguous().mT
             (gradient,) = torch.autograd.grad(found, heads, d_parts)
             wide = heads.detach().double().requires_grad_()
-            expected = RotatedHeads.forward(FakeContext(), wide, cos.double(), sin.double(), sizes)
+            expected = RotatedHeads.forward(FakeContext(), wide, cos.double(), sin.double(), kv)
             (exact,) = torch.autograd.grad(expected, wide, [part.double() for part in d_parts])
             assert gradient.is_contiguous() and relative(gradient, exact) < torch.finfo(dtype).eps
 
@@ -164,18 +164,9 @@ def test_each_tile_equals_plain_products(tile):
 
 @needs_quack
 def test_the_fused_mlp_equals_the_plain_one():
-    """With gate and up anywhere in memory, and concatenated."""
     for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
-        shapes = (2, n, dim), (hidden, dim), (hidden, dim), (dim, hidden), (2, n, dim)
-        x, gate, up, down, residual = (torch.randn(shape) / dim**0.25 for shape in shapes)
-        check_products(gated_mlp, plain_mlp, [x, gate, up, down, residual])
-        check_products(
-            of_concatenated(gated_mlp), of_concatenated(plain_mlp), [x, torch.cat([gate, up]), down, residual]
-        )
-
-
-def of_concatenated(mlp):
-    return lambda x, gate_up, down, residual: mlp(x, *gate_up.chunk(2), down, residual)
+        shapes = (2, n, dim), (2 * hidden, dim), (dim, hidden), (2, n, dim)
+        check_products(gated_mlp, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
 
 
 def check_products(fast, plain, inputs):
@@ -192,7 +183,8 @@ def check_products(fast, plain, inputs):
         assert all(fast <= 1.2 * plain for fast, plain in zip(errors[2], errors[1]))
 
 
-def plain_mlp(x, gate, up, down, residual):
+def plain_mlp(x, gate_up, down, residual):
+    gate, up = gate_up.chunk(2)
     return residual + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 

@@ -36,35 +36,33 @@ def test_products_are_those_of_rounded_operands(positions):
         model = Decoder(CONFIG)
     model.to_empty(device="cpu")
     mlp, dim = model.layers[0].mlp, model.config.dim
-    weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_up_proj, mlp.down_proj)]
     before = list(model.named_parameters())
     make_mlps_float8(model, emulate=True)
     for (name, parameter), (name_before, parameter_before) in zip(model.named_parameters(), before, strict=True):
         assert name == name_before and parameter is parameter_before
     replaced = [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
-    kinds = ("gate_proj", "up_proj", "down_proj")
+    kinds = ("gate_up_proj", "down_proj")
     assert sorted(replaced) == sorted(
         f"layers.{layer}.mlp.{kind}" for layer in range(CONFIG.n_layers) for kind in kinds
     )
     with torch.no_grad():
-        for module, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weights):
+        for module, weight in zip((mlp.gate_up_proj, mlp.down_proj), weights):
             module.weight.copy_(weight)
     x, d_out = torch.randn(positions, dim, requires_grad=True), torch.randn(positions, dim)
     found = mlp(x[None], torch.zeros(1, positions, dim))[0]
     found.backward(d_out)
 
-    narrow_x, w_gate, w_up, w_down = (rounded(matrix.detach(), E4M3) for matrix in (x, *weights))
-    gate, up = ((narrow_x @ weight.T).requires_grad_() for weight in (w_gate, w_up))
-    hidden = torch.nn.functional.silu(gate) * up
+    narrow_x, w_gate_up, w_down = (rounded(matrix.detach(), E4M3) for matrix in (x, *weights))
+    gate_up = (narrow_x @ w_gate_up.T).requires_grad_()
+    hidden = torch.nn.functional.silu(gate_up[:, : CONFIG.hidden_dim]) * gate_up[:, CONFIG.hidden_dim :]
     narrow_hidden, narrow_d_out = rounded(hidden.detach(), E4M3), rounded(d_out, E5M2)
-    d_gate, d_up = torch.autograd.grad(hidden, (gate, up), narrow_d_out @ w_down)
-    d_gate, d_up = rounded(d_gate, E5M2), rounded(d_up, E5M2)
+    d_gate_up = rounded(torch.autograd.grad(hidden, gate_up, narrow_d_out @ w_down)[0], E5M2)
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     close(found, narrow_hidden @ w_down.T)
-    close(x.grad, d_gate @ w_gate + d_up @ w_up)
+    close(x.grad, d_gate_up @ w_gate_up)
     close(mlp.down_proj.weight.grad, narrow_d_out.T @ narrow_hidden)
-    close(mlp.gate_proj.weight.grad, d_gate.T @ narrow_x)
-    close(mlp.up_proj.weight.grad, d_up.T @ narrow_x)
+    close(mlp.gate_up_proj.weight.grad, d_gate_up.T @ narrow_x)
 
 
 def test_training_follows_the_plain_one(tmp_path, ranks):

@@ -2,13 +2,12 @@ import random
 
 import pytest
 import torch
-from small_models import make_model
+from small_models import make_model, published_tensors
 
-from tidar.config import UserError
-from tidar.distributed.one_device import OneDevice
+from tidar.config import UserError, derive_seed
 from tidar.kernels import Kernels
 from tidar.kernels.backward import heads_backward, norm_backward
-from tidar.kernels.matmul import BENEATH, _concatenated
+from tidar.kernels.matmul import BENEATH
 from tidar.models import Decoder, DecoderConfig, from_pretrained, initialize, size_config
 from tidar.models.huggingface import decoder_config
 from tidar.training.compile_ahead import Noted, Work, layer_calls
@@ -92,8 +91,9 @@ def test_logits_and_gradients_are_those_of_transformers(case, dtype, bound, tmp_
     (expected * direction).sum().backward()
     (logits * direction).sum().backward()
     assert (logits - expected).norm() <= bound * expected.norm()
-    theirs = {name.removeprefix("model."): parameter.grad for name, parameter in published.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in published.named_parameters()}
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    ours = published_tensors(ours, options["num_attention_heads"], options["num_key_value_heads"])
     assert ours.keys() == theirs.keys()
     difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
     assert difference.norm() <= bound * torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
@@ -166,6 +166,13 @@ def test_first_values_depend_on_seed_and_name_alone():
 
     deep, shallow, other = values(4, seed=0), values(2, seed=0), values(2, seed=1)
     assert all(deep[name].equal(value) for name, value in shallow.items())
+    # seeded by the names of Hugging Face's base model
+    q, k, v, *_ = shallow["layers.1.self_attn.qkv_proj.weight"].split([16, 8, 8])
+    gate, up = shallow["layers.0.mlp.gate_up_proj.weight"].chunk(2)
+    named = {"1.self_attn.q_proj": q, "1.self_attn.k_proj": k, "1.self_attn.v_proj": v, "0.mlp.gate_proj": gate}
+    for name, value in (named | {"0.mlp.up_proj": up}).items():
+        generator = torch.Generator().manual_seed(derive_seed(0, f"layers.{name}.weight"))
+        assert value.equal(torch.empty(value.shape).normal_(0, 0.02, generator=generator))
     matrices = [name for name, value in shallow.items() if value.ndim == 2]
     assert not any(other[name].equal(shallow[name]) for name in matrices)
     assert len({shallow[name].flatten()[0].item() for name in matrices}) == len(matrices)
@@ -204,20 +211,6 @@ def test_what_is_compiled_ahead_is_what_a_layer_calls(family):
     forward, backward = layer_calls(work)
     assert len(forward) == 4 and len(backward) == 8
     assert layouts(noted.calls) == layouts(forward + backward)
-
-
-def test_gate_and_up_are_concatenated_in_place_on_one_device():
-    """Where the copies of one device lie; weights from elsewhere are copied."""
-    model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
-    initialize(model, seed=0)
-    with OneDevice(model, torch.bfloat16, accumulates=False).validating():
-        for layer in model.layers:
-            gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-            both = _concatenated(gate, up)
-            assert both.data_ptr() == gate.data_ptr() and both.equal(torch.cat([gate, up]))
-            for other in _concatenated(up, gate), _concatenated(gate.clone(), up), _concatenated(gate, gate):
-                assert other.data_ptr() not in (gate.data_ptr(), up.data_ptr())
-            assert _concatenated(up, gate).equal(torch.cat([up, gate]))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -28,7 +28,6 @@ class OneDevice:
         if param_dtype == torch.float32:
             return
         parameters = list(model.parameters())
-        # neighbours, as gate and up are, can then be read as one matrix
         ends = list(accumulate(-(-parameter.numel() // APART) * APART for parameter in parameters))
         memory = torch.empty(ends[-1], dtype=param_dtype, device=parameters[0].device)
         for start, parameter in zip([0, *ends], parameters):

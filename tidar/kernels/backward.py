@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tidar.kernels.norm import normalize
-from tidar.kernels.rotary import rotate
+from tidar.kernels.rotary import rotate, split_heads
 
 
 class NormWithResidual(torch.autograd.Function):
@@ -22,14 +22,12 @@ class NormWithResidual(torch.autograd.Function):
 
 
 class RotatedHeads(torch.autograd.Function):
-    """Queries, keys and values `[batch, heads, positions, head_dim]` of `[batch, positions, all heads, head_dim]`, the
-    former two turned by their positions. sizes: how many heads each has.
-    """
+    """`split_heads`, with queries and keys rotated by their positions."""
 
     @staticmethod
-    def forward(ctx, heads: Tensor, cos: Tensor, sin: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, heads: Tensor, cos: Tensor, sin: Tensor, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        q, k, v = (part.transpose(1, 2) for part in heads.split(sizes, dim=2))
+        q, k, v = split_heads(heads, n_kv_heads)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     @staticmethod
@@ -68,8 +66,10 @@ def heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tens
         from tidar.kernels import backward_triton
 
         return backward_triton.heads_backward(d_q, d_k, d_v, cos.contiguous(), sin.contiguous())
-    # turned back: the sines of both halves are the same
-    return torch.cat([rotate(d_q, cos, -sin), rotate(d_k, cos, -sin), d_v], dim=1).transpose(1, 2).contiguous()
+    # rotated back: the sines of both halves are the same
+    parts = [rotate(d_q, cos, -sin), rotate(d_k, cos, -sin), d_v]
+    groups = torch.cat([part.unflatten(1, (d_k.shape[1], -1)) for part in parts], dim=2)
+    return groups.flatten(1, 2).transpose(1, 2).contiguous()
 
 
 @heads_backward.register_fake

@@ -54,17 +54,18 @@ def _norm_backward_kernel(
 
 def heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """d_q, d_k, d_v: `[batch, heads of each, positions, head_dim]`; cos, sin: `[batch or 1, 1, positions, head_dim]`,
-    contiguous. Returns `[batch, positions, all heads, head_dim]`.
+    contiguous. Returns `[batch, positions, all heads, head_dim]`, grouped as `split_heads` has them.
     """
     batch, _, positions, head_dim = d_q.shape
     d_q, d_k, d_v = (part if part.stride(-1) == 1 else part.contiguous() for part in (d_q, d_k, d_v))
-    sizes = [part.shape[1] for part in (d_q, d_k, d_v)]
-    d_heads = d_q.new_empty(batch, positions, sum(sizes), head_dim)
-    _heads_backward_kernel[(triton.cdiv(positions, POSITIONS), sum(sizes), batch)](
+    n_heads, n_kv_heads = d_q.shape[1], d_k.shape[1]
+    all_heads = n_heads + 2 * n_kv_heads
+    d_heads = d_q.new_empty(batch, positions, all_heads, head_dim)
+    _heads_backward_kernel[(triton.cdiv(positions, POSITIONS), all_heads, batch)](
         *(d_q, d_k, d_v, cos, sin, d_heads),
         *(*d_q.stride()[:3], *d_k.stride()[:3], *d_v.stride()[:3]),
         *(0 if len(cos) == 1 else cos.stride(0), positions),
-        *(sizes[0], sizes[1], sum(sizes), head_dim // 2, triton.next_power_of_2(head_dim // 2), POSITIONS),
+        *(n_heads // n_kv_heads, all_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), POSITIONS),
         num_warps=HEAD_WARPS,
     )
     return d_heads
@@ -89,30 +90,29 @@ def _heads_backward_kernel(
     v_position,
     cos_batch,
     positions,
-    n_heads: tl.constexpr,
-    n_kv_heads: tl.constexpr,
+    queries: tl.constexpr,
     all_heads: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Some positions of one head: those of queries and keys turned back, those of values copied."""
+    """Some positions of one head: a query or key is rotated back, a value copied. queries: how many a group has."""
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    group, in_group = head // (queries + 2), head % (queries + 2)
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     lanes = tl.arange(0, BLOCK)[None, :]
     inside = (position < positions) & (lanes < HALF)
-    if head < n_heads:
-        source = d_q + row * q_batch + head * q_head + position * q_position.to(tl.int64) + lanes
-    elif head < n_heads + n_kv_heads:
-        source = d_k + row * k_batch + (head - n_heads) * k_head + position * k_position.to(tl.int64) + lanes
+    if in_group < queries:
+        q_index = group * queries + in_group
+        source = d_q + row * q_batch + q_index * q_head + position * q_position.to(tl.int64) + lanes
+    elif in_group == queries:
+        source = d_k + row * k_batch + group * k_head + position * k_position.to(tl.int64) + lanes
     else:
-        source = (
-            d_v + row * v_batch + (head - n_heads - n_kv_heads) * v_head + position * v_position.to(tl.int64) + lanes
-        )
+        source = d_v + row * v_batch + group * v_head + position * v_position.to(tl.int64) + lanes
     first = tl.load(source, mask=inside)
     second = tl.load(source + HALF, mask=inside)
     target = d_heads + ((row * positions + position) * all_heads + head) * (2 * HALF) + lanes
-    if head < n_heads + n_kv_heads:
+    if in_group <= queries:
         at = row * cos_batch + position * (2 * HALF) + lanes
         # the gradients of both halves of the cosines' and sines' products
         c1, c2 = tl.load(cos + at, mask=inside).to(tl.float32), tl.load(cos + at + HALF, mask=inside).to(tl.float32)

@@ -45,9 +45,10 @@ def make_mlps_float8(model: nn.Module, emulate: bool) -> None:
     """Replaces the linear modules of all MLPs; their parameters stay the same ones.
 
     Activations and weights become e4m3, gradients e5m2 (arXiv 2209.05433), each scaled by the largest magnitude of the
-    whole matrix, that of all positions of a micro-batch. Forward products on Hopper GPUs accumulate with fewer bits
-    than float32, as torchao has it by default. emulate: operands are rounded so, but multiplied in float32, for devices
-    without products in FP8. Raises UserError for sizes that these do not have.
+    whole matrix: that of all positions of a micro-batch, and that of gate and up together, which share a weight.
+    Forward matmuls on Hopper GPUs accumulate with fewer bits than float32, as torchao has it by default. emulate:
+    operands are rounded so, but multiplied in float32, for devices without FP8. Raises UserError for sizes that FP8
+    matmuls do not have.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -42,13 +42,13 @@ GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
 SMALL_K = 4096
 
 
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
-    """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
+def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+    """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
-    x, residual: `[..., dim]`; gate, up: `[hidden, dim]`; down: `[dim, hidden]`. For the backward pass it keeps the
+    x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. For the backward pass it keeps the
     inputs of the activation, and not its results.
     """
-    return _GatedMLP.apply(x.flatten(0, -2), gate, up, down, residual.flatten(0, -2)).view_as(x)
+    return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, residual.flatten(0, -2)).view_as(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -73,22 +73,22 @@ class _Linear(torch.autograd.Function):
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
-        preactivation, activation = gated_product(x, gate, up)
-        ctx.save_for_backward(x, gate, up, down, preactivation)
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+        preactivation, activation = gated_product(x, gate_up)
+        ctx.save_for_backward(x, gate_up, down, preactivation)
         return product(activation, down.T, residual)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        x, gate, up, down, preactivation = ctx.saved_tensors
+        x, gate_up, down, preactivation = ctx.saved_tensors
         d_preactivation, activation = gated_product_backward(d_out, down, preactivation)
         d_down = product(d_out.T, activation)
-        d_x = gated_input_backward(d_preactivation, gate, up)
-        return d_x, *gate_up_backward(d_preactivation, x).chunk(2), d_down, d_out
+        d_x = gated_input_backward(d_preactivation, gate_up)
+        return d_x, gate_up_backward(d_preactivation, x), d_down, d_out
 
 
-# Operators, because torch.compile cannot look into QuACK's kernels. Columns of gate and up are interleaved in what a
-# single product makes of both: so one tile has all that an element of the activation needs. What is beneath each one
+# Operators, because torch.compile cannot look into QuACK's kernels. Columns of gate and up are interleaved in the
+# result of their product: so one tile has all that an element of the activation needs. What is beneath each one
 # takes the number of multiprocessors, too, None for a CPU: `tidar.training.compile_ahead` calls it without a device
 
 
@@ -118,21 +118,21 @@ def _(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = 
 
 
 @torch.library.custom_op("tidar::gated_product", mutates_args=())
-def gated_product(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def gated_product(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """`x @ gate.T` and `x @ up.T`, interleaved, `[n, 2 * hidden]`; silu of the one times the other, `[n, hidden]`."""
-    return _gated_product(multiprocessors(x.device), x, gate, up)
+    return _gated_product(multiprocessors(x.device), x, gate_up)
 
 
-def _gated_product(count: int | None, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_product(count: int | None, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if count is None:
-        gate, up = x @ gate.T, x @ up.T
+        gate, up = (x @ gate_up.T).chunk(2, dim=1)
         return torch.stack([gate, up], dim=-1).flatten(1), F.silu(gate) * up
-    return quack_gated_product(x, _concatenated(gate, up), GATED_TILE)
+    return quack_gated_product(x, gate_up, GATED_TILE)
 
 
 @gated_product.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), 2 * len(gate)), x.new_empty(len(x), len(gate))
+def _(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(gate_up)), x.new_empty(len(x), len(gate_up) // 2)
 
 
 @torch.library.custom_op("tidar::gated_product_backward", mutates_args=())
@@ -160,33 +160,33 @@ def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tenso
 
 
 @torch.library.custom_op("tidar::gated_input_backward", mutates_args=())
-def gated_input_backward(d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def gated_input_backward(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of `x`, from that of `preactivation`, as of `gated_product`."""
-    return _gated_input_backward(multiprocessors(gate.device), d_preactivation, gate, up)
+    return _gated_input_backward(multiprocessors(gate_up.device), d_preactivation, gate_up)
 
 
-def _gated_input_backward(count: int | None, d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    if tile := best_tile(*d_preactivation.shape, gate.shape[1], count):
-        return quack_product(d_preactivation, _concatenated(gate, up), tile, concatenated=("B",))
-    return d_preactivation @ torch.stack([gate, up], dim=1).flatten(0, 1)
+def _gated_input_backward(count: int | None, d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+    if tile := best_tile(*d_preactivation.shape, gate_up.shape[1], count):
+        return quack_product(d_preactivation, gate_up, tile, concatenated=("B",))
+    return _concatenated(d_preactivation) @ gate_up
 
 
 @gated_input_backward.register_fake
-def _(d_preactivation: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return d_preactivation.new_empty(len(d_preactivation), gate.shape[1])
+def _(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+    return d_preactivation.new_empty(len(d_preactivation), gate_up.shape[1])
 
 
 @torch.library.custom_op("tidar::gate_up_backward", mutates_args=())
 def gate_up_backward(d_preactivation: Tensor, x: Tensor) -> Tensor:
-    """The gradients of gate and up, concatenated, `[2 * hidden, dim]`, from that of `preactivation`."""
+    """The gradient of `gate_up`, `[2 * hidden, dim]`, from that of `preactivation`, as of `gated_product`."""
     return _gate_up_backward(multiprocessors(x.device), d_preactivation, x)
 
 
 def _gate_up_backward(count: int | None, d_preactivation: Tensor, x: Tensor) -> Tensor:
-    (n, both), dim = d_preactivation.shape, x.shape[1]
-    if tile := best_tile(both, n, dim, count):
+    n, both = d_preactivation.shape
+    if tile := best_tile(both, n, x.shape[1], count):
         return quack_product(d_preactivation.T, x, tile, concatenated=("out",))
-    return (d_preactivation.T @ x).view(-1, 2, dim).transpose(0, 1).reshape(both, dim)
+    return _concatenated(d_preactivation).T @ x
 
 
 @gate_up_backward.register_fake
@@ -235,13 +235,9 @@ def quack_gated_product_backward(
     return gemm_dgated(d_out, down, preactivation, activation="swiglu", config=config, dynamic_scheduler=False)
 
 
-def _concatenated(gate: Tensor, up: Tensor) -> Tensor:
-    """`[2 * hidden, dim]`: in place where they lie so in memory, as the copies of `OneDevice` do."""
-    together = gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-    together = together and up.storage_offset() == gate.storage_offset() + gate.numel()
-    if together and gate.is_contiguous() and up.is_contiguous():
-        return gate.as_strided((2 * len(gate), gate.shape[1]), gate.stride())
-    return torch.cat([gate, up])
+def _concatenated(interleaved: Tensor) -> Tensor:
+    """Columns of gate and up, interleaved, as all of gate's and then all of up's: as the rows of `gate_up` lie."""
+    return interleaved.unflatten(1, (-1, 2)).mT.flatten(1)
 
 
 def _is_aligned(matrix: Tensor) -> bool:

@@ -42,6 +42,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def split_heads(heads: Tensor, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, `[batch, heads, positions, head_dim]`, of heads that are grouped by key/value head.
+
+    heads: `[batch, positions, n_heads + 2 * n_kv_heads, head_dim]`; a group is its query heads, its key, its value.
+    """
+    groups = heads.unflatten(2, (n_kv_heads, -1))
+    q, k, v = groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 @lru_cache
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians per position of each pair of dimensions, `[head_dim / 2]` float32.

@@ -1,4 +1,4 @@
-"""One decoder for the Qwen2, Qwen2.5 and Qwen3 family. Modules bear the names of Hugging Face's checkpoints."""
+"""One decoder for the Qwen2, Qwen2.5 and Qwen3 families."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tidar.kernels.backward import NormWithResidual, RotatedHeads
 from tidar.kernels.norm import RMSNorm
-from tidar.kernels.rotary import RopeScaling, rotary, rotate
+from tidar.kernels.rotary import RopeScaling, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
 from tidar.models.attention import Mask, attention
 
@@ -41,6 +41,12 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention with the residual connection.
+
+    Rows of `qkv_proj` are grouped by key/value head: for each one its `n_heads / n_kv_heads` query heads, then its key
+    head, then its value head, of `head_dim` rows each. So whole groups are a range of rows.
+    """
+
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.flash = kernels.flash
@@ -50,35 +56,33 @@ class Attention(nn.Module):
             from tidar.kernels.matmul import linear  # registers operators that nothing else needs
 
             self.linear = linear
-        self.head_dim = config.head_dim
-        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.dim, bias=config.o_bias)
+        self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
+        n_heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv_proj = nn.Linear(config.dim, n_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """The residual plus attention from x, all `[batch, positions, dim]`."""
         batch, positions, _ = x.shape
-        # one product: those of the few key and value heads alone would leave most of a GPU idle
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([projection.weight for projection in projections])
-        bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
-        sizes = [projection.out_features // self.head_dim for projection in projections]
-        heads = self.linear(x, weight, bias).view(batch, positions, -1, self.head_dim)
+        heads = self.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).view(batch, positions, -1, self.head_dim)
         if self.rotates_fused:
-            q, k, v = RotatedHeads.apply(heads, cos, sin, sizes)
+            q, k, v = RotatedHeads.apply(heads, cos, sin, self.n_kv_heads)
         else:
-            q, k, v = heads.split(sizes, dim=2)
-            q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k, v = split_heads(heads, self.n_kv_heads)
+            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(batch, positions, -1)
         return self.linear(out, self.o_proj.weight, self.o_proj.bias, residual)
 
 
 class MLP(nn.Module):
+    """Gated MLP with SiLU and the residual connection.
+
+    Rows of `gate_up_proj` are those of the gate, then those of the up projection: the layout that the fused kernels
+    read in place, as `[2, hidden_dim, dim]`.
+    """
+
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.fused = None
@@ -86,15 +90,15 @@ class MLP(nn.Module):
             from tidar.kernels.matmul import gated_mlp
 
             self.fused = gated_mlp
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.gate_up_proj = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """The residual plus the MLP of x, all `[batch, positions, dim]`."""
         if self.fused:
-            return self.fused(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, residual)
-        return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.fused(x, self.gate_up_proj.weight, self.down_proj.weight, residual)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return residual + self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -4,13 +4,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tidar.config import derive_seed
 from tidar.models.decoder import Decoder
+from tidar.models.huggingface.layout import local_rows, published_ranges, published_shapes
 
-# that draw at one time, each a parameter of its own, which is held meanwhile
+# each draws a tensor of its own, which is held meanwhile
 THREADS = 8
 
 
@@ -18,37 +17,31 @@ THREADS = 8
 def initialize(model: Decoder, seed: int) -> None:
     """Gives every parameter its first value: norms 1, biases 0, matrices normal with `initializer_range`.
 
-    A value is a function of (seed, name of the parameter): each parameter is drawn whole, on the CPU, and then sliced,
-    so it depends neither on the sharding nor on the device.
+    A value is a function of (seed, name of the tensor of Hugging Face's base model that holds it): each tensor is drawn
+    whole, on the CPU, and then sliced, so values depend neither on sharding, nor on the device, nor on what is fused.
     """
 
-    def draw(named: tuple[str, nn.Parameter]) -> torch.Tensor:
-        name, parameter = named
-        generator = torch.Generator().manual_seed(derive_seed(seed, name))
-        whole = torch.empty(parameter.shape, dtype=torch.float32)
-        return whole.normal_(0, model.config.initializer_range, generator=generator)
+    def draw(tensor: tuple[str, tuple[int, ...]]) -> torch.Tensor:
+        name, shape = tensor
+        generator = torch.Generator().manual_seed(derive_seed(seed, name.removeprefix("model.")))
+        return torch.empty(shape, dtype=torch.float32).normal_(0, model.config.initializer_range, generator=generator)
 
-    matrices = []
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            parameter.fill_(1)
-        else:
-            matrices.append((name, parameter))
-    # a parameter is drawn by one core
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.ndim == 1:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+    matrices = {name: parameter.shape for name, parameter in parameters.items() if parameter.ndim > 1}
+    ranges = published_ranges(matrices, model.config)
+    tensors = list(published_shapes(matrices, model.config).items())
+    # a tensor is drawn by one core
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(matrices), threads):
-            some = matrices[first : first + threads]
-            for (_, parameter), whole in zip(some, pool.map(draw, some)):
-                _fill(parameter, whole)
-
-
-def _fill(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        # every rank has drawn the same whole, so each slices its own and nothing is sent
-        whole = distribute_tensor(
-            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(whole)
+        for number in range(0, len(tensors), threads):
+            some = tensors[number : number + threads]
+            for (name, _), whole in zip(some, pool.map(draw, some)):
+                for parameter, rows in ranges[name]:
+                    local, first = local_rows(parameters[parameter])
+                    start, stop = max(rows.at, first), min(rows.at + rows.length, first + len(local))
+                    if start < stop:
+                        shift = rows.start - rows.at
+                        local[start - first : stop - first] = whole[start + shift : stop + shift]

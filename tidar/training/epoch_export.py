@@ -1,7 +1,8 @@
 """Exports of the model while it is trained."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tidar.config import UserError
-from tidar.models.huggingface import write_huggingface_folder
+from tidar.models import DecoderConfig
+from tidar.models.huggingface import published_ranges, published_shapes, write_huggingface_folder
 
 
 def export_parameters(
     folder: Path,
     parameters: dict[str, nn.Parameter],
+    config: DecoderConfig,
     write_assets: Callable[[Path], None],
     writes: bool,
     before_each: Callable[[], None],
@@ -25,6 +28,8 @@ def export_parameters(
     What an earlier try has left of the folder is replaced. Raises UserError where it cannot be written.
     """
 
+    # the published tensors of a fused parameter follow each other, so it is gathered once
+    @lru_cache(maxsize=1)
     def gather(name: str) -> torch.Tensor:
         before_each()
         narrow = parameters[name].detach().to(torch.bfloat16)
@@ -37,7 +42,13 @@ def export_parameters(
     for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(old, ignore_errors=True)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    parts = published_ranges(shapes, config)
+
+    def read(name: str) -> Iterator[torch.Tensor]:
+        for parameter, rows in parts[name]:
+            yield gather(parameter)[rows.at : rows.at + rows.length]
+
     try:
-        write_huggingface_folder(folder, shapes, torch.bfloat16, lambda name: [gather(name)], write_assets)
+        write_huggingface_folder(folder, published_shapes(shapes, config), torch.bfloat16, read, write_assets)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None

@@ -257,7 +257,8 @@ class Trainer(Run):
         with self.throughput.paused():
             self.wait_for_all("the export")
             parameters, writes = self.checkpointer.parameters, self.world.rank == 0
-            export_parameters(folder, parameters, self.write_assets, writes, before_each=self.stops.check)
+            config, before_each = self.model.config, self.stops.check
+            export_parameters(folder, parameters, config, self.write_assets, writes, before_each)
             self.wait_for_all("the export")
         self.log(f"exported {folder}")
 

@@ -3,6 +3,7 @@
 from tidar.models.huggingface.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
 from tidar.models.huggingface.export import write_huggingface_folder
+from tidar.models.huggingface.layout import published_ranges, published_shapes
 from tidar.models.huggingface.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
 from tidar.models.huggingface.weights import (
     StepFolder,
@@ -24,6 +25,8 @@ __all__ = [
     "from_pretrained",
     "load_weights",
     "open_weights",
+    "published_ranges",
+    "published_shapes",
     "read_config_json",
     "read_metadata",
     "read_model",

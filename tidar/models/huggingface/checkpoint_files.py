@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from tidar import __version__
 from tidar.config import UserError
 
 # what DCP's metadata of tensors is made of; byte items are not among it, since DCP unpickles these freely
@@ -64,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
 def read_metadata(folder: Path) -> Metadata:
     """The metadata of a checkpoint's folder. Nothing that it names is run, and only tensors are admitted.
 
-    Raises UserError where it cannot be read so.
+    Raises UserError where it cannot be read so, and for a checkpoint of tidar 0.1, whose parameters were not fused.
     """
     path = folder / ".metadata"
     try:
@@ -79,6 +80,11 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # whatever damaged or malicious bytes lead to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: is not the metadata of a checkpoint ({reason})") from None
+    if any(name.endswith("self_attn.q_proj.weight") for name in metadata.state_dict_metadata):
+        raise UserError(
+            f"{folder}: was saved by tidar 0.1, whose checkpoints hold q_proj, k_proj and v_proj; tidar {__version__} "
+            "reads qkv_proj: export it with tidar 0.1, and start from the exported folder (model.hf_path)"
+        )
     return metadata
 
 

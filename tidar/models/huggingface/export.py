@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tidar.config import UserError
 from tidar.models.huggingface.config_json import DTYPE_NAMES, with_old_and_new_names
-from tidar.models.huggingface.weights import published_name
 
 MAX_SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # upper bound of a file's header
@@ -30,7 +29,7 @@ def write_huggingface_folder(
 ) -> None:
     """Writes an exported model to `folder`, which must be empty or not exist. Files get their final names once whole.
 
-    shapes: of the decoder's parameters by name. read: the rows of a tensor, in one piece or several, of which one at a
+    shapes: of the tensors by Hugging Face's names. read: the rows of a tensor, in one piece or several, of which one at a
     time is held. write_assets: makes a folder with everything but the weights. Raises OSError if it cannot be written,
     and UserError for a value that `dtype` cannot hold.
     """
@@ -49,7 +48,7 @@ def write_huggingface_folder(
             _write_safetensors(written / file, {name: shapes[name] for name in names}, dtype, read)
         index = {
             "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
-            "weight_map": {published_name(name): file for file, names in files.items() for name in names},
+            "weight_map": {name: file for file, names in files.items() for name in names},
         }
         path = written / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -86,7 +85,7 @@ def _write_safetensors(
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[published_name(name)] = {
+        header[name] = {
             "dtype": SAFETENSORS_TYPES[dtype],
             "shape": list(shape),
             "data_offsets": [start, end],
@@ -99,5 +98,5 @@ def _write_safetensors(
             for rows in read(name):
                 converted = rows.to(dtype).contiguous()
                 if dtype == torch.float16 and not converted.isfinite().equal(rows.isfinite()):
-                    raise UserError(f"{published_name(name)}: has values that float16 cannot hold; export bfloat16")
+                    raise UserError(f"{name}: has values that float16 cannot hold; export bfloat16")
                 file.write(memoryview(converted.flatten().view(torch.uint8).numpy()))

@@ -1,7 +1,6 @@
 """Weights in: from Hugging Face folders, 16-bit state dicts and distributed checkpoints, straight into shards."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,24 +8,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tidar.config import UserError
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
+from tidar.models.huggingface.layout import (
+    RowRange,
+    local_rows,
+    pieces,
+    published_name,
+    published_shapes,
+    row_ranges,
+)
 from tidar.models.huggingface.spec import ASSETS, ModelSpec
 
-PIECE_BYTES = 4 * 2**20  # read and converted at one time
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAFETENSORS_FLOATS = ("F32", "BF16", "F16", "F64")
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
-
-
-def published_name(name: str) -> str:
-    """Name that a parameter of the decoder has in Hugging Face's checkpoints."""
-    return name if name == "lm_head.weight" else f"model.{name}"
 
 
 def _prefix(names: Iterable[str]) -> str:
@@ -120,7 +120,7 @@ class StateDictFile:
 
 
 class StepFolder:
-    """The model in a step's folder of a run."""
+    """The model in a step's folder of a run. Its tensors are the decoder's parameters, fused ones too."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -136,13 +136,12 @@ class StepFolder:
         """Rows of a tensor, read from the files."""
         return self.tensors.rows(self.names[name], start, stop)
 
-    def pieces(self, parameter: str) -> Iterator[Tensor]:
-        """All rows of a parameter of the decoder, a few at a time."""
-        name = published_name(parameter)
-        n_rows, *row = self.shapes[name]
-        length = max(1, PIECE_BYTES // (4 * math.prod(row)))
-        for start in range(0, n_rows, length):
-            yield self.rows(name, start, min(start + length, n_rows))
+    def published_pieces(self, parts: list[tuple[str, RowRange]]) -> Iterator[Tensor]:
+        """All rows of a published tensor, a few at a time. parts: as `published_ranges` has them."""
+        for parameter, rows in parts:
+            name = published_name(parameter)
+            for start, stop in pieces(self.shapes[name], rows.at, rows.at + rows.length):
+                yield self.rows(name, start, stop)
 
 
 Weights = SafetensorsFolder | StateDictFile | StepFolder
@@ -179,7 +178,11 @@ def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = Non
 
     vocab_size: rows that the vocabulary may have there, beside those of the model. Returns the rows that it has.
     """
-    expected = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if isinstance(weights, StepFolder):
+        expected = {published_name(name): shape for name, shape in expected.items()}
+    else:
+        expected = published_shapes(expected, model.config)
     found = weights.shapes
     embedding = published_name("embed_tokens.weight")
     rows = vocab_size if found.get(embedding) == (vocab_size, model.config.dim) else model.config.vocab_size
@@ -208,11 +211,18 @@ def load_weights(model: Decoder, weights: Weights, vocab_size: int | None = None
     """
     vocab_size = check_weights(weights, model, vocab_size)
     for name, parameter in model.named_parameters():
-        for local, start in _pieces(parameter, vocab_size if name in VOCABULARY_ROWS else parameter.shape[0]):
-            rows = weights.rows(published_name(name), start, start + len(local))
-            if rows.dtype not in FLOAT_TYPES:
-                raise UserError(f"{weights.path}: {published_name(name)} is {rows.dtype}: must be floating-point")
-            local.copy_(rows)
+        n_rows = vocab_size if name in VOCABULARY_ROWS else parameter.shape[0]
+        if isinstance(weights, StepFolder):
+            ranges = [RowRange(published_name(name), 0, n_rows, 0)]
+        else:
+            ranges = row_ranges(name, n_rows, model.config)
+        for rows in ranges:
+            for local, start in _pieces(parameter, rows.at, rows.at + rows.length):
+                start += rows.start - rows.at
+                values = weights.rows(rows.name, start, start + len(local))
+                if values.dtype not in FLOAT_TYPES:
+                    raise UserError(f"{weights.path}: {rows.name} is {values.dtype}: must be floating-point")
+                local.copy_(values)
     if model.config.tie_embeddings and "lm_head.weight" in weights.shapes:
         _check_tied(model.embed_tokens.weight, weights, vocab_size)
     return vocab_size
@@ -232,7 +242,7 @@ def fill_new_rows(model: Decoder, spec: ModelSpec, loaded_rows: int, mask_row: b
             new.add(spec.mask_token_id)
         if new:
             mean = _mean_of_rows(parameter, spec.used_rows)
-            for local, start in _pieces(parameter, parameter.shape[0]):
+            for local, start in _pieces(parameter, 0, parameter.shape[0]):
                 for row in new & set(range(start, start + len(local))):
                     local[row - start] = mean
 
@@ -267,28 +277,17 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _pieces(parameter: nn.Parameter, end: int) -> Iterator[tuple[Tensor, int]]:
-    """This rank's part of rows 0 to `end` of a parameter, in pieces: (the rows, number of the first)."""
-    local, first = parameter, 0
-    if isinstance(parameter, DTensor):
-        if any(isinstance(placement, Shard) and placement.dim != 0 for placement in parameter.placements):
-            raise ValueError(f"{parameter.placements}: only rows can be sharded")
-        _, (first, *_) = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        local = parameter.to_local()
-    local = local.detach()[: max(end - first, 0)]
-    if not len(local):
-        return
-    length = max(1, PIECE_BYTES // (local[0].numel() * 4))
-    for start in range(0, len(local), length):
-        yield local[start : start + length], first + start
+def _pieces(parameter: nn.Parameter, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+    """This rank's part of rows `start` to `stop` of a parameter, in pieces: (the rows, index of the first)."""
+    local, first = local_rows(parameter)
+    for begin, end in pieces(parameter.shape, max(start, first), min(stop, first + len(local))):
+        yield local[begin - first : end - first], begin
 
 
 def _mean_of_rows(parameter: nn.Parameter, end: int) -> Tensor:
     """Mean of rows 0 to `end`, summed in float64 over all ranks, `[dim]`."""
     total = torch.zeros(parameter.shape[1], dtype=torch.float64, device=parameter.device)
-    for local, _ in _pieces(parameter, end):
+    for local, _ in _pieces(parameter, 0, end):
         total += local.sum(dim=0, dtype=torch.float64)
     return _sum_over_shards(total, parameter) / end
 
@@ -305,7 +304,7 @@ def _check_tied(embedding: nn.Parameter, weights: SafetensorsFolder | StateDictF
     """The output weight that a file holds beside the embedding must be the same. Ranks agree on the answer."""
     names = published_name("embed_tokens.weight"), "lm_head.weight"
     different = torch.zeros((), device=embedding.device)
-    for local, start in _pieces(embedding, vocab_size):
+    for local, start in _pieces(embedding, 0, vocab_size):
         first, second = (weights.rows(name, start, start + len(local)) for name in names)
         different += not first.equal(second)
     if _sum_over_shards(different, embedding):

@@ -25,8 +25,8 @@ from tidar.config import (
     user_errors_exit,
 )
 from tidar.distributed import arithmetic_dtype, check_device_count, check_offload, logging_ranks, resolve_degrees
-from tidar.kernels import check_float8
-from tidar.models import Decoder, resolve_backend
+from tidar.kernels import choose_kernels
+from tidar.models import Decoder
 from tidar.models.huggingface import check_weights, open_weights
 from tidar.patterns import checked_pattern, loss_weights
 from tidar.training.checkpoint.manifest import saved_steps
@@ -50,9 +50,7 @@ def main() -> None:
         check_offload(config)
         resolve_global_batch_size(config, processes * nodes)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        resolve_backend(config.model.attention_backend, device)
-        if config.training.float8:
-            check_float8(device, arithmetic_dtype(config, device))
+        choose_kernels(config, device, arithmetic_dtype(config, device))
         loss_weights(config, checked_pattern(config, mask_token_id=0))
         folder = make_dump_folder(config)
         answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"

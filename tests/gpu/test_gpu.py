@@ -15,6 +15,7 @@ from results import batch_losses, read_metrics
 from tidar.config import load_config
 from tidar.data import Batch
 from tidar.distributed import leave_world
+from tidar.kernels import Kernels
 from tidar.losses.objective import Objective
 from tidar.models import (
     Decoder,
@@ -101,7 +102,9 @@ def test_flex_rounds_as_sdpa_does(dtype):
             for loss, target in batch.targets.items()
         }
         denominators = {loss: target.weights.sum() for loss, target in targets.items()}
-        objective = Objective({"ar": 1.0, "diffusion": 1.0}, chunk_size=300, compile=backend == "flex")
+        objective = Objective(
+            {"ar": 1.0, "diffusion": 1.0}, chunk_size=300, kernels=Kernels(loss_kernel=backend == "flex")
+        )
         input_ids, position_ids = batch.input_ids.to(CUDA), batch.position_ids.to(CUDA)
         head = partial(objective, targets=targets, denominators=denominators)
         loss, _ = model(input_ids, position_ids, mask, head=head)

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from gpu_helpers import CUDA, needs_quack, relative
+from gpu_helpers import CUDA, KERNELS, needs_quack, relative
 from torch.nn import functional as F
 
-from tidar.kernels.backward import RotatedHeads, norm_backward
-from tidar.kernels.matmul import TILES, gated_mlp, linear, quack_product
+from tidar.kernels import Kernels
+from tidar.kernels.matmul import TILES, gated_mlp, linear, quack_matmul
+from tidar.kernels.norm_rotary import RotatedHeads, norm_backward
 from tidar.losses.objective import Objective, _fused_score_logits, _score_logits
 from tidar.models import size_config
 from tidar.models.decoder import plain_linear
@@ -61,8 +62,11 @@ def test_the_loss_without_logits_equals_float64():
             return scores["ar"].correct, loss, scores["ar"].nll, *torch.autograd.grad(loss, leaves)
 
         exact = losses(Objective({"ar": 1.0}, 500), torch.float64)
-        plain = losses(Objective({"ar": 1.0}, chunk_size, compile=True), torch.bfloat16)
-        found = losses(Objective({"ar": 1.0}, chunk_size, compile=True, fast_products=True), torch.bfloat16)
+        plain = losses(
+            Objective({"ar": 1.0}, chunk_size, Kernels(loss_kernel=True)),
+            torch.bfloat16,
+        )
+        found = losses(Objective({"ar": 1.0}, chunk_size, KERNELS), torch.bfloat16)
         errors = [[relative(*pair) for pair in zip(values[1:], exact[1:])] for values in (found, plain)]
         print(errors, (found[0] != exact[0]).sum().item(), (plain[0] != exact[0]).sum().item())
         assert (found[0] != exact[0]).sum() <= 1 < exact[0].sum() < n
@@ -78,7 +82,7 @@ def test_the_loss_without_logits_stays_finite():
     labels = logits.argmin(dim=-1)
     targets = {"ar": Targets(torch.arange(64, device=CUDA), labels, torch.ones(64, device=CUDA), 0 * labels)}
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    objective = Objective({"ar": 1.0}, 64, fast_products=True)
+    objective = Objective({"ar": 1.0}, 64, KERNELS)
     loss, scores = objective(*leaves, targets, {"ar": torch.tensor(64.0, device=CUDA)})
     d_hidden, d_weight = torch.autograd.grad(loss, leaves)
     assert (logits.logsumexp(dim=-1) - logits.amin(dim=-1)).min() > 200
@@ -128,16 +132,16 @@ class FakeContext:
 
 
 @needs_quack
-def test_fast_products_equal_plain_ones():
+def test_fused_matmuls_equal_plain_ones():
     """As near to float64, gradients too, where tiles are many, few, and of sizes that no vector divides.
 
     Alone, with a bias, and with a residual.
     """
     for m, k, n in (1536, 8192, 8960), (100, 64, 64), (4000, 1536, 2045):
         x, weight = torch.randn(m, k), torch.randn(n, k) / k**0.5
-        check_products(linear, F.linear, (x, weight))
-        check_products(linear, F.linear, (x, weight, torch.randn(n)))
-        check_products(with_residual(linear), with_residual(plain_linear), (x, weight, torch.randn(m, n)))
+        check_matmuls(linear, F.linear, (x, weight))
+        check_matmuls(linear, F.linear, (x, weight, torch.randn(n)))
+        check_matmuls(with_residual(linear), with_residual(plain_linear), (x, weight, torch.randn(m, n)))
 
 
 def with_residual(multiply):
@@ -146,18 +150,18 @@ def with_residual(multiply):
 
 @needs_quack
 @pytest.mark.parametrize("tile", TILES)
-def test_each_tile_equals_plain_products(tile):
-    """Of sizes that it does not divide: with an addend, and with rows of gate and up that are concatenated."""
+def test_each_tile_equals_plain_matmuls(tile):
+    """Of sizes that it does not divide: with a matrix or bias added, and with concatenated rows of gate and up."""
     torch.manual_seed(0)
-    a, b, addend = (torch.randn(shape, device=CUDA).bfloat16() for shape in ((1008, 2000), (2000, 840), (1008, 840)))
+    a, b, c = (torch.randn(shape, device=CUDA).bfloat16() for shape in ((1008, 2000), (2000, 840), (1008, 840)))
     tall = torch.randn(2000, 1008, device=CUDA).bfloat16().T
     interleaved = torch.stack(b.double().chunk(2), dim=1).flatten(0, 1)
     rows = tall.double() @ b.double()
     for found, exact in (
-        (quack_product(a, b, tile, addend), addend.double() + a.double() @ b.double()),
-        (quack_product(a, b, tile, bias=addend[0]), addend[0].double() + a.double() @ b.double()),
-        (quack_product(a, b, tile, concatenated=("B",)), a.double() @ interleaved),
-        (quack_product(tall, b, tile, concatenated=("out",)), torch.cat([rows[::2], rows[1::2]])),
+        (quack_matmul(a, b, tile, c), c.double() + a.double() @ b.double()),
+        (quack_matmul(a, b, tile, bias=c[0]), c[0].double() + a.double() @ b.double()),
+        (quack_matmul(a, b, tile, concatenated=("B",)), a.double() @ interleaved),
+        (quack_matmul(tall, b, tile, concatenated=("out",)), torch.cat([rows[::2], rows[1::2]])),
     ):
         assert relative(found, exact) < 3e-3
 
@@ -166,10 +170,10 @@ def test_each_tile_equals_plain_products(tile):
 def test_the_fused_mlp_equals_the_plain_one():
     for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
         shapes = (2, n, dim), (2 * hidden, dim), (dim, hidden), (2, n, dim)
-        check_products(gated_mlp, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
+        check_matmuls(gated_mlp, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
 
 
-def check_products(fast, plain, inputs):
+def check_matmuls(fast, plain, inputs):
     for dtype in (torch.bfloat16, torch.float16):
         errors, expected, weights = [], None, None
         for kind, multiply in ((torch.float64, plain), (dtype, plain), (dtype, torch.compile(fast, fullgraph=True))):

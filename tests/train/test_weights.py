@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from small_models import make_model
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from tidar import __version__
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.export import export
@@ -74,6 +76,67 @@ def test_an_export_holds_few_rows(tmp_path):
     assert int(re.search(r"peak (\d+)", output)[1]) < 60e6
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert tensor.equal(saved[name].detach().bfloat16())
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3, 7])
+def test_a_rank_reads_the_rows_that_it_keeps(n_ranks, tmp_path, monkeypatch):
+    """Shards that begin anywhere in heads, gate and up: of a folder, of a step's folder, and of first values."""
+    make_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path)
+    whole = from_pretrained(tmp_path)
+    saved = {f"model.{name}": parameter for name, parameter in whole.named_parameters()}
+    dcp.save(saved, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    drawn = Decoder(whole.config)
+    initialize(drawn, seed=0)
+    monkeypatch.setattr("tidar.models.huggingface.layout.PIECE_BYTES", 1000)
+    sources = {"folder": open_weights(tmp_path), "step": open_weights(tmp_path / "step-1"), "first values": None}
+    for source, weights in sources.items():
+        model, read = Decoder(whole.config), []
+        if weights:
+            rows = weights.rows
+            weights.rows = lambda name, start, stop, rows=rows, read=read: (
+                read.append(stop - start) or rows(name, start, stop)
+            )
+        for rank in range(n_ranks):
+            kept = partial(rows_of_rank, rank, n_ranks)
+            monkeypatch.setattr("tidar.models.huggingface.weights.local_rows", kept)
+            monkeypatch.setattr("tidar.models.initialize.local_rows", kept)
+            if weights is None:
+                initialize(model, seed=0)
+            else:
+                load_weights(model, weights)
+        for one, expected in zip(model.parameters(), (whole if weights else drawn).parameters(), strict=True):
+            assert one.equal(expected), source
+        if weights:
+            assert sum(read) == sum(len(parameter) for parameter in model.parameters())
+
+
+def rows_of_rank(rank: int, n_ranks: int, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """As `local_rows` of a parameter that FSDP2 shards."""
+    size = -(-len(parameter) // n_ranks)
+    return parameter.detach()[rank * size : (rank + 1) * size], min(rank * size, len(parameter))
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
+    """In each way in, in one line that names it and both versions."""
+    run = tmp_path / "run"
+    run_of_no_steps(run)
+    step = run / "checkpoint" / "step-0"
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    tensors = metadata.state_dict_metadata
+    for name in [name for name in tensors if name.endswith("qkv_proj.weight")]:
+        tensors[name.replace("qkv_proj", "q_proj")] = tensors.pop(name)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(step, describe(step, file_names(step)), {"step": 0})
+    for act in (
+        lambda: run_of_no_steps(run),
+        lambda: run_of_no_steps(tmp_path / "new", "--checkpoint.initial_load_path", str(step)),
+        lambda: export(step, tmp_path / "out", torch.bfloat16),
+        lambda: from_pretrained(step),
+    ):
+        with pytest.raises(UserError, match=f"{step}: was saved by tidar 0.1, .* tidar {__version__} reads") as error:
+            act()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 class Getter:

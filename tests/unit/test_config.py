@@ -6,7 +6,8 @@ import torch
 
 from tidar.config import Config, UserError, load_config, make_dump_folder, resolve_global_batch_size, to_toml
 from tidar.distributed import check_device_count
-from tidar.models import resolve_backend, size_config
+from tidar.kernels import choose_kernels
+from tidar.models import size_config
 
 
 def test_file_command_line_and_back(tmp_path):
@@ -129,7 +130,9 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     check_device_count(2)
     assert "NGPU = 3: this machine has 2 GPUs" in refusal(lambda: check_device_count(3))
     for backend in ("flex", "flash"):
-        assert "has no backward pass" in refusal(partial(resolve_backend, backend, torch.device("cpu")))
+        config = load_config(["--model.attention_backend", backend])
+        choose = partial(choose_kernels, config, torch.device("cpu"), torch.float32)
+        assert "has no backward pass" in refusal(choose)
 
 
 def refusal(call) -> str:

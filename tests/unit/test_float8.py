@@ -1,7 +1,6 @@
 """The MLP's products in FP8: what is rounded, and that training follows."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from results import batch_losses
 from tidar import check
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
-from tidar.kernels import check_float8, make_mlps_float8
+from tidar.kernels import Sizes, choose_kernels, make_mlps_float8
 from tidar.models import Decoder, size_config
 from tidar.models.huggingface import decoder_config
 from tidar.training.trainer import Trainer
@@ -103,27 +102,27 @@ def test_what_cannot_be_had_is_told(monkeypatch, tmp_path):
     options = ["--training.float8", "true", "--job.dump_folder", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["check", *options])
     for version, found in ((None, ""), ("0.17.3", ", not 0.17.3"), ("nightly", "")):
-        monkeypatch.setattr("tidar.kernels.float8.metadata.version", partial(installed, version))
+        monkeypatch.setattr("tidar.kernels.selection.metadata.version", partial(installed, version))
         expected = f"needs torchao 0.18 or later: pip install -e '.[fp8]'{found}"
         assert refusal(lambda: Trainer(load_config(options))) == expected
         leave_world()
         with pytest.raises(SystemExit):
             check.main()
         assert not (tmp_path / "run" / "data").exists()
-    monkeypatch.setattr("tidar.kernels.float8.metadata.version", lambda _: "0.18.0")
+    monkeypatch.setattr("tidar.kernels.selection.metadata.version", lambda _: "0.18.0")
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    assert refusal(partial(check_float8, CPU, torch.float32)).startswith("torchao 0.18.0 cannot be imported: ")
+    assert refusal(partial(chosen, CPU, torch.float32)).startswith("torchao 0.18.0 cannot be imported: ")
 
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace())
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A100")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
     cuda = torch.device("cuda")
-    assert refusal(partial(check_float8, cuda, torch.bfloat16)) == "needs an Ada, Hopper or later GPU, not A100"
+    assert refusal(partial(chosen, cuda, torch.bfloat16)) == "needs an Ada, Hopper or later GPU, not A100"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
-    check_float8(cuda, torch.bfloat16)
-    assert "mixed_precision_param = bfloat16, not float16" in refusal(partial(check_float8, cuda, torch.float16))
-    check_float8(CPU, torch.float16)
+    chosen(cuda, torch.bfloat16)
+    assert "mixed_precision_param = bfloat16, not float16" in refusal(partial(chosen, cuda, torch.float16))
+    chosen(CPU, torch.float16)
 
 
 def installed(version: str | None, name: str) -> str:
@@ -133,9 +132,13 @@ def installed(version: str | None, name: str) -> str:
 
 
 @pytest.mark.parametrize("dim, hidden", [(40, 64), (64, 100)])
-def test_sizes_without_products_are_told(dim, hidden):
-    pytest.importorskip("torchao")
-    with torch.device("meta"):
-        model = Decoder(replace(CONFIG, dim=dim, hidden_dim=hidden))
-    message = refusal(partial(make_mlps_float8, model, emulate=True))
+def test_sizes_without_fp8_matmuls_are_refused(dim, hidden, monkeypatch):
+    monkeypatch.setattr("tidar.kernels.selection._import_obstacle", lambda *_: None)
+    monkeypatch.setattr("tidar.kernels.selection.metadata.version", lambda _: "0.18.0")
+    message = refusal(partial(chosen, CPU, torch.float32, Sizes(dim, hidden, 32, 258)))
     assert message == f"needs sizes of the MLP that are multiples of 16, not {dim} and {hidden}"
+    assert chosen(CPU, torch.float32, Sizes(64, 96, 32, 258)).float8 == "emulated"
+
+
+def chosen(device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None):
+    return choose_kernels(load_config(["--training.float8", "true"]), device, dtype, sizes)

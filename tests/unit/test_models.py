@@ -5,12 +5,14 @@ import torch
 from small_models import make_model, published_tensors
 
 from tidar.config import UserError, derive_seed
+from tidar.config.options import ActivationCheckpoint
+from tidar.distributed.parallelize import apply_activation_checkpointing
 from tidar.kernels import Kernels
-from tidar.kernels.backward import heads_backward, norm_backward
-from tidar.kernels.matmul import BENEATH
+from tidar.kernels.matmul import IMPLEMENTATIONS
+from tidar.kernels.norm_rotary import heads_backward, norm_backward
 from tidar.models import Decoder, DecoderConfig, from_pretrained, initialize, size_config
 from tidar.models.huggingface import decoder_config
-from tidar.training.compile_ahead import Noted, Work, layer_calls
+from tidar.training.compile_ahead import RecordedCalls, Work, layer_calls
 
 # of the published checkpoints; an output weight that is tied to the embedding counts once
 PUBLISHED_PARAMETERS = {
@@ -179,12 +181,12 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert all(value.eq(0 if name.endswith("bias") else 1).all() for name, value in shallow.items() if value.ndim == 1)
 
 
-def test_fused_products_compute_as_plain_ones():
+def test_fused_matmuls_compute_as_plain_ones():
     """The plain path (tests/gpu compares the kernels): the model and all its gradients, in float64."""
     outputs = []
-    for fast in (False, True):
+    for fused in (False, True):
         config = decoder_config(size_config("debug") | {"vocab_size": 258})
-        model = Decoder(config, Kernels(fused_products=fast))
+        model = Decoder(config, Kernels(fused_matmul=fused))
         initialize(model, seed=0)
         logits = model.double()(torch.arange(40).view(2, 20))
         logits.square().sum().backward()
@@ -195,22 +197,39 @@ def test_fused_products_compute_as_plain_ones():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_what_is_compiled_ahead_is_what_a_layer_calls(family):
-    """Operators of products, with shapes and strides, of a layer's forward and backward pass with all that is fused."""
+    """Operators of matmuls, with shapes and strides, of a layer's forward and backward pass with all that is fused."""
     config = decoder_config(make_model(family).config.to_dict())
-    work = Work(config, torch.float32, 40, 8, layers=True, loss=False, multiprocessors=132, capability=(9, 0))
-    model = Decoder(config, Kernels(fused_products=True, fused_backward=True))
+    work = Work(config, torch.float32, 40, 8, Kernels(fused_matmul=True), num_sms=132, capability=(9, 0))
+    model = Decoder(config, Kernels(fused_matmul=True, fused_backward=True))
     initialize(model, seed=0)
     x, angles = torch.randn(2, 20, config.dim, requires_grad=True), torch.randn(2, 1, 20, config.head_dim)
-    with Noted() as noted:
+    with RecordedCalls() as recorded:
         model.layers[0](x, angles, angles, None).sin().sum().backward()
 
     def layouts(calls):
-        tensors = [(name, filter(torch.is_tensor, arguments)) for name, arguments in calls if name in BENEATH]
+        tensors = [(name, filter(torch.is_tensor, arguments)) for name, arguments in calls if name in IMPLEMENTATIONS]
         return [(name, [(one.dtype, one.shape, one.stride()) for one in those]) for name, those in tensors]
 
     forward, backward = layer_calls(work)
     assert len(forward) == 4 and len(backward) == 8
-    assert layouts(noted.calls) == layouts(forward + backward)
+    assert layouts(recorded.calls) == layouts(forward + backward)
+
+
+@pytest.mark.parametrize("mode, recomputed", [("full", 4), ("selective", 0)])
+def test_selective_checkpointing_saves_fused_matmuls(mode, recomputed):
+    """Eager: gradients are those without checkpointing, and the forward pass's matmuls run once, or twice in `full`."""
+    config = decoder_config(size_config("debug") | {"vocab_size": 258, "num_hidden_layers": 1})
+    models = [Decoder(config, Kernels(fused_matmul=True)) for _ in range(2)]
+    apply_activation_checkpointing(models[1], ActivationCheckpoint(mode=mode))
+    gradients, counts = [], []
+    for model in models:
+        initialize(model, seed=0)
+        loss = model(torch.arange(40).view(2, 20)).square().sum()
+        with RecordedCalls() as recorded:
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        counts.append(len(recorded.calls))
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+    assert counts[1] - counts[0] == recomputed
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -1,10 +1,12 @@
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tidar.kernels import Kernels
 from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums, target_weights
 from tidar.patterns import Targets
@@ -56,7 +58,7 @@ def assert_close(found, expected, tolerance):
     assert (found - expected).norm() <= tolerance * expected.norm(), (found, expected)
 
 
-def test_targets_may_be_filled_up():
+def test_targets_may_be_padded(monkeypatch):
     """As for kernels that want so many at one time: loss, scores and gradients are what they were."""
     hidden = torch.randn(2, POSITIONS, DIM, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(VOCAB, DIM, dtype=torch.float64, requires_grad=True)
@@ -64,14 +66,14 @@ def test_targets_may_be_filled_up():
     denominators = {loss: target.weights.double().sum() for loss, target in targets.items()}
     results, seen = [], []
     for padded in (False, True):
-        objective = Objective({"ar": 1.0, "diffusion": 2.0}, chunk_size=50)
-        if padded:
+        objective = Objective({"ar": 1.0, "diffusion": 2.0}, 50, Kernels(loss_without_logits=padded))
 
-            def score(*inputs, anew, chunk_size, by_logits=objective.by_logits):
-                seen.append((len(inputs[2]), chunk_size))
-                return by_logits(*inputs, anew=anew)
+        def score(*inputs, accumulate, chunk_size, by_logits=objective.by_logits):
+            seen.append((len(inputs[2]), chunk_size))
+            return by_logits(*inputs, accumulate=accumulate)
 
-            objective.anchored = SimpleNamespace(fits=lambda *_: True, TARGETS=16, score=score)
+        imitation = SimpleNamespace(TARGETS=16, score=score)
+        monkeypatch.setitem(sys.modules, "tidar.kernels.anchored_cross_entropy", imitation)
         loss, scores = objective(hidden, weight, targets, denominators)
         kept = [value for score in scores.values() for value in (score.nll, score.correct.double())]
         results.append([loss, *kept, *torch.autograd.grad(loss, [hidden, weight])])

@@ -8,6 +8,7 @@ as many positions (the upper bound). TFLOP/s count allowed pairs. Further option
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
 from tidar.config import ArgumentParser, UserError, user_errors_exit
-from tidar.models import Mask, MaskBuilder, attention, resolve_backend
+from tidar.kernels import Sizes, choose_kernels
+from tidar.models import Mask, MaskBuilder, attention
 from tidar.training.trainer import Trainer
 
 REPEATS = 10
@@ -90,8 +92,10 @@ def main() -> None:
             print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.dtype}, one layer")
             print(f"{'backend':8} {'mask':13} {'forward ms':>10} {'backward ms':>11} {'TFLOP/s':>9} {'TFLOP/s':>9}")
             for backend in ("flash", "flex", "sdpa"):
+                model = replace(trainer.config.model, attention_backend=backend)
+                sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)
                 try:
-                    resolve_backend(backend, trainer.device, trainer.dtype, decoder.head_dim)
+                    choose_kernels(replace(trainer.config, model=model), trainer.device, trainer.dtype, sizes)
                 except UserError as reason:
                     print(f"{backend:8} {reason}")
                     continue

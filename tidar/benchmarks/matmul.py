@@ -1,6 +1,6 @@
-"""How fast products are, by their tiles: python -m tidar.benchmarks.matmul [--case NAME] [--only PRODUCT ...] [...]
+"""How fast matmuls are, by their tiles: python -m tidar.benchmarks.matmul [--case NAME] [--only MATMUL ...] [...]
 
-The products of a layer's MLP and of a chunk of the loss by logits, of the shapes of a case of
+The matmuls of a layer's MLP and of a chunk of the loss by logits, of the shapes of a case of
 tidar.benchmarks.train_step: by torch, without activation, and by each tile of QuACK's kernels where they run. Times are
 those of a card that has worked for a second, which is then at its limit of power, as in training. Further options go to
 the trainer.
@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from tidar.benchmarks.cases import CASES, case_options, device_name, running, sustained_seconds
 from tidar.config import ArgumentParser, UserError, user_errors_exit
-from tidar.kernels import has_fast_products
-from tidar.kernels.matmul import Tile, quack_gated_product, quack_gated_product_backward, quack_product
+from tidar.kernels.matmul import Tile, quack_gated_matmul, quack_gated_matmul_backward, quack_matmul
 from tidar.training.trainer import Trainer
 
 SHAPES = ((128, 128, True), (128, 160, True), (128, 192, True), (128, 256, False), (256, 192, False), (256, 208, False))
@@ -26,7 +25,7 @@ SECONDS = 0.4  # of each measurement, once the card is warm
 SHOWN = 5  # of the tiles, the fastest
 
 
-class Product(NamedTuple):
+class Matmul(NamedTuple):
     """`[m, k] @ [k, n]`, or two of them; by_tile: the same with what the MLP puts inside of it."""
 
     name: str
@@ -37,7 +36,7 @@ class Product(NamedTuple):
     by_tile: Callable[[Tile], object]
 
 
-def step_products(trainer: Trainer) -> Iterator[Product]:
+def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
     """With random values, those of the gradients as small as they are in training."""
     config, decoder, device, dtype = trainer.config, trainer.spec.decoder, trainer.device, trainer.dtype
     positions = config.training.local_batch_size * trainer.pattern.model_positions(config.training.seq_len)
@@ -46,13 +45,13 @@ def step_products(trainer: Trainer) -> Iterator[Product]:
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(shape, device=device)).to(dtype)
 
-    def of(name: str, a: torch.Tensor, b: torch.Tensor, *addend: torch.Tensor, concatenated: tuple = ()) -> Product:
-        return Product(
+    def of(name: str, a: torch.Tensor, b: torch.Tensor, *c: torch.Tensor, concatenated: tuple = ()) -> Matmul:
+        return Matmul(
             name,
             *a.shape,
             b.shape[1],
-            lambda: torch.addmm(*addend, a, b) if addend else a @ b,
-            lambda tile: quack_product(a, b, tile, *addend, concatenated=concatenated),
+            lambda: torch.addmm(*c, a, b) if c else a @ b,
+            lambda tile: quack_matmul(a, b, tile, *c, concatenated=concatenated),
         )
 
     x, d_out, gate_up, down = (
@@ -65,20 +64,20 @@ def step_products(trainer: Trainer) -> Iterator[Product]:
     preactivation = x @ gate_up.T
     activation = F.silu(preactivation[:, :hidden]) * preactivation[:, hidden:]
     d_preactivation = 1e-4 * preactivation
-    yield Product(
+    yield Matmul(
         "gate_up",
         *x.shape,
         2 * hidden,
         lambda: (x @ gate.T, x @ up.T),
-        lambda tile: quack_gated_product(x, gate_up, tile),
+        lambda tile: quack_gated_matmul(x, gate_up, tile),
     )
     yield of("down", activation, down.T, x)
-    yield Product(
+    yield Matmul(
         "d_preactivation",
         *d_out.shape,
         hidden,
         lambda: d_out @ down,
-        lambda tile: quack_gated_product_backward(d_out, down, preactivation, tile),
+        lambda tile: quack_gated_matmul_backward(d_out, down, preactivation, tile),
     )
     yield of("d_x", d_preactivation, gate_up, concatenated=("B",))
     yield of("d_gate_up", d_preactivation.T, x, concatenated=("out",))
@@ -88,7 +87,7 @@ def step_products(trainer: Trainer) -> Iterator[Product]:
     yield of("d_hidden", (scored @ weight.T).softmax(-1), weight)
 
 
-def measure(trainer: Trainer, one: Product, tiles: list[Tile]) -> str:
+def measure(trainer: Trainer, one: Matmul, tiles: list[Tile]) -> str:
     """A line of the table: torch's time, and those of the fastest tiles."""
 
     def cell(name: str, seconds: float) -> str:
@@ -112,21 +111,21 @@ def measure(trainer: Trainer, one: Product, tiles: list[Tile]) -> str:
 def main() -> None:
     parser = ArgumentParser(prog="python -m tidar.benchmarks.matmul", description=__doc__.split("\n\n")[1])
     parser.add_argument("--case", default="debug", metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--only", nargs="+", metavar="PRODUCT", help="names as the table has them [all]")
+    parser.add_argument("--only", nargs="+", metavar="MATMUL", help="names as the table has them [all]")
     with user_errors_exit():
         arguments, others = parser.parse_known_args()
         with running([*case_options(arguments.case), *others]) as trainer:
-            products = {one.name: one for one in step_products(trainer)}
-            only = arguments.only or list(products)
-            if unknown := set(only) - set(products):
-                raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(products)}")
-            decoder, device = trainer.spec.decoder, trainer.device
-            tiles = TILES if has_fast_products(device, trainer.dtype, decoder.dim, decoder.hidden_dim) else []
+            matmuls = {one.name: one for one in step_matmuls(trainer)}
+            only = arguments.only or list(matmuls)
+            if unknown := set(only) - set(matmuls):
+                raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(matmuls)}")
+            device = trainer.device
+            tiles = TILES if trainer.objective.kernels.loss_matmul else []
             print(f"{device_name(device)}, torch {torch.__version__}, {trainer.dtype}")
-            print("product, m x k x n, ms and TFLOP/s of torch and of the fastest tiles", flush=True)
-            sustained_seconds(products[only[0]].plain, device)
+            print("matmul, m x k x n, ms and TFLOP/s of torch and of the fastest tiles", flush=True)
+            sustained_seconds(matmuls[only[0]].plain, device)
             for name in only:
-                print(measure(trainer, products[name], tiles), flush=True)
+                print(measure(trainer, matmuls[name], tiles), flush=True)
 
 
 if __name__ == "__main__":

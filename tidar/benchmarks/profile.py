@@ -175,7 +175,7 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
     flops = sum(work[1] for work in trainer.work[WARM_UP:]) / n_steps
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     decoder = trainer.spec.decoder
-    with_logits = not trainer.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, trainer.dtype)
+    with_logits = not trainer.objective.kernels.loss_without_logits
     floors = floors_ms(
         decoder, parameters, positions, 2 * tokens, flops, rates, bool(trainer.parallel.copies), with_logits
     )

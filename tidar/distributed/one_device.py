@@ -1,4 +1,4 @@
-"""Training on one device, where nothing is sharded: FSDP2's copies and casts would be work for nothing."""
+"""Training on one device without FSDP2, whose copies and casts nothing needs there."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,24 +7,24 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-# elements: a copy begins at a multiple of them. 128 bytes, which divide any matrix of the sizes that kernels want
+# each copy begins at a multiple of so many elements, 128 bytes, as kernels require
 APART = 64
 
 
 class OneDevice:
-    """A model whose parameters the optimizer holds in float32, and which computes with copies in another type.
+    """A model with float32 master weights that computes with copies of them in the compute dtype.
 
-    `copies`: by parameter, what stands in its place while the model computes, and gets its gradient; empty where the
-    arithmetic is float32. They are filled once, before the first forward pass; from then on the optimizer writes them
-    together with the parameters, and nothing else may. All lie in one piece of memory, in the model's order: so they
-    count as one tensor to autograd, which forbids to write any of them between a forward and its backward pass.
+    `copies`: by parameter, the tensor that replaces it while the model computes, and that gets its gradient; empty
+    where the compute dtype is float32. They are filled once, before the first forward pass; after that the optimizer
+    writes them together with the parameters, and nothing else may. All are views of one tensor, in the model's order,
+    so that autograd detects a write to any of them between a forward and its backward pass.
     """
 
     def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
-        """accumulates: whether a step has several micro-batches, whose gradients are then added up in float32."""
+        """accumulates: whether a step has several micro-batches, whose gradients are then accumulated in float32."""
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.are_current = False
-        self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self.owners: list[tuple[nn.Module, str, nn.Parameter]] = []
         if param_dtype == torch.float32:
             return
         parameters = list(model.parameters())
@@ -36,31 +36,31 @@ class OneDevice:
             if accumulates:
                 copy.register_post_accumulate_grad_hook(_AddTo(parameter))
         for module in model.modules():
-            self.places += [(module, *named) for named in module.named_parameters(recurse=False)]
+            self.owners += [(module, *named) for named in module.named_parameters(recurse=False)]
 
     def training(self, is_last: bool) -> AbstractContextManager[None]:
-        """For the forward and backward pass of one micro-batch. is_last: of its step; all are alike here."""
+        """Context of the forward and backward pass of one micro-batch. is_last: of its step; has no effect here."""
         return self.validating()
 
     @contextmanager
     def validating(self) -> Iterator[None]:
-        """For forward passes alone."""
+        """Context of forward passes without backward."""
         if self.copies and not self.are_current:
-            # the first weights, or those of a checkpoint
+            # from the first weights, or those of a checkpoint
             with torch.no_grad():
                 torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             self.are_current = True
         try:
-            for module, name, parameter in self.places:
+            for module, name, parameter in self.owners:
                 module._parameters[name] = self.copies[parameter]
             yield
         finally:
-            for module, name, parameter in self.places:
+            for module, name, parameter in self.owners:
                 module._parameters[name] = parameter
 
 
 class _AddTo:
-    """Adds the gradient of a copy to that of its parameter, and frees it."""
+    """Adds the gradient of a copy to its parameter's, and frees it."""
 
     def __init__(self, parameter: nn.Parameter):
         self.parameter = parameter

@@ -1,4 +1,4 @@
-"""The techniques applied to a model, each in its place: activation checkpointing, compile, then FSDP2."""
+"""The techniques applied to a model, in order: activation checkpointing, compile, then FSDP2."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import tidar.kernels.matmul  # noqa: F401  (registers torch.ops.tidar)
 from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.world import World
 
 aten = torch.ops.aten
-# what selective checkpointing keeps: results of matrix products and of attention, which are dear to compute again
-KEPT = {
+# operators whose results selective checkpointing saves, because they are expensive to recompute: matmuls and attention
+SAVED = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -27,15 +28,17 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
+    torch.ops.tidar.matmul.default,
+    torch.ops.tidar.gated_matmul.default,
 }
 
 
 def parallelize(
     model: nn.Module, world: World, config: Config, param_dtype: torch.dtype, compile: bool
 ) -> "Sharded | OneDevice":
-    """Makes a decoder on the meta device ready to be trained, in place, with memory for its parameters.
+    """Makes a decoder on the meta device ready for training, in place, and allocates its parameters.
 
-    param_dtype: of the arithmetic; parameters and sums of gradients are float32.
+    param_dtype: the compute dtype; parameters and accumulated gradients are float32.
     """
     apply_activation_checkpointing(model, config.activation_checkpoint)
     if compile:
@@ -49,15 +52,15 @@ def parallelize(
 
 
 def needs_fsdp(config: Config, world_size: int) -> bool:
-    """One device needs it where memory is saved: parameters on the host, or gathered for a moment only."""
+    """Whether FSDP2 is needed: on one device only to save memory, by offload or by resharding after forward."""
     parallelism = config.parallelism
     return world_size > 1 or config.training.enable_cpu_offload or parallelism.fsdp_reshard_after_forward == "always"
 
 
 def apply_activation_checkpointing(model: nn.Module, options: ActivationCheckpoint) -> None:
-    """Inside each layer, so that FSDP's hooks do not run a second time and compile sees what is recomputed.
+    """Checkpoints inside of each layer, so that FSDP's hooks do not run twice and compile sees what is recomputed.
 
-    The first layers keep theirs longest, so the others are those that keep everything where not all are to recompute.
+    Where only some layers recompute, they are the first ones, which would hold their activations longest.
     """
     if options.mode == "none":
         return
@@ -83,14 +86,14 @@ def _selective(layer: nn.Module, *inputs):
 
 
 def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Each layer by itself, and the last norm: layers share one graph, and FSDP's hooks stay outside of it.
+    """Compiles each layer by itself, and the last norm: layers share one graph, and FSDP's hooks stay outside of it.
 
-    Of a layer without checkpointing, results of norms and of the MLP's gate are not kept for the products that need
-    them in the backward pass, but made again from their operands, which are kept anyway and are read there anyway.
+    Without checkpointing, results of norms and of the MLP's gate are not saved for the matmuls of the backward pass,
+    but recomputed there from their operands, which are saved and read anyway.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in model.layers:
@@ -99,7 +102,7 @@ def apply_compile(model: nn.Module) -> None:
 
 
 def compile_seconds() -> float:
-    """What this process has spent in torch.compile so far."""
+    """Time that this process has spent in torch.compile so far."""
     return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
 
 
@@ -112,7 +115,7 @@ class Sharded:
     def __init__(self, model: nn.Module, world: World, config: Config, param_dtype: torch.dtype):
         self.model = model
         self.reduces_each = config.parallelism.gradient_reduction == "micro_batch"
-        self.copies: dict[nn.Parameter, nn.Parameter] = {}  # FSDP2's own are no business of the optimizer
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}  # FSDP2 casts parameters itself
         mesh = world.mesh
         self.reshards = reshards_after_forward(config, mesh.size(-1))
         options = {
@@ -129,22 +132,22 @@ class Sharded:
                 # gloo knows sums only
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-            elif _keeps_what_it_reduces(config):
+            elif _reduces_in_place(config):
                 module.set_custom_reduce_scatter(_InPlaceReduceScatter())
 
     @contextmanager
     def training(self, is_last: bool) -> Iterator[None]:
-        """For the forward and backward pass of one micro-batch. is_last: of its step."""
+        """Context of the forward and backward pass of one micro-batch. is_last: of its step."""
         self.model.set_requires_gradient_sync(is_last or self.reduces_each)
-        # replicas are added up once a step in any case: what they keep until then is no more than their shards
+        # replicas are reduced once a step in any case: until then they hold no more than their shards
         self.model.set_requires_all_reduce(is_last)
-        # what stays gathered for the backward pass may as well stay for the next micro-batch
+        # parameters that stay gathered for the backward pass may also stay for the next micro-batch
         self.model.set_reshard_after_backward(is_last or self.reshards)
         yield
 
     @contextmanager
     def validating(self) -> Iterator[None]:
-        """For forward passes alone."""
+        """Context of forward passes without backward."""
         yield
         # without a backward pass they leave parameters gathered
         for module in (*self.model.layers, self.model):
@@ -155,17 +158,17 @@ def _micro_batches_of_one_device(config: Config) -> int:
     return resolve_global_batch_size(config, 1) // config.training.local_batch_size
 
 
-def _keeps_what_it_reduces(config: Config) -> bool:
-    """Whether on one device the result of a reduction becomes the gradient, and is not added to it or sent away.
+def _reduces_in_place(config: Config) -> bool:
+    """Whether on one device the result of a reduction becomes the gradient, and is not accumulated or offloaded.
 
-    Then its memory may be that of FSDP2's main stream, which otherwise could use it again too early.
+    Then it may stay in memory of FSDP2's main stream, which otherwise could reuse it too early.
     """
     once = config.parallelism.gradient_reduction == "step" or _micro_batches_of_one_device(config) == 1
     return once and not config.training.enable_cpu_offload
 
 
 class _InPlaceReduceScatter:
-    """FSDP2's reduce-scatter where there is one device: the result is the input, and so is its buffer.
+    """FSDP2's reduce-scatter on one device: the output is the input, and so is its buffer.
 
     Without it FSDP2 copies the gradients of one device a second time (torch 2.11 to 2.13).
     """
@@ -174,20 +177,20 @@ class _InPlaceReduceScatter:
         self.input: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """First the buffer that FSDP2 gathers gradients in, then, for their sums, the same one."""
+        """First the buffer for FSDP2's input, then the same one for its output."""
         buffer, self.input = self.input, None
         if buffer is None:
             buffer = self.input = torch.empty(size, dtype=dtype, device=device)
         return buffer
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args, **kwargs) -> None:
-        """Nothing is left to do."""
+        """The output is the input."""
 
 
 def reshards_after_forward(config: Config, shards: int) -> bool:
     """Whether the gathered parameters of a layer are freed after its forward pass."""
     parallelism = config.parallelism
     if parallelism.fsdp_reshard_after_forward == "default":
-        # with whole gradients on each device the parameters are kept as well, as ZeRO-1 does
+        # with unsharded gradients on each device the parameters stay gathered as well, as in ZeRO-1
         return shards > 1 and parallelism.gradient_reduction == "micro_batch"
     return parallelism.fsdp_reshard_after_forward == "always"

@@ -1,4 +1,4 @@
-"""AdamW of many tensors in one launch, as a Triton kernel that goes by a table of their addresses. Needs CUDA."""
+"""AdamW for many tensors in one launch: a Triton kernel that reads their addresses from a table. Needs CUDA."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# elements of a program, and the warps that share them
+# elements and warps of a program
 BLOCK, WARPS = 1024, 4
 # columns of the table
 COLUMNS = tl.constexpr(7)
@@ -24,14 +24,14 @@ def update_all(
 ) -> None:
     """What `tidar.training.optim.optimizer._update` does, for all parameters of `addressable` columns at once.
 
-    firsts: places of their first elements.
+    firsts: index of each one's first element in the whole parameter.
     """
     sizes = tuple(parameter.numel() for parameter in columns[0])
     owners, starts = _blocks(sizes, BLOCK, scalars.device)
     if not len(owners):
         return
     addresses = [[0 if value is None else value.data_ptr() for value in column] for column in columns]
-    # from pinned memory, so that the host does not wait
+    # from pinned memory, so that the copy does not block the host
     table = torch.tensor([*addresses, sizes, firsts]).T.contiguous().pin_memory().to(scalars.device, non_blocking=True)
     _, gradients, moments, _, copies = columns
     _adamw_kernel[(len(owners),)](
@@ -57,7 +57,7 @@ def update_all(
 
 @lru_cache(maxsize=2)  # the optimizer's groups
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each block of the tensors of these sizes, the tensor's number and the block's first element, int64."""
+    """For each block of tensors of these sizes, the tensor's index and the block's first element, int64."""
     counts = torch.tensor([-(-size // block) for size in sizes])
     owners = torch.arange(len(sizes)).repeat_interleave(counts)
     starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * block
@@ -95,7 +95,7 @@ def _adamw_kernel(
     copies: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one tensor a program. like_*: only their types count."""
+    """A program updates one block of one tensor. like_*: tensors of which only the dtype is used."""
     owner = tl.load(owners + tl.program_id(0))
     entry = table + owner * COLUMNS
     size = tl.load(entry + 5)
@@ -111,7 +111,7 @@ def _adamw_kernel(
     if copies:
         copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + place
     noise = (tl.load(entry + 6) + place).to(tl.int32) ^ tl.load(salts + owner)
-    # only whole blocks can be loaded without asking element by element
+    # whole blocks are loaded without a mask
     if start + BLOCK <= size:
         _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)
     else:
@@ -135,7 +135,7 @@ def _update(
     inside,
 ):
     parameters, gradients, first_moments, second_moments = pointers
-    # loaded before it is known whether the step counts: they take longest
+    # loaded before it is known whether the step is skipped, because loads take longest
     parameter = tl.load(parameters, mask=inside)
     gradient = tl.load(gradients, mask=inside).to(tl.float32)
     first_moment = tl.load(first_moments, mask=inside).to(tl.float32)

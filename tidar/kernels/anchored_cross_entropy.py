@@ -1,11 +1,11 @@
 """Cross-entropy of an output projection and its gradients, with exponentials in place of logits, by QuACK's kernels.
 
-Of a row with logits z and target y, the product that makes z writes e_j = exp(z_j - z_y) in place of it, and adds up
-their sum S on the way. Anchored at the target, it has to know no maximum, and S says all: the cross-entropy is log S,
-its gradient c (e_j / S - [j = y]), with the row's coefficient c. That is one scale for a row, c / S, times what the
-product has written, once S is taken from the target's place. The scale of a row commutes with a product: so no further
-pass over the vocabulary is needed. Logits are never rounded to 16 bits; e is, and the hidden states scaled. Needs a
-Hopper GPU and bfloat16, whose range e has to have.
+For a row with logits z and target y, the GEMM of z writes e_j = exp(z_j - z_y) in place of z_j, and its epilogue sums
+them to S. Anchored at the target, no maximum is needed: the cross-entropy is log S, and its gradient is
+c (e_j / S - [j = y]), with the row's coefficient c. That is the row's scale c / S times the GEMM's result, once S is
+subtracted from the target's element. A scale of rows commutes with a matmul, so no further pass over the vocabulary is
+needed. Logits are never rounded to 16 bits; e and the scaled hidden states are. Needs a Hopper GPU and bfloat16, for
+the range of e.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,18 +22,15 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
 from torch import Tensor
 
 from tidar.kernels.matmul import Tile, best_tile, tile_options
-from tidar.kernels.selection import ALIGNED, multiprocessors
+from tidar.kernels.selection import count_sms
 
-# pingpong hides what the epilogues do
+# pingpong hides the epilogues
 TILE = Tile(128, 192, pingpong=True, cluster=(2, 1))
-# what a vocabulary is a multiple of: its last columns, fewer than those of TILE, are a tile of their own, for what lies
-# behind the last one would be added up with the rest
-COLUMNS = 64
 LOG2E = 1.4426950408889634
-# log2 of e at the target, and of the largest e: sums of such are far from the ends of float32's range. In gradients,
-# logits more than 111 nats above the target's count as if they were that much, and those 45 nats below it not at all
+# log2 of e at the target, and of the largest e, so that sums are far from the limits of float32's range. In gradients,
+# logits more than 111 nats above the target's count as 111, and those 45 nats below it not at all
 AT_TARGET, LARGEST = -60.0, 100.0
-# number of targets that chunks are best a multiple of; QuACK keeps something of each number that it has seen
+# targets are padded to a multiple of it, because QuACK caches something for each number of rows
 TARGETS = 128
 
 _label = ColVecLoad("label")
@@ -46,7 +43,7 @@ _label = ColVecLoad("label")
     extra_ops=(_label,),
 )
 def exponentials(acc, anchor):
-    """Of logits: their exponentials, the sums and largest logits of each tile's rows, and the targets' logits."""
+    """Exponentials of logits, sums of them and largest logits by row and tile, and the targets' logits."""
     e = pexp2(cute.arch.fmin(acc * LOG2E - anchor, LARGEST, nan=True))
     return {"D": e, "total": e, "largest": acc, "target": acc}
 
@@ -56,11 +53,6 @@ def scaled_rows(acc, scale):
     return {"D": acc * scale}
 
 
-def fits(vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels can do an output projection of that size and type."""
-    return dtype == torch.bfloat16 and vocab_size % COLUMNS == 0 and dim % ALIGNED == 0
-
-
 def score(
     hidden: Tensor,
     weight: Tensor,
@@ -68,13 +60,13 @@ def score(
     coefficients: Tensor,
     d_hidden: Tensor,
     d_weight: Tensor,
-    anew: bool,
+    accumulate: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
-    them to `d_weight`, or writes them there where `anew`. correct: whether no logit is larger than the target's.
+    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) to `d_hidden` and
+    `d_weight`; accumulate: adds those of the weight. correct: whether no logit is larger than the target's.
 
-    hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of COLUMNS; labels:
+    hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of VOCAB_MULTIPLE; labels:
     `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n.
     """
     (n, dim), vocab = hidden.shape, len(weight)
@@ -93,29 +85,31 @@ def score(
         *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
         *(BLOCK, triton.next_power_of_2(totals.shape[1])),
     )
-    # the same kernel for all chunks of steps that have several, each of them larger than half of the largest
+    # one kernel for all chunks of steps with several, each of which is larger than half of the largest
     size = chunk_size if 2 * n > chunk_size else n
-    _write_d_hidden(size, multiprocessors(hidden.device), e, weight, scales, d_hidden)
-    if anew:
+    _write_d_hidden(size, count_sms(hidden.device), e, weight, scales, d_hidden)
+    if not accumulate:
         d_weight.zero_()  # a kernel that writes would be one more to compile
     _add_d_weight(e, scaled_hidden, d_weight)
     return nll, correct
 
 
-def kernel_calls(chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, count: int) -> Iterator[Callable[[], None]]:
-    """Calls of QuACK's kernels of `score`, one by one, on meta tensors. count: of multiprocessors."""
+def kernel_calls(
+    chunk_size: int, vocab: int, dim: int, dtype: torch.dtype, num_sms: int
+) -> Iterator[Callable[[], None]]:
+    """Calls of QuACK's kernels of `score`, one by one, on meta tensors."""
     empty = partial(torch.empty, device="meta")
     e, hidden, weight = (empty(*size, dtype=dtype) for size in ((chunk_size, vocab), (chunk_size, dim), (vocab, dim)))
     rows, labels = empty(chunk_size), empty(chunk_size, dtype=torch.int64)
     tiles = empty(chunk_size, -(-vocab // TILE.columns))
     for columns in _parts(vocab):
         yield partial(_write_exponentials, columns, hidden, weight, labels, rows, tiles, tiles, rows, e)
-    yield partial(_write_d_hidden, chunk_size, count, e, weight, rows, hidden)
+    yield partial(_write_d_hidden, chunk_size, num_sms, e, weight, rows, hidden)
     yield partial(_add_d_weight, e, hidden, empty(vocab, dim))
 
 
 def _parts(vocab: int) -> list[slice]:
-    """The columns that are whole tiles, and those that are left."""
+    """The columns of whole tiles, and the remaining ones: behind the last one a tile would sum elements of others."""
     edge = vocab // TILE.columns * TILE.columns
     return [columns for columns in (slice(0, edge), slice(edge, vocab)) if columns.start < columns.stop]
 
@@ -141,8 +135,8 @@ def _write_exponentials(
     )
 
 
-def _write_d_hidden(size: int, count: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
-    tile = best_tile(size, *weight.shape, count) or TILE
+def _write_d_hidden(size: int, num_sms: int, e: Tensor, weight: Tensor, scales: Tensor, d_hidden: Tensor) -> None:
+    tile = best_tile(size, *weight.shape, num_sms) or TILE
     scaled_rows.gemm(e, weight.mT, d_hidden, epi_args={"scale": scales}, **tile_options(tile))
 
 
@@ -162,7 +156,7 @@ def _cross_entropy_anchor_kernel(
     AT_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What to subtract from a row's logits, times log2(e), for its target to become AT_TARGET."""
+    """The anchor of a row: subtracted from its logits times log2(e), it makes the target's AT_TARGET."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     x = tl.load(hidden + row * stride + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
@@ -193,18 +187,18 @@ def _cross_entropy_row_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """What a row's sums over tiles say: its cross-entropy, the scale of its gradients, and its target's place in e."""
+    """From a row's sums over tiles: its cross-entropy, the scale of its gradients, and the target's element of e."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, TILES)
     inside = lanes < tiles
     total = tl.sum(tl.load(totals + row * tiles + lanes, mask=inside, other=0.0))
     maximum = tl.max(tl.load(largest + row * tiles + lanes, mask=inside, other=-float("inf")))
-    # the product's sum differs from the anchor's in its last bits
+    # the GEMM's logit differs from the anchor's in its last bits
     target, anchor = tl.load(targets + row), tl.load(anchors + row)
     at_target = tl.exp2(target * log2e - anchor)
     ratio = tl.log(tl.minimum(total, 1.0) / at_target)
     value = tl.where(total < 1.0, ratio, tl.log(total) - tl.log(at_target))
-    # where e was cut off, all but the largest logit is nothing
+    # where e was clamped, all but the largest logit is negligible
     tl.store(nll + row, tl.where(maximum * log2e - anchor > LARGEST, maximum - target, value))
     tl.store(correct + row, target >= maximum)
     scale = tl.load(coefficients + row) / total

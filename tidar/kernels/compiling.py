@@ -1,4 +1,4 @@
-"""torch.compile where it is first needed: its compiler takes longer to import than all the rest."""
+"""torch.compile on first use: its compiler takes longer to import than everything else."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,5 +8,5 @@ import torch
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """The function, compiled for each set of shapes that it is called with. Not to be called in compiled code."""
+    """The function, compiled for each set of input shapes. Not for use inside compiled code."""
     return torch.compile(function, dynamic=False)

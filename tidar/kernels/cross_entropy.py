@@ -1,20 +1,20 @@
-"""Cross-entropy of rows of logits and its gradient in place, as a Triton kernel. Needs CUDA."""
+"""Cross-entropy of rows of logits, and its gradient in their place, in one Triton kernel. Needs CUDA."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# elements that a program holds at one time, and the warps that share them
+# elements that a program holds at one time, and its warps
 BLOCK, WARPS = 8192, 16
 
 
 def cross_entropy_(
     logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """nll `[n]`, correct `[n]`, and, in the place of the logits, d sum(coefficients * nll) / d logits `[n, vocab]`.
+    """nll `[n]`, correct `[n]`, and, in place of the logits, d sum(coefficients * nll) / d logits `[n, vocab]`.
 
-    logits: `[n, vocab]`, rows contiguous; labels: `[n]` int64; coefficients: `[n]` float32. The arithmetic is float32.
+    logits: `[n, vocab]`, rows contiguous; labels: `[n]` int64; coefficients: `[n]` float32. Computes in float32.
     """
     nll = torch.empty_like(coefficients)
     correct = torch.empty_like(labels, dtype=torch.bool)
@@ -38,13 +38,13 @@ def _cross_entropy_kernel(
     with_gradient: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program: first its normalizer, then, while much of the row is in the cache, arg-max and gradient."""
+    """A program computes the normalizer of one row, then, while the row is in the cache, its arg-max and gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row).to(tl.int32)
     label_logit = tl.load(logits + label).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
-    # each lane has a maximum of its own, so that no iteration waits for a reduction
+    # each lane keeps its own maximum, so that no iteration waits for a reduction
     largest = tl.full([BLOCK], -3e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -56,7 +56,7 @@ def _cross_entropy_kernel(
     maximum = tl.max(largest)
     normalizer = maximum + tl.log(tl.sum(total * tl.exp(largest - maximum)))
     coefficient = tl.load(coefficients + row)
-    # of equal maxima the first counts, as in torch.argmax
+    # the first of equal maxima, as in torch.argmax
     first = tl.full([BLOCK], vocab, tl.int32)
     for start in range(0, vocab, BLOCK):
         column = start + lanes

@@ -1,7 +1,6 @@
-"""The gated MLP with SiLU and the residual inside of its products, and other products, by QuACK's GEMM kernels.
+"""Matmuls by QuACK's GEMM kernels, with bias and residual, and the MLP with its gated activation, in their epilogues.
 
-For Hopper GPUs. Outside of the products the activation's inputs and results would pass through memory once more in each
-direction.
+For Hopper GPUs. As kernels of their own, epilogues would read and write their tensors once more in each direction.
 """
 
 from functools import lru_cache
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tidar.kernels.selection import ALIGNED, multiprocessors
+from tidar.kernels.selection import ALIGNED, count_sms
 
 
 class Tile(NamedTuple):
-    """How a product is divided: rows and columns of the result that a multiprocessor makes at one time.
+    """How a GEMM is tiled: rows and columns of the result that an SM computes at one time.
 
-    pingpong: two tiles take turns there, so that one is computed while the other is written. cluster: how many tiles,
-    by rows and by columns, share what they read.
+    pingpong: two tiles alternate on an SM, so that one is computed while the other is written. cluster: how many tiles,
+    by rows and by columns, share the operands that they read.
     """
 
     rows: int
@@ -28,25 +27,25 @@ class Tile(NamedTuple):
     cluster: tuple[int, int]
 
 
-# with the rate of each on an H200 at its power's limit, relative to the best (tidar/benchmarks/matmul.py)
+# and their rates on an H200 at its power limit, relative to the best (tidar/benchmarks/matmul.py)
 TILES = {
     Tile(128, 192, pingpong=True, cluster=(2, 1)): 0.96,
     Tile(256, 192, pingpong=False, cluster=(1, 2)): 1.0,
     Tile(256, 208, pingpong=False, cluster=(1, 2)): 0.97,
     Tile(128, 256, pingpong=False, cluster=(2, 1)): 0.97,
 }
-# the epilogues of the activation hold more registers
+# the activation's epilogues need more registers
 GATED_TILE = Tile(128, 160, pingpong=True, cluster=(2, 1))
 GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
-# below this k the time in which results are written counts, which pingpong hides
+# below this k the time to write results counts, which pingpong hides
 SMALL_K = 4096
 
 
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
     """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
-    x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. For the backward pass it keeps the
-    inputs of the activation, and not its results.
+    x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. Saves the activation's inputs for
+    the backward pass, which recomputes its results.
     """
     return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, residual.flatten(0, -2)).view_as(x)
 
@@ -62,98 +61,101 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-        return product(x, weight.T, residual, bias)
+        return matmul(x, weight.T, residual, bias)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
         x, weight = ctx.saved_tensors
         d_bias = d_out.sum(dim=0) if ctx.has_bias else None
-        return product(d_out, weight), product(d_out.T, x), d_bias, d_out if ctx.has_residual else None
+        return matmul(d_out, weight), matmul(d_out.T, x), d_bias, d_out if ctx.has_residual else None
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
-        preactivation, activation = gated_product(x, gate_up)
+        preactivation, activation = gated_matmul(x, gate_up)
         ctx.save_for_backward(x, gate_up, down, preactivation)
-        return product(activation, down.T, residual)
+        return matmul(activation, down.T, residual)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
         x, gate_up, down, preactivation = ctx.saved_tensors
-        d_preactivation, activation = gated_product_backward(d_out, down, preactivation)
-        d_down = product(d_out.T, activation)
+        d_preactivation, activation = gated_matmul_backward(d_out, down, preactivation)
+        d_down = matmul(d_out.T, activation)
         d_x = gated_input_backward(d_preactivation, gate_up)
         return d_x, gate_up_backward(d_preactivation, x), d_down, d_out
 
 
-# Operators, because torch.compile cannot look into QuACK's kernels. Columns of gate and up are interleaved in the
-# result of their product: so one tile has all that an element of the activation needs. What is beneath each one
-# takes the number of multiprocessors, too, None for a CPU: `tidar.training.compile_ahead` calls it without a device
+# Operators, because torch.compile cannot trace QuACK's kernels. Columns of gate and up are interleaved in the result of
+# their matmul, so that one tile has both inputs of an activation. The implementation of each operator also takes the
+# number of SMs, None on a CPU, so that `tidar.training.compile_ahead` can call it without a device
 
 
-@torch.library.custom_op("tidar::product", mutates_args=())
-def product(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """`a @ b`, `[m, n]`, of `[m, k]` and `[k, n]`, plus `addend`, `[m, n]`, and `bias`, `[n]`, where they are given."""
-    return _product(multiprocessors(a.device), a, b, addend, bias)
+@torch.library.custom_op("tidar::matmul", mutates_args=())
+def matmul(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + c + bias`. a: `[m, k]`; b: `[k, n]`; c: `[m, n]`; bias: `[n]`."""
+    return _matmul(count_sms(a.device), a, b, c, bias)
 
 
-def _product(
-    count: int | None, a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    tile = best_tile(*a.shape, b.shape[1], count)
-    matrices = [matrix for matrix in (a, b, addend) if matrix is not None]
+def _matmul(num_sms: int | None, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    tile = best_tile(*a.shape, b.shape[1], num_sms)
+    matrices = [matrix for matrix in (a, b, c) if matrix is not None]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
-        if addend is not None and bias is not None:
-            addend = addend + bias
-        elif addend is None:
-            addend = bias
-        return a @ b if addend is None else torch.addmm(addend, a, b)
-    return quack_product(a, b, tile, addend, bias)
+        if c is not None and bias is not None:
+            c = c + bias
+        elif c is None:
+            c = bias
+        return a @ b if c is None else torch.addmm(c, a, b)
+    return quack_matmul(a, b, tile, c, bias)
 
 
-@product.register_fake
-def _(a: Tensor, b: Tensor, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+@matmul.register_fake
+def _(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-@torch.library.custom_op("tidar::gated_product", mutates_args=())
-def gated_product(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`x @ gate.T` and `x @ up.T`, interleaved, `[n, 2 * hidden]`; silu of the one times the other, `[n, hidden]`."""
-    return _gated_product(multiprocessors(x.device), x, gate_up)
+@torch.library.custom_op("tidar::gated_matmul", mutates_args=())
+def gated_matmul(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The preactivation, columns of `x @ gate.T` and `x @ up.T` interleaved, `[n, 2 * hidden]`, and the activation,
+    `silu(x @ gate.T) * (x @ up.T)`, `[n, hidden]`. x: `[n, dim]`; gate_up: `[2 * hidden, dim]`, gate above up.
+    """
+    return _gated_matmul(count_sms(x.device), x, gate_up)
 
 
-def _gated_product(count: int | None, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    if count is None:
+def _gated_matmul(num_sms: int | None, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    if num_sms is None:
         gate, up = (x @ gate_up.T).chunk(2, dim=1)
         return torch.stack([gate, up], dim=-1).flatten(1), F.silu(gate) * up
-    return quack_gated_product(x, gate_up, GATED_TILE)
+    return quack_gated_matmul(x, gate_up, GATED_TILE)
 
 
-@gated_product.register_fake
+@gated_matmul.register_fake
 def _(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(gate_up)), x.new_empty(len(x), len(gate_up) // 2)
 
 
-@torch.library.custom_op("tidar::gated_product_backward", mutates_args=())
-def gated_product_backward(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of `activation @ down.T`: that of `preactivation`, and `activation`, as of `gated_product`."""
-    return _gated_product_backward(multiprocessors(d_out.device), d_out, down, preactivation)
+@torch.library.custom_op("tidar::gated_matmul_backward", mutates_args=())
+def gated_matmul_backward(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `preactivation`, and `activation` recomputed, as of `gated_matmul`.
+
+    d_out: the gradient of `activation @ down.T`, `[n, dim]`.
+    """
+    return _gated_matmul_backward(count_sms(d_out.device), d_out, down, preactivation)
 
 
-def _gated_product_backward(
-    count: int | None, d_out: Tensor, down: Tensor, preactivation: Tensor
+def _gated_matmul_backward(
+    num_sms: int | None, d_out: Tensor, down: Tensor, preactivation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if count is None:
+    if num_sms is None:
         d_activation = d_out @ down
         gate, up = preactivation.view(len(preactivation), -1, 2).unbind(-1)
         share = gate.sigmoid()
         d_gate = d_activation * up * share * (1 + gate * (1 - share))
         return torch.stack([d_gate, d_activation * gate * share], dim=-1).flatten(1), gate * share * up
-    return quack_gated_product_backward(d_out, down, preactivation, GATED_BACKWARD_TILE)
+    return quack_gated_matmul_backward(d_out, down, preactivation, GATED_BACKWARD_TILE)
 
 
-@gated_product_backward.register_fake
+@gated_matmul_backward.register_fake
 def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
     n, both = preactivation.shape
     return torch.empty_like(preactivation), preactivation.new_empty(n, both // 2)
@@ -161,13 +163,13 @@ def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("tidar::gated_input_backward", mutates_args=())
 def gated_input_backward(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of `x`, from that of `preactivation`, as of `gated_product`."""
-    return _gated_input_backward(multiprocessors(gate_up.device), d_preactivation, gate_up)
+    """The gradient of `x`, from that of `preactivation`, as of `gated_matmul`."""
+    return _gated_input_backward(count_sms(gate_up.device), d_preactivation, gate_up)
 
 
-def _gated_input_backward(count: int | None, d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
-    if tile := best_tile(*d_preactivation.shape, gate_up.shape[1], count):
-        return quack_product(d_preactivation, gate_up, tile, concatenated=("B",))
+def _gated_input_backward(num_sms: int | None, d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+    if tile := best_tile(*d_preactivation.shape, gate_up.shape[1], num_sms):
+        return quack_matmul(d_preactivation, gate_up, tile, concatenated=("B",))
     return _concatenated(d_preactivation) @ gate_up
 
 
@@ -178,14 +180,14 @@ def _(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("tidar::gate_up_backward", mutates_args=())
 def gate_up_backward(d_preactivation: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `gate_up`, `[2 * hidden, dim]`, from that of `preactivation`, as of `gated_product`."""
-    return _gate_up_backward(multiprocessors(x.device), d_preactivation, x)
+    """The gradient of `gate_up`, `[2 * hidden, dim]`, from that of `preactivation`, as of `gated_matmul`."""
+    return _gate_up_backward(count_sms(x.device), d_preactivation, x)
 
 
-def _gate_up_backward(count: int | None, d_preactivation: Tensor, x: Tensor) -> Tensor:
+def _gate_up_backward(num_sms: int | None, d_preactivation: Tensor, x: Tensor) -> Tensor:
     n, both = d_preactivation.shape
-    if tile := best_tile(both, n, x.shape[1], count):
-        return quack_product(d_preactivation.T, x, tile, concatenated=("out",))
+    if tile := best_tile(both, n, x.shape[1], num_sms):
+        return quack_matmul(d_preactivation.T, x, tile, concatenated=("out",))
     return _concatenated(d_preactivation).T @ x
 
 
@@ -194,39 +196,39 @@ def _(d_preactivation: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(d_preactivation.shape[1], x.shape[1])
 
 
-# what is beneath the operators, by their names
-BENEATH = {
-    "tidar::product": _product,
-    "tidar::gated_product": _gated_product,
-    "tidar::gated_product_backward": _gated_product_backward,
+# of the operators, by their names
+IMPLEMENTATIONS = {
+    "tidar::matmul": _matmul,
+    "tidar::gated_matmul": _gated_matmul,
+    "tidar::gated_matmul_backward": _gated_matmul_backward,
     "tidar::gated_input_backward": _gated_input_backward,
     "tidar::gate_up_backward": _gate_up_backward,
 }
 
 
-def quack_product(
+def quack_matmul(
     a: Tensor,
     b: Tensor,
     tile: Tile,
-    addend: Tensor | None = None,
+    c: Tensor | None = None,
     bias: Tensor | None = None,
     concatenated: tuple[str, ...] = (),
 ) -> Tensor:
-    """As `product`. concatenated: those of "B" and "out" whose rows are all of gate's and then all of up's."""
+    """As `matmul`. concatenated: which of "B" and "out" have all rows of gate, then all of up, and not interleaved."""
     from quack.gemm_interface import gemm_tuned
 
     out = a.new_empty(a.shape[0], b.shape[1])
-    gemm_tuned.fn(a, b, out, addend, bias, config=_config(tile), concat_layout=concatenated or None)
+    gemm_tuned.fn(a, b, out, c, bias, config=_config(tile), concat_layout=concatenated or None)
     return out
 
 
-def quack_gated_product(x: Tensor, gate_up: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+def quack_gated_matmul(x: Tensor, gate_up: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     from quack.gemm_interface import gemm_gated
 
     return gemm_gated(x, gate_up.T, activation="swiglu", config=_config(tile), concat_layout=("B",))
 
 
-def quack_gated_product_backward(
+def quack_gated_matmul_backward(
     d_out: Tensor, down: Tensor, preactivation: Tensor, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     from quack.gemm_interface import gemm_dgated
@@ -236,7 +238,7 @@ def quack_gated_product_backward(
 
 
 def _concatenated(interleaved: Tensor) -> Tensor:
-    """Columns of gate and up, interleaved, as all of gate's and then all of up's: as the rows of `gate_up` lie."""
+    """Interleaved columns of gate and up as all of gate, then all of up: the order of the rows of `gate_up`."""
     return interleaved.unflatten(1, (-1, 2)).mT.flatten(1)
 
 
@@ -246,20 +248,20 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 @lru_cache
-def best_tile(m: int, k: int, n: int, count: int | None) -> Tile | None:
-    """The tile with which `[m, k] @ [k, n]` takes the least time on `count` multiprocessors, by an estimate.
+def best_tile(m: int, k: int, n: int, num_sms: int | None) -> Tile | None:
+    """The tile with the least estimated time for `[m, k] @ [k, n]`.
 
-    None is for torch: on a CPU, and where there is less than about one tile for each multiprocessor, for cuBLAS then
-    divides the sums along k.
+    None means torch's matmul: on a CPU (`num_sms` None), and where there is less than about one tile for each SM,
+    because cuBLAS then splits the sums along k.
     """
-    if count is None:
+    if num_sms is None:
         return None
     best, least = None, float("inf")
     for tile, rate in TILES.items():
-        waves = ceil(m / tile.rows) * ceil(n / tile.columns) / count
+        waves = ceil(m / tile.rows) * ceil(n / tile.columns) / num_sms
         if waves < 0.9 or not tile.pingpong and k < SMALL_K:
             continue
-        # multiprocessors that idle in the last wave leave their power to the others: measured, it costs half a wave
+        # SMs that idle in the last wave leave their power to the others: measured, it costs half a wave
         time = (waves + ceil(waves)) / 2 * tile.rows * tile.columns / rate
         if time < least:
             best, least = tile, time
@@ -267,7 +269,7 @@ def best_tile(m: int, k: int, n: int, count: int | None) -> Tile | None:
 
 
 def tile_options(tile: Tile) -> dict[str, int | bool]:
-    """As QuACK's `gemm` of an epilogue names them, and its GemmConfig in small letters."""
+    """Named as the arguments of `gemm` of QuACK's epilogues; GemmConfig has the same names in lower case."""
     cluster_m, cluster_n = tile.cluster
     return {
         "tile_M": tile.rows,

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Of `[…, dim]`, in float32 whatever the type of x, then scaled in it; and its scale, `[…, 1]` float32."""
+    """The norm of x, `[…, dim]`, and its scale, `[…, 1]` float32. Normalizes in float32, weights in the dtype of x."""
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32, whatever the type of its input, and scales in that type, as the published models do."""
+    """Normalizes in float32, and weights in the input's dtype, as the published models do."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

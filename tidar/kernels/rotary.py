@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864) and their published extensions to longer texts."""
+"""Rotary position embeddings (arXiv 2104.09864) and their published extensions to longer contexts."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are changed for texts longer than those of the pretraining.
+    """How frequencies are changed for contexts longer than in pretraining.
 
-    linear: all divided by `factor`. yarn (arXiv 2309.00071, section 3): those that turn more than `beta_fast` times
-    within `original_max_position_embeddings` stay, those that turn less than `beta_slow` times are divided by
-    `factor`, with a ramp between; `attention_factor` multiplies cosines and sines; `truncate` rounds the ramp's ends.
+    linear: all are divided by `factor`. yarn (arXiv 2309.00071, section 3): those with more than `beta_fast` rotations
+    within `original_max_position_embeddings` stay, those with less than `beta_slow` are divided by `factor`, with a
+    ramp between; `attention_factor` multiplies cosines and sines; `truncate` rounds the ramp's ends.
     """
 
     kind: Literal["linear", "yarn"]
@@ -37,7 +37,7 @@ def rotary(position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScali
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[batch, heads, positions, head_dim]`, turned by its position; dimension i pairs with i + head_dim / 2."""
+    """x `[batch, heads, positions, head_dim]` rotated by its positions; dimension i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -56,7 +56,7 @@ def split_heads(heads: Tensor, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians per position of each pair of dimensions, `[head_dim / 2]` float32.
 
-    Computed on the CPU, once: a rounding of another device would turn far positions visibly.
+    Computed once, on the CPU: another device's rounding would change the rotation of far positions.
     """
     wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     frequencies = 1.0 / wavelengths
@@ -71,11 +71,11 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """How far each pair of dimensions is interpolated, from 0 to 1, `[head_dim / 2]`."""
 
-    def pair_that_turns(times: float) -> float:
-        turns = scaling.original_max_position_embeddings / (times * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(theta))
+    def pair_with_rotations(rotations: float) -> float:
+        wavelength = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    low, high = pair_with_rotations(scaling.beta_fast), pair_with_rotations(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

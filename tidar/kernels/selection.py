@@ -1,57 +1,239 @@
-"""Which kernels of other libraries a decoder runs."""
+"""The one decision about which kernels a run uses."""
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
 
 import torch
 
-# elements of 16 bits that a row must be a multiple of, so that it begins at 16 bytes
+from tidar.config import Config, UserError
+
+# elements of 16 bits: rows are multiples of them, so that each begins at 16 bytes
 ALIGNED = 8
-# of QuACK, whose interface changes with each: from the one, before the other
-KNOWN_VERSIONS = (0, 6, 5), (0, 7)
+# of a vocabulary for the loss without logits: its last columns, fewer than a tile, are a tile of their own
+VOCAB_MULTIPLE = 64
+# of the MLP's sizes for FP8: what cuBLAS requires
+FLOAT8_MULTIPLE = 16
+# QuACK's interface changes with each version: from the first, before the second
+QUACK_VERSIONS = (0, 6, 5), (0, 7)
+# the first torchao that keeps Inductor from code that Triton miscompiles to NaN (triton-lang/triton#11111)
+FIRST_TORCHAO = (0, 18)
+# the first GPUs with FP8 matmuls
+FLOAT8_CAPABILITY = (8, 9)
+# where FlashAttention-4 under FlexAttention was tested
+FLASH_HEAD_DIM, HOPPER = 128, 9
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Sizes(NamedTuple):
+    """Sizes of a decoder that decide which kernels can compute it."""
+
+    dim: int
+    hidden_dim: int
+    head_dim: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels that take the place of plain ones where the device has them. All of them compute the same.
+    """Which kernels run. All but FP8 compute what the plain ones of torch do, which are the default.
 
-    flash: FlashAttention-4's under block masks. fused_products: QuACK's, with what stands beside them inside, of
-    `tidar.kernels.matmul`. fused_backward: those of `tidar.kernels.backward`, for the norms of the residual stream and
-    for rotary embeddings where no norm comes before them.
+    attention: "flash" is FlexAttention with FlashAttention-4's kernels, "flex" with Triton's, "sdpa" takes dense masks.
+    compile: layers, and small functions of the loss, by torch.compile.
+    fused_matmul: QuACK's GEMMs in the layers, with the gated activation and the residual connection inside of them.
+    fused_backward: backward passes of norms and rotary embeddings in one kernel each.
+    loss_kernel: cross-entropy and its gradient in place of the logits, in one Triton kernel.
+    loss_matmul: QuACK's GEMMs for the logits. loss_without_logits: in training they write exponentials and not logits.
+    adamw: all parameters of a group in one Triton kernel.
+    float8: the MLP's matmuls in FP8, emulated on a CPU.
+    fallbacks: why faster kernels do not run. warnings: lines for the user's log.
     """
 
-    flash: bool = False
-    fused_products: bool = False
+    attention: Literal["flash", "flex", "sdpa"] = "sdpa"
+    compile: bool = False
+    fused_matmul: bool = False
     fused_backward: bool = False
+    loss_kernel: bool = False
+    loss_matmul: bool = False
+    loss_without_logits: bool = False
+    adamw: bool = False
+    float8: Literal["off", "on", "emulated"] = "off"
+    fallbacks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """What runs, and what does not and why, on one line."""
+        parts = [f"{self.attention} attention", f"compile {self.compile}"]
+        optional = {
+            "MLP in float8": self.float8 != "off",
+            "QuACK matmuls": self.fused_matmul,
+            "loss without logits": self.loss_without_logits,
+        }
+        parts += [name for name, runs in optional.items() if runs]
+        return ", ".join(parts) + "".join(f"; {reason}" for reason in self.fallbacks)
 
 
 PLAIN = Kernels()
 
 
+class Obstacle(NamedTuple):
+    """Why kernels cannot be used. is_broken: their package is installed, but cannot be imported."""
+
+    reason: str
+    is_broken: bool = False
+
+
 @lru_cache
-def multiprocessors(device: torch.device) -> int | None:
-    """Of a GPU; None for a CPU."""
+def count_sms(device: torch.device) -> int | None:
+    """Streaming multiprocessors of a GPU; None for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
-def has_fast_products(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether QuACK's kernels run here. sizes: of the MLP."""
-    try:
-        version = tuple(map(int, metadata.version("quack-kernels").split(".")[:3]))
-    except (metadata.PackageNotFoundError, ValueError):
-        return False
-    fits = (
-        KNOWN_VERSIONS[0] <= version < KNOWN_VERSIONS[1]
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and dtype in (torch.bfloat16, torch.float16)
-        and all(size % ALIGNED == 0 for size in sizes)
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Kernels:
+    """The fastest kernels that the device, the compute dtype, the sizes, the options and the installed packages allow.
+
+    sizes: None where the model is not known yet; then only what the options ask for explicitly is checked, and the rest
+    is not final. Raises UserError where what they ask for explicitly cannot run.
+    """
+    on_cuda = device.type == "cuda"
+    compile = on_cuda if config.compile.enable == "auto" else config.compile.enable
+    fallbacks, warnings = [], []
+
+    def is_free(name: str, obstacle: Obstacle | None) -> bool:
+        if obstacle and on_cuda:
+            fallbacks.append(f"no {name}: {obstacle.reason}")
+        if obstacle and obstacle.is_broken:
+            warnings.append(f"warning: {obstacle.reason}; the run continues without it")
+        return obstacle is None
+
+    attention = config.model.attention_backend
+    if attention in ("flex", "flash") and not on_cuda:
+        raise UserError(f"model.attention_backend = {attention}: has no backward pass without CUDA; use sdpa or auto")
+    if not on_cuda:
+        attention = "sdpa"
+    elif attention in ("auto", "flash") and (sizes or attention == "flash"):
+        obstacle = _flash_obstacle(device, dtype, sizes, config.training.deterministic)
+        if obstacle and attention == "flash":
+            raise UserError(f"model.attention_backend = flash: {obstacle.reason}; use flex or auto")
+        attention = "flash" if is_free("flash attention", obstacle) else "flex"
+    if attention == "auto":
+        attention = "flex"
+    if attention == "flash":
+        # compiled for half a minute, its kernels are kept on disk for the next process
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+    float8 = "off"
+    if config.training.float8:
+        obstacle = _float8_obstacle(device, dtype, sizes)
+        if obstacle:
+            raise UserError(f"training.float8 = true: {obstacle.reason}")
+        float8 = "on" if on_cuda else "emulated"
+        if not on_cuda:
+            warnings.append("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
+    if dtype == torch.float16 and not on_cuda:
+        warnings.append(
+            "warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out"
+        )
+
+    quack = bool(compile and sizes) and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes))
+    # e has to have bfloat16's range (see anchored_cross_entropy)
+    fits_loss = sizes is not None and sizes.vocab_size % VOCAB_MULTIPLE == 0 and dtype == torch.bfloat16
+    return Kernels(
+        attention=attention,
+        compile=compile,
+        fused_matmul=quack and float8 == "off",
+        fused_backward=compile and on_cuda,
+        loss_kernel=compile and on_cuda,
+        loss_matmul=quack,
+        loss_without_logits=quack and fits_loss,
+        adamw=on_cuda and not config.training.enable_cpu_offload,
+        float8=float8,
+        fallbacks=tuple(fallbacks),
+        warnings=tuple(warnings),
     )
-    if fits:
-        try:
-            import quack.epilogue.library
-            import quack.gemm_interface  # noqa: F401
-        except (ImportError, OSError):  # what it needs itself is missing, or another version
-            return False
-    return fits
+
+
+def _flash_obstacle(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes | None, deterministic: bool
+) -> Obstacle | None:
+    try:
+        installed = find_spec("flash_attn.cute") is not None
+    except ImportError:
+        installed = False
+    if not installed:
+        return Obstacle("is not installed: pip install -e '.[flash]'")
+    if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return Obstacle(f"needs a Hopper GPU, not {torch.cuda.get_device_name(device)}")
+    if dtype not in NARROW_DTYPES:
+        return Obstacle(f"needs training.mixed_precision_param = bfloat16 or float16, not {_name(dtype)}")
+    if sizes and sizes.head_dim != FLASH_HEAD_DIM:
+        return Obstacle(f"needs heads of {FLASH_HEAD_DIM}, not {sizes.head_dim}")
+    if deterministic:
+        return Obstacle("training.deterministic = true: its backward pass does not repeat bit for bit")
+    return _import_obstacle("flash-attn-4", "flash_attn.cute")
+
+
+def _quack_obstacle(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Obstacle | None:
+    first, end = QUACK_VERSIONS
+    version = _version("quack-kernels", 3)
+    if version is None:
+        return Obstacle("is not installed: pip install -e '.[flash]'")
+    if not first <= version < end:
+        known = f"{'.'.join(map(str, first))} or later, before {'.'.join(map(str, end))}"
+        return Obstacle(f"needs quack-kernels {known}, not {metadata.version('quack-kernels')}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return Obstacle("needs a Hopper GPU")
+    if dtype not in NARROW_DTYPES:
+        return Obstacle(f"needs training.mixed_precision_param = bfloat16 or float16, not {_name(dtype)}")
+    if sizes.dim % ALIGNED or sizes.hidden_dim % ALIGNED:
+        return Obstacle(f"needs sizes that are multiples of {ALIGNED}, not {sizes.dim} and {sizes.hidden_dim}")
+    return _import_obstacle(
+        "quack-kernels", "quack.gemm_interface", "quack.epilogue.library", "tidar.kernels.anchored_cross_entropy"
+    )
+
+
+def _float8_obstacle(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Obstacle | None:
+    needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: pip install -e '.[fp8]'"
+    version = _version("torchao", 2)
+    if version is None:
+        return Obstacle(needed)
+    if version < FIRST_TORCHAO:
+        return Obstacle(f"{needed}, not {metadata.version('torchao')}")
+    if obstacle := _import_obstacle("torchao", "torchao.float8"):
+        return obstacle
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+            return Obstacle(f"needs an Ada, Hopper or later GPU, not {torch.cuda.get_device_name(device)}")
+        if dtype != torch.bfloat16:  # what it was tested with there
+            return Obstacle(f"needs training.mixed_precision_param = bfloat16, not {_name(dtype)}")
+    if sizes and (sizes.dim % FLOAT8_MULTIPLE or sizes.hidden_dim % FLOAT8_MULTIPLE):
+        needed = f"multiples of {FLOAT8_MULTIPLE}, not {sizes.dim} and {sizes.hidden_dim}"
+        return Obstacle(f"needs sizes of the MLP that are {needed}")
+    return None
+
+
+def _version(package: str, parts: int) -> tuple[int, ...] | None:
+    """The first numbers of an installed package's version; None where there is no package or no such numbers."""
+    try:
+        return tuple(map(int, metadata.version(package).split(".")[:parts]))
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def _import_obstacle(package: str, *modules: str) -> Obstacle | None:
+    """Imports the modules. A package whose own imports fail may raise anything."""
+    try:
+        for module in modules:
+            import_module(module)
+    except Exception as error:
+        cause = next(iter(str(error).splitlines()), "")
+        installed = f"{package} {metadata.version(package)}"
+        return Obstacle(f"{installed} cannot be imported: {type(error).__name__}: {cause}", is_broken=True)
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tidar.kernels.compiling import compiled
+from tidar.kernels.selection import PLAIN, Kernels
 from tidar.patterns import Targets
 
 
@@ -27,26 +28,15 @@ class Objective:
     micro-batches. So the losses and gradients of the micro-batches add up to those of the step, however it is split.
     """
 
-    def __init__(
-        self, loss_weights: dict[str, float], chunk_size: int, compile: bool = False, fast_products: bool = False
-    ):
-        """chunk_size: target positions whose logits exist at one time. compile: our own kernel for these, on CUDA.
-        fast_products: the products are QuACK's, and where they can they leave out logits.
-        """
+    def __init__(self, loss_weights: dict[str, float], chunk_size: int, kernels: Kernels = PLAIN):
+        """chunk_size: target positions whose logits exist at one time."""
         self.loss_weights = loss_weights
         self.chunk_size = chunk_size
-        self.compile = compile
-        multiply, self.anchored = torch.matmul, None
-        if fast_products:
-            from tidar.kernels import anchored_cross_entropy
-            from tidar.kernels.matmul import product
-
-            multiply, self.anchored = product, anchored_cross_entropy
-        self.by_logits = partial(_score, multiply=multiply, compile=compile)
-
-    def leaves_out_logits(self, vocab_size: int, dim: int, dtype: torch.dtype) -> bool:
-        """Whether it trains an output projection of that size and type by `tidar.kernels.anchored_cross_entropy`."""
-        return self.anchored is not None and self.anchored.fits(vocab_size, dim, dtype)
+        self.kernels = kernels
+        multiply = torch.matmul
+        if kernels.loss_matmul:
+            from tidar.kernels.matmul import matmul as multiply
+        self.by_logits = partial(_score, multiply=multiply, fused=kernels.loss_kernel)
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
@@ -66,9 +56,11 @@ class Objective:
         labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(coefficients)
         with_gradient = torch.is_grad_enabled()
         score, padding = self.by_logits, 0
-        if with_gradient and self.leaves_out_logits(*output_weight.shape, output_weight.dtype):
-            score = partial(self.anchored.score, chunk_size=self.chunk_size)
-            padding = -len(labels) % self.anchored.TARGETS
+        if with_gradient and self.kernels.loss_without_logits:
+            from tidar.kernels import anchored_cross_entropy  # needs QuACK
+
+            score = partial(anchored_cross_entropy.score, chunk_size=self.chunk_size)
+            padding = -len(labels) % anchored_cross_entropy.TARGETS
         value, nll, correct = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1).index_select(0, F.pad(index, (0, padding))),
             output_weight,
@@ -76,7 +68,7 @@ class Objective:
             F.pad(coefficients, (0, padding)),  # zeros
             self.chunk_size,
             score,
-            self.compile,
+            self.kernels.loss_kernel,
             with_gradient,
         )
         sizes = [len(target.labels) for target in targets.values()]
@@ -96,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         coefficients: Tensor,  # [n], at least float32
         chunk_size: int,
         score: Callable,
-        compile: bool,
+        fused: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # gradients are computed with coefficients of at most 1, so that they do not underflow in 16 bits
@@ -114,13 +106,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(len(labels) * number // n_chunks, len(labels) * (number + 1) // n_chunks)
             d_chunk = d_hidden[chunk] if with_gradient else None
             nll[chunk], correct[chunk] = score(
-                hidden[chunk], weight, labels[chunk], scaled[chunk], d_chunk, d_weight, anew=number == 0
+                hidden[chunk], weight, labels[chunk], scaled[chunk], d_chunk, d_weight, accumulate=number > 0
             )
         if with_gradient:
             if n_chunks == 0:
                 d_weight.zero_()
             ctx.save_for_backward(d_hidden, d_weight, scale)
-            ctx.weight_dtype, ctx.compile = weight.dtype, compile
+            ctx.weight_dtype, ctx.fused = weight.dtype, fused
         ctx.mark_non_differentiable(nll, correct)
         return (coefficients * nll).sum(), nll, correct
 
@@ -128,8 +120,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_value: Tensor, *_):
         d_hidden, d_weight, scale = ctx.saved_tensors
         scale = d_value * scale
-        # scaled and rounded in one pass, at the memory's rate where it is compiled
-        if ctx.compile and d_weight.is_cuda:
+        # scaled and rounded in one pass
+        if ctx.fused:
             narrow = compiled(_scaled)(d_weight, scale, ctx.weight_dtype)
         else:
             narrow = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
@@ -147,33 +139,33 @@ def _score(
     coefficients: Tensor,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
-    anew: bool,
+    accumulate: bool,
     multiply: Callable[[Tensor, Tensor], Tensor],
-    compile: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) into `d_hidden`, and adds
-    them to `d_weight`, or writes them there where `anew`; with None for both it makes none.
+    """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) to `d_hidden` and
+    `d_weight`, unless both are None. accumulate: adds those of the weight. fused: one kernel scores the logits.
     """
     with_gradient = d_hidden is not None
-    score_logits = _fused_score_logits if compile else _score_logits
+    score_logits = _fused_score_logits if fused else _score_logits
     nll, correct, d_logits = score_logits(multiply(hidden, weight.T), labels, coefficients, with_gradient)
     if with_gradient:
         d_hidden.copy_(multiply(d_logits, weight))
-        _add_product(d_weight, d_logits.T, hidden, anew)
+        _matmul_into(d_weight, d_logits.T, hidden, accumulate)
     return nll, correct
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
-    """total += a @ b, or = where `anew`, summed in the dtype of `total`, which is that of the matrices or wider."""
+def _matmul_into(total: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """total = a @ b, or += if `accumulate`, summed in the dtype of `total`, which is that of the matrices or wider."""
     if total.is_cuda and total.dtype == torch.float32 != a.dtype:
-        if anew:
-            torch.mm(a, b, out_dtype=torch.float32, out=total)
-        else:
+        if accumulate:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif anew:
-        total.copy_(a @ b)
-    else:
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+    elif accumulate:
         total += a @ b
+    else:
+        total.copy_(a @ b)
 
 
 def _score_logits(
@@ -192,8 +184,6 @@ def _score_logits(
 
 
 def _fused_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
-    if not logits.is_cuda or coefficients.dtype != torch.float32:
-        return _score_logits(logits, labels, coefficients, with_gradient)
     from tidar.kernels.cross_entropy import cross_entropy_  # Triton comes with CUDA's torch only
 
     return cross_entropy_(logits, labels, coefficients, with_gradient)

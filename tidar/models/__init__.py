@@ -1,6 +1,6 @@
 """One decoder for the Qwen family, its sizes and first values, attention backends, block masks, FLOPs."""
 
-from tidar.models.attention import Mask, attention, resolve_backend
+from tidar.models.attention import Mask, attention
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.huggingface.weights import from_pretrained
 from tidar.models.initialize import initialize
@@ -31,6 +31,5 @@ __all__ = [
     "make_mask",
     "mask_of_words",
     "pattern_mask",
-    "resolve_backend",
     "size_config",
 ]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tidar.kernels.backward import NormWithResidual, RotatedHeads
 from tidar.kernels.norm import RMSNorm
+from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
 from tidar.kernels.rotary import RopeScaling, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
 from tidar.models.attention import Mask, attention
@@ -16,7 +16,7 @@ from tidar.models.attention import Mask, attention
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder. qkv_bias: as in Qwen2; qk_norm: as in Qwen3; o_bias: of the attention's output."""
+    """Shape of a decoder. qkv_bias: as in Qwen2; qk_norm: as in Qwen3; o_bias: of attention's output projection."""
 
     vocab_size: int
     dim: int
@@ -49,11 +49,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.flash = kernels.flash
+        self.flash = kernels.attention == "flash"
         self.rotates_fused = kernels.fused_backward and not config.qk_norm
         self.linear = plain_linear
-        if kernels.fused_products:
-            from tidar.kernels.matmul import linear  # registers operators that nothing else needs
+        if kernels.fused_matmul:
+            from tidar.kernels.matmul import linear
 
             self.linear = linear
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
@@ -86,7 +86,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.fused = None
-        if kernels.fused_products:
+        if kernels.fused_matmul:
             from tidar.kernels.matmul import gated_mlp
 
             self.fused = gated_mlp
@@ -111,12 +111,12 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        normal, x = self.normalized(self.input_layernorm, x)
-        x = self.self_attn(normal, x, cos, sin, mask)
-        return self.mlp(*self.normalized(self.post_attention_layernorm, x))
+        normalized, x = self.normalize(self.input_layernorm, x)
+        x = self.self_attn(normalized, x, cos, sin, mask)
+        return self.mlp(*self.normalize(self.post_attention_layernorm, x))
 
-    def normalized(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x, and x."""
+    def normalize(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x, and x for the residual connection."""
         return NormWithResidual.apply(x, norm.weight, norm.eps) if self.fused_backward else (norm(x), x)
 
 
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels = PLAIN):
         super().__init__()
         self.config = config
-        # first values are `initialize`'s; random ones on the meta device would import torch's compiler
+        # `initialize` sets the first values; random ones on the meta device would import torch's compiler
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.dim, _weight=torch.zeros(config.vocab_size, config.dim)
         )
@@ -147,8 +147,8 @@ class Decoder(nn.Module):
         """Logits `[batch, positions, vocab_size]` of tokens `[batch, positions]`.
 
         position_ids: `[batch, positions]`, by default 0, 1, 2 …; mask: see `tidar.models.attention`, None is causal.
-        head: takes the last hidden states `[batch, positions, dim]` and the output weight in place of the projection
-        to logits, and its result is returned. It runs inside the model because FSDP has the weight gathered there.
+        head: called in place of the projection to logits with the last hidden states `[batch, positions, dim]` and the
+        output weight; its result is returned. It runs inside the model, where FSDP has gathered the weight.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

@@ -1,13 +1,13 @@
-"""Useful floating-point operations, and what a device can do."""
+"""Useful floating-point operations, and the peak rates of devices."""
 
 import torch
 
 from tidar.models import DecoderConfig
 from tidar.patterns import ModelBatch
 
-# of a layer for each allowed query-key pair and query dimension: 4 forward, 8 backward
+# per layer, allowed query-key pair and query dimension: 4 forward, 8 backward
 ATTENTION_FLOPS = 12
-# dense bf16 rates of the datasheets, FLOP/s, by the first words of the device's name
+# dense bf16 FLOP/s by datasheet, by the first words of the device's name
 PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -20,10 +20,10 @@ PEAK_FLOPS = {
 
 
 def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pairs: int) -> float:
-    """Forward and backward of `positions` model positions, `scored` of them projected to logits.
+    """FLOPs of forward and backward for `positions` model positions, of which `scored` are projected to logits.
 
     6 per matrix weight of the layers and position, 6 * vocab * dim per scored position, and `attention_flops`.
-    Embedding look-ups and recomputation do not count.
+    Embedding look-ups and recomputation are not counted.
     """
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     layer_weights = config.dim * heads + 3 * config.dim * config.hidden_dim
@@ -35,18 +35,18 @@ def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pai
 
 
 def attention_flops(config: DecoderConfig, allowed_pairs: int) -> float:
-    """Forward and backward."""
+    """FLOPs of forward and backward of attention."""
     return ATTENTION_FLOPS * config.n_layers * allowed_pairs * config.n_heads * config.head_dim
 
 
 def batch_flops(config: DecoderConfig, rows: ModelBatch, allowed_pairs: int) -> float:
-    """Useful FLOPs, forward and backward, of rows whose mask allows so many query-key pairs."""
+    """Useful FLOPs, forward and backward, of rows. allowed_pairs: query-key pairs of their mask, in all rows."""
     scored = sum(len(targets.labels) for targets in rows.targets.values())
     return useful_flops(config, rows.input_ids.numel(), scored, allowed_pairs)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of the datasheet in bf16, None for a device that is not listed."""
+    """bf16 FLOP/s by datasheet; None for a device that is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,8 +1,8 @@
-"""Compiles QuACK's kernels of a run beside it, while it gets ready; what they are is read from the standard input.
+"""Compiles a run's QuACK kernels in another process while the run prepares; reads a pickled `Work` from stdin.
 
-Where they are first called each takes a second or three on one core, and a step has a dozen. Here a process that sees
-no GPU notes the calls of a layer and of the loss without logits on the meta device, and makes each of them in a fork of
-its own. QuACK keeps what is compiled on disk, and a run that comes to a kernel that is not ready waits for it there.
+Each kernel takes one to three seconds of one core where it is first called, and a step has a dozen. This process, which
+sees no GPU, records the calls of a layer and of the loss without logits on the meta device, and runs each of them in a
+fork. QuACK caches compiled kernels on disk; a run that reaches a kernel which is being compiled waits for it.
 """
 
 import os
@@ -20,33 +20,32 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidar.kernels import Kernels
+from tidar.kernels.matmul import IMPLEMENTATIONS
 from tidar.models import DecoderConfig
 from tidar.models.decoder import DecoderLayer
 
-# seconds after which a process here ends itself: one that hangs holds a lock which the run waits for
-LIMIT = 60
+# seconds after which a process here ends itself: one that hangs would hold a lock that the run waits for
+TIMEOUT = 60
 
 
 @dataclass(frozen=True)
 class Work:
-    """What decides which kernels a run calls.
+    """What decides which QuACK kernels a run calls.
 
-    positions: of a micro-batch. chunk_size: of the loss. layers, loss: whether QuACK's kernels are in the layers, and
-    whether the loss is without logits. multiprocessors, capability: of the GPU.
+    positions: of a micro-batch. chunk_size: of the loss. num_sms, capability: of the GPU.
     """
 
     decoder: DecoderConfig
     dtype: torch.dtype
     positions: int
     chunk_size: int
-    layers: bool
-    loss: bool
-    multiprocessors: int
+    kernels: Kernels
+    num_sms: int
     capability: tuple[int, int]
 
 
 class Compiler:
-    """The process that compiles, as the run sees it. It ends by itself."""
+    """Handle of the compiling process, which ends by itself."""
 
     def __init__(self, work: Work):
         """Raises OSError where no process can be started."""
@@ -64,10 +63,10 @@ class Compiler:
             with self.process.stdin:
                 pickle.dump(work, self.process.stdin)
         except BrokenPipeError:
-            pass  # it has ended already, which `trouble` tells
+            pass  # it has ended already, which `failure` reports
 
-    def trouble(self) -> str | None:
-        """Why it has failed, in a line, if it has."""
+    def failure(self) -> str | None:
+        """Why the process failed, on one line; None if it did not."""
         if not self.process.poll():
             return None
         self.errors.seek(0)
@@ -80,8 +79,8 @@ class Compiler:
         self.errors.close()
 
 
-class Noted(TorchDispatchMode):
-    """Notes calls of our operators."""
+class RecordedCalls(TorchDispatchMode):
+    """Records calls of this package's operators: name and arguments."""
 
     def __init__(self):
         super().__init__()
@@ -94,37 +93,35 @@ class Noted(TorchDispatchMode):
 
 
 def layer_calls(work: Work) -> tuple[list[tuple[str, tuple]], list[tuple[str, tuple]]]:
-    """What a layer's forward and backward pass call of our operators: names and arguments, on the meta device."""
+    """Calls of this package's operators in a layer's forward and in its backward pass, on the meta device."""
     decoder = work.decoder
     with torch.device("meta"):
-        layer = DecoderLayer(decoder, Kernels(fused_products=True)).to(work.dtype)
+        layer = DecoderLayer(decoder, Kernels(fused_matmul=True)).to(work.dtype)
         x = torch.empty(1, work.positions, decoder.dim, dtype=work.dtype, requires_grad=True)
         angles = torch.empty(1, 1, work.positions, decoder.head_dim, dtype=work.dtype)
-    with Noted() as forward:
+    with RecordedCalls() as forward:
         out = layer(x, angles, angles, None)
-    with Noted() as backward:
+    with RecordedCalls() as backward:
         torch.autograd.grad(out, [x, *layer.parameters()], torch.empty_like(out))
     return forward.calls, backward.calls
 
 
 def kernel_calls(work: Work) -> Iterator[Callable[[], object]]:
-    """Calls of QuACK, in the order in which a step comes to them."""
-    from tidar.kernels.matmul import BENEATH
-
-    forward, backward = layer_calls(work) if work.layers else ((), ())
+    """Calls of QuACK's kernels, in the order of a step."""
+    forward, backward = layer_calls(work) if work.kernels.fused_matmul else ((), ())
     for name, arguments in forward:
-        yield partial(BENEATH[name], work.multiprocessors, *arguments)
-    if work.loss:
+        yield partial(IMPLEMENTATIONS[name], work.num_sms, *arguments)
+    if work.kernels.loss_without_logits:
         from tidar.kernels import anchored_cross_entropy
 
         sizes = work.chunk_size, work.decoder.vocab_size, work.decoder.dim
-        yield from anchored_cross_entropy.kernel_calls(*sizes, work.dtype, work.multiprocessors)
+        yield from anchored_cross_entropy.kernel_calls(*sizes, work.dtype, work.num_sms)
     for name, arguments in backward:
-        yield partial(BENEATH[name], work.multiprocessors, *arguments)
+        yield partial(IMPLEMENTATIONS[name], work.num_sms, *arguments)
 
 
-def compiles(call: Callable[[], object], compiled: list[dict]) -> bool:
-    """Makes the call. QuACK's ends in an error, for there is no device, once its kernel is among those `compiled`."""
+def compile_kernel(call: Callable[[], object], compiled: list[dict]) -> bool:
+    """Makes the call; whether a kernel was compiled. The call raises afterwards, because there is no device."""
     try:
         call()
     except Exception:
@@ -135,9 +132,9 @@ def compiles(call: Callable[[], object], compiled: list[dict]) -> bool:
 
 
 def main() -> None:
-    signal.alarm(2 * LIMIT)
+    signal.alarm(2 * TIMEOUT)
     work = pickle.load(sys.stdin.buffer)
-    os.nice(5)  # the run has to get ready meanwhile
+    os.nice(5)  # the run's own preparation goes first
     import quack.cache
     import quack.gemm_interface  # once, before the forks
     from quack.gemm import _compile_gemm
@@ -149,10 +146,10 @@ def main() -> None:
         if number >= len(os.sched_getaffinity(0)):
             ended.append(os.wait()[1])
         if os.fork() == 0:
-            signal.alarm(LIMIT)
-            fine = compiles(call, [_compile_gemm.cache, _compile_gemm_epi.cache])
+            signal.alarm(TIMEOUT)
+            succeeded = compile_kernel(call, [_compile_gemm.cache, _compile_gemm_epi.cache])
             sys.stderr.flush()
-            os._exit(0 if fine else 1)
+            os._exit(0 if succeeded else 1)
     ended += [os.wait()[1] for _ in calls[len(ended) :]]
     sys.exit(any(ended))
 

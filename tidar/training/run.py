@@ -27,9 +27,9 @@ from tidar.distributed import (
     parallelize,
     rank_zero_first,
 )
-from tidar.kernels import Kernels, check_float8, has_fast_products, make_mlps_float8, multiprocessors
+from tidar.kernels import Sizes, choose_kernels, count_sms, make_mlps_float8
 from tidar.losses.objective import Objective
-from tidar.models import Decoder, MaskBuilder, resolve_backend
+from tidar.models import Decoder, MaskBuilder
 from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options
@@ -87,9 +87,7 @@ class Run:
         self.global_batch_size = resolve_global_batch_size(config, self.world.size)
         self.micro_batches = self.global_batch_size // (config.training.local_batch_size * self.world.size)
         self.dtype = dtype = arithmetic_dtype(config, self.device)
-        float8 = config.training.float8
-        if float8:
-            check_float8(self.device, dtype)
+        choose_kernels(config, self.device, dtype)  # raises before data are prepared
 
         inputs = rank_zero_first(self.world, lambda is_first: load_inputs(config, prepares=is_first))
         self.spec = inputs.spec
@@ -97,60 +95,35 @@ class Run:
             self.log(inputs.warning)
         self.training_rows, self.held_out_rows = make_rows(config, inputs.data)
         self.n_left_out = sum(corpus.meta.get("dropped", 0) for corpus in inputs.data.training)
-        backend = resolve_backend(
-            config.model.attention_backend,
-            self.device,
-            dtype,
-            self.spec.decoder.head_dim,
-            config.training.deterministic,
-        )
+        decoder = self.spec.decoder
+        sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)
+        kernels = choose_kernels(config, self.device, dtype, sizes)
+        for warning in kernels.warnings:
+            self.log(warning)
         self.pattern = checked_pattern(config, self.spec.mask_token_id)
         self.validation_pattern = configured_pattern(config, self.spec.mask_token_id, training=False)
         self.mask_builder, self.validation_mask_builder = (
-            MaskBuilder(pattern, backend) for pattern in (self.pattern, self.validation_pattern)
+            MaskBuilder(pattern, kernels.attention) for pattern in (self.pattern, self.validation_pattern)
         )
 
-        compile = self.device.type == "cuda" if config.compile.enable == "auto" else config.compile.enable
-        if dtype == torch.float16 and self.device.type == "cpu":
-            self.log("warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out")
-        decoder = self.spec.decoder
-        fast_products = compile and has_fast_products(self.device, dtype, decoder.dim, decoder.hidden_dim)
-        # selective checkpointing keeps the results of products, which it does not know QuACK's to be
-        fuses = config.activation_checkpoint.mode != "selective" and not float8
-        kernels = Kernels(
-            flash=backend == "flash",
-            fused_products=fast_products and fuses,
-            fused_backward=compile and self.device.type == "cuda",
-        )
         with torch.device("meta"):
             self.model = Decoder(decoder, kernels)
-        if float8:
-            emulate = self.device.type == "cpu"
-            if emulate:
-                self.log("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
-            make_mlps_float8(self.model, emulate)
-        self.parallel = parallelize(self.model, self.world, config, dtype, compile)
-        self.engine = f"{self.device.type}, {dtype}, {self.mask_builder.backend} attention, compile {compile}"
-        if float8:
-            self.engine += ", MLP in float8"
-        if kernels.fused_products:
-            self.engine += ", QuACK's products"
+        if kernels.float8 != "off":
+            make_mlps_float8(self.model, emulate=kernels.float8 == "emulated")
+        self.parallel = parallelize(self.model, self.world, config, dtype, kernels.compile)
+        self.engine = f"{self.device.type}, {dtype}, {kernels.describe()}"
 
         self.loss_weights = loss_weights(config, self.pattern)
-        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, compile, fast_products)
-        leaves_out_logits = self.objective.leaves_out_logits(decoder.vocab_size, decoder.dim, dtype)
-        if leaves_out_logits:
-            self.engine += ", loss without logits"
+        self.objective = Objective(self.loss_weights, config.training.loss_chunk_size, kernels)
         # one process for all of this machine's
-        if (kernels.fused_products or leaves_out_logits) and self.device.index == 0:
+        if (kernels.fused_matmul or kernels.loss_without_logits) and self.device.index == 0:
             work = Work(
                 decoder,
                 dtype,
                 config.training.local_batch_size * self.pattern.model_positions(config.training.seq_len),
                 config.training.loss_chunk_size,
-                layers=kernels.fused_products,
-                loss=leaves_out_logits,
-                multiprocessors=multiprocessors(self.device),
+                kernels,
+                num_sms=count_sms(self.device),
                 capability=torch.cuda.get_device_capability(self.device),
             )
             try:
@@ -158,7 +131,7 @@ class Run:
             except OSError as error:
                 self.log(f"warning: no process can be started that compiles kernels ahead ({error.strerror})")
         copies = self.parallel.copies
-        self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, self.log)
+        self.updates = Updates(self.model, copies, config, self.world, self.group, dtype, kernels, self.log)
 
         self.progress = Progress(len(self.training_rows), inputs.data.identity(config), self.device)
         self.checkpointer = Checkpointer(

@@ -321,7 +321,7 @@ class Trainer(Run):
         """Nothing slow is left to wait for: tells what was compiled, and lowers the timeouts."""
         if compilation := compile_seconds():
             self.log(f"compilation took {compilation:.1f} s of the first step")
-        if self.compiler and (trouble := self.compiler.trouble()):
+        if self.compiler and (trouble := self.compiler.failure()):
             self.log(f"warning: step {self.step} was slow, for its kernels were not compiled ahead: {trouble}")
         shorten_timeout(self.config, self.world)
         self.patience = self.config.comm.train_timeout_seconds

@@ -1,4 +1,4 @@
-"""Distributed checkpoints read as files: metadata without running code of it, and rows of tensors without the rest."""
+"""Distributed checkpoints read as files: metadata without executing its pickle, and single rows of tensors."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from tidar import __version__
 from tidar.config import UserError
 
-# what DCP's metadata of tensors is made of; byte items are not among it, since DCP unpickles these freely
+# the classes in DCP's metadata of tensors; not those of byte items, which DCP unpickles without a check
 _CHECKPOINT = "torch.distributed.checkpoint"
 ADMITTED = {
     f"{_CHECKPOINT}.metadata": {
@@ -41,7 +41,7 @@ ADMITTED = {
 
 
 def _enum_member(kind: Any, name: str) -> Any:
-    """In place of getattr, with which some versions of Python pickle the member of an enum."""
+    """Replaces getattr, with which some versions of Python pickle the member of an enum."""
     if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
         raise pickle.UnpicklingError(f"{name} is no memory format")
     return kind[name]
@@ -63,9 +63,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of a checkpoint's folder. Nothing that it names is run, and only tensors are admitted.
+    """The metadata of a checkpoint's folder. Executes nothing that it names, and admits tensors only.
 
-    Raises UserError where it cannot be read so, and for a checkpoint of tidar 0.1, whose parameters were not fused.
+    Raises UserError where it cannot be read, and for a checkpoint of tidar 0.1, whose parameters were not fused.
     """
     path = folder / ".metadata"
     try:
@@ -77,7 +77,7 @@ def read_metadata(folder: Path) -> Metadata:
             raise pickle.UnpicklingError("it does not describe tensors")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # whatever damaged or malicious bytes lead to
+    except Exception as error:  # damaged or malicious bytes may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: is not the metadata of a checkpoint ({reason})") from None
     if any(name.endswith("self_attn.q_proj.weight") for name in metadata.state_dict_metadata):
@@ -99,7 +99,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 class CheckpointTensors:
-    """The tensors of a checkpoint's folder by name. Rows are read from the files, and nothing else is."""
+    """The tensors of a checkpoint's folder by name. Reads only the rows that are asked for."""
 
     def __init__(self, folder: Path):
         """Raises UserError where the folder cannot be read."""
@@ -138,7 +138,7 @@ class CheckpointTensors:
 
 
 def _tensor_start(file: BinaryIO, offset: int, length: int, n_bytes: int) -> int:
-    """Where the values of a tensor begin in a file that holds, at `offset`, what torch.save has written of it."""
+    """Where a tensor's values begin in a file that holds its torch.save archive at `offset`."""
     with zipfile.ZipFile(io.BufferedReader(_Window(file, offset, length))) as archive:
         entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None)
     if not entry or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != n_bytes:

@@ -29,9 +29,9 @@ def write_huggingface_folder(
 ) -> None:
     """Writes an exported model to `folder`, which must be empty or not exist. Files get their final names once whole.
 
-    shapes: of the tensors by Hugging Face's names. read: the rows of a tensor, in one piece or several, of which one at a
-    time is held. write_assets: makes a folder with everything but the weights. Raises OSError if it cannot be written,
-    and UserError for a value that `dtype` cannot hold.
+    shapes: of the tensors by Hugging Face's names. read: the rows of a tensor, in one piece or several, of which one at
+    a time is held. write_assets: makes a folder with everything but the weights. Raises OSError if it cannot be
+    written, and UserError for a value that `dtype` cannot hold.
     """
     folder = folder.resolve()
     into = folder if folder.exists() else folder.parent

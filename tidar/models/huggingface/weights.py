@@ -46,13 +46,13 @@ def _other_dtype(path: Path, name: str, dtype: str) -> UserError:
 
 
 class SafetensorsFolder:
-    """The tensors of a Hugging Face folder, of one safetensors file or of those that its index names."""
+    """The tensors of a Hugging Face folder: of its one safetensors file or of those that its index names."""
 
     def __init__(self, folder: Path):
         """Raises UserError for an index or file that is missing, damaged or contradicts the other."""
         self.path = folder
         index = folder / "model.safetensors.index.json"
-        # one whole file comes before an index, as transformers reads them
+        # as in transformers, a single file takes precedence over an index
         weight_map = _read_index(index) if index.is_file() and not (folder / "model.safetensors").is_file() else None
         files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
         self.slices = {}
@@ -88,7 +88,7 @@ class SafetensorsFolder:
 
 
 class StateDictFile:
-    """The tensors of a state dict saved with torch.save: the replaced script's pytorch_model.bin. Runs no code of it.
+    """The tensors of a state dict saved with torch.save: pytorch_model.bin. Executes no code of it.
 
     The file is mapped, not read. Names may share a prefix: that of the attribute that held the model.
     """
@@ -98,7 +98,7 @@ class StateDictFile:
         self.path = path
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever a damaged or malicious pickle leads to
+        except Exception as error:  # a damaged or malicious pickle may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: is not a state dict that can be read safely ({reason})") from None
         if not isinstance(tensors, dict) or not all(

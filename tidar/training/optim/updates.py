@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tidar.config import Config
 from tidar.distributed import World
+from tidar.kernels import Kernels
 from tidar.losses.sums import LossSums
 from tidar.models import Decoder
 from tidar.training.optim.gradients import gradient_norm, local_gradient
@@ -31,6 +32,7 @@ class Updates:
         world: World,
         group: dist.ProcessGroup,
         dtype: torch.dtype,
+        kernels: Kernels,
         log: Callable[[str], None],
     ):
         """copies: of parameters, in the type of the arithmetic, that are updated with them and have their gradients.
@@ -41,8 +43,7 @@ class Updates:
         self.log = log
         self.parameters = list(model.parameters())
         self.copies = copies
-        in_one_kernel = self.parameters[0].device.type == "cuda"
-        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, in_one_kernel)
+        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, kernels.adamw)
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16
         self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)

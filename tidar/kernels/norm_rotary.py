@@ -1,4 +1,4 @@
-"""Backward passes of norms and rotary embeddings that read and write each tensor once."""
+"""Norms and rotary embeddings whose backward passes read and write each tensor once."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from tidar.kernels.rotary import rotate, split_heads
 
 
 class NormWithResidual(torch.autograd.Function):
-    """The norm of x, and x, for the residual connection around what the norm goes into: their gradients meet here."""
+    """The norm of x, and x for the residual connection: the backward pass adds both gradients in one kernel."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -35,17 +35,17 @@ class RotatedHeads(torch.autograd.Function):
         return heads_backward(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None
 
 
-# Operators, because Inductor would make several passes of them
+# Operators, because Inductor would compile them to several kernels
 
 
 @torch.library.custom_op("tidar::norm_backward", mutates_args=())
 def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight in `normalize`, that of x added to `d_residual`."""
+    """Gradients of x and weight in `normalize`; `d_residual` is added to that of x."""
     if x.is_cuda:
-        from tidar.kernels import backward_triton  # Triton comes with CUDA's torch only
+        from tidar.kernels import norm_rotary_triton  # Triton comes with CUDA's torch only
 
         rows = (tensor.contiguous().flatten(0, -2) for tensor in (d_out, d_residual, x))
-        d_x, d_weight = backward_triton.norm_backward(*rows, weight, scale.flatten())
+        d_x, d_weight = norm_rotary_triton.norm_backward(*rows, weight, scale.flatten())
         return d_x.view_as(x), d_weight
     normal = x.float() * scale
     g = d_out.float() * weight
@@ -63,9 +63,9 @@ def _(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, scale: Tenso
 def heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient of the heads of `RotatedHeads`."""
     if d_q.is_cuda:
-        from tidar.kernels import backward_triton
+        from tidar.kernels import norm_rotary_triton
 
-        return backward_triton.heads_backward(d_q, d_k, d_v, cos.contiguous(), sin.contiguous())
+        return norm_rotary_triton.heads_backward(d_q, d_k, d_v, cos.contiguous(), sin.contiguous())
     # rotated back: the sines of both halves are the same
     parts = [rotate(d_q, cos, -sin), rotate(d_k, cos, -sin), d_v]
     groups = torch.cat([part.unflatten(1, (d_k.shape[1], -1)) for part in parts], dim=2)

@@ -1,26 +1,26 @@
-"""Triton kernels of `tidar.kernels.backward`. They need CUDA."""
+"""Triton kernels of `tidar.kernels.norm_rotary`. They need CUDA."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidar.kernels.selection import multiprocessors
+from tidar.kernels.selection import count_sms
 
-# of norms, elements of a row for each warp, so that a program's registers hold them all, and the warps of a
-# multiprocessor: enough to have the memory always at work
+# norms: elements of a row for each warp, so that a program's registers hold them all, and warps of an SM, enough to
+# keep the memory busy
 WARP_ELEMENTS, WARPS = 1024, 32
-# positions of which a program turns one head, and its warps
+# rotary embeddings: positions of one head that a program rotates, and its warps
 POSITIONS, HEAD_WARPS = 16, 4
 
 
 def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """d_out, d_residual, x: `[n, dim]`, contiguous; weight: `[dim]`; scale: `[n]` float32. As `x`, and as `weight`."""
+    """Gradients of x and weight. d_out, d_residual, x: contiguous `[n, dim]`; weight: `[dim]`; scale: float32 `[n]`."""
     n, dim = x.shape
     d_x = torch.empty_like(x)
     block = triton.next_power_of_2(dim)
     warps = min(max(2, block // WARP_ELEMENTS), WARPS)
-    programs = min(n, WARPS // warps * multiprocessors(x.device))
+    programs = min(n, WARPS // warps * count_sms(x.device))
     d_weights = x.new_empty(programs, dim, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
         d_out, d_residual, x, weight, scale, d_x, d_weights, n, dim, block, num_warps=warps
@@ -32,7 +32,7 @@ def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, 
 def _norm_backward_kernel(
     d_out, d_residual, x, weight, scale, d_x, d_weights, n, dim: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Every so many rows a program, and the sum of their parts in the weight's gradient."""
+    """Rows in strides of the number of programs, and the sum of their parts of the weight's gradient."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < dim
@@ -44,7 +44,7 @@ def _norm_backward_kernel(
         g = tl.load(d_out + at, mask=inside, other=0.0).to(tl.float32)
         normal = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * s
         residual = tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
-        # the weight has multiplied it rounded
+        # the forward pass multiplied the rounded norm by the weight
         d_weight += g * normal.to(x.dtype.element_ty).to(tl.float32)
         g *= w
         mean = tl.sum(g * normal) / dim
@@ -54,7 +54,7 @@ def _norm_backward_kernel(
 
 def heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """d_q, d_k, d_v: `[batch, heads of each, positions, head_dim]`; cos, sin: `[batch or 1, 1, positions, head_dim]`,
-    contiguous. Returns `[batch, positions, all heads, head_dim]`, grouped as `split_heads` has them.
+    contiguous. Returns `[batch, positions, all heads, head_dim]`, grouped as in `split_heads`.
     """
     batch, _, positions, head_dim = d_q.shape
     d_q, d_k, d_v = (part if part.stride(-1) == 1 else part.contiguous() for part in (d_q, d_k, d_v))
@@ -114,7 +114,7 @@ def _heads_backward_kernel(
     target = d_heads + ((row * positions + position) * all_heads + head) * (2 * HALF) + lanes
     if in_group <= queries:
         at = row * cos_batch + position * (2 * HALF) + lanes
-        # the gradients of both halves of the cosines' and sines' products
+        # rotated back by each half's own cosine and the other half's sine
         c1, c2 = tl.load(cos + at, mask=inside).to(tl.float32), tl.load(cos + at + HALF, mask=inside).to(tl.float32)
         s1, s2 = tl.load(sin + at, mask=inside).to(tl.float32), tl.load(sin + at + HALF, mask=inside).to(tl.float32)
         f, s = first.to(tl.float32), second.to(tl.float32)

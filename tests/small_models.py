@@ -55,16 +55,17 @@ def write_tokenizer(folder: Path) -> int:
 
 def published_tensors(tensors: dict[str, torch.Tensor], n_heads: int, n_kv_heads: int) -> dict[str, torch.Tensor]:
     """Tensors by the names of the decoder's parameters as Hugging Face's, fused ones split: one row at a time."""
-    found: dict[str, list[torch.Tensor]] = {}
+    found, rows = {}, {}
     for name, tensor in tensors.items():
-        head_dim = len(tensor) // (n_heads + 2 * n_kv_heads)
+        name = name if name == "lm_head.weight" else f"model.{name}"
+        if "qkv_proj" not in name and "gate_up_proj" not in name:
+            found[name] = tensor
+            continue
+        head_dim, group = len(tensor) // (n_heads + 2 * n_kv_heads), n_heads // n_kv_heads + 2
         for number, row in enumerate(tensor):
-            part = name
             if "qkv_proj" in name:
-                in_group = number // head_dim % (n_heads // n_kv_heads + 2)
-                kind = {n_heads // n_kv_heads: "k_proj", n_heads // n_kv_heads + 1: "v_proj"}.get(in_group, "q_proj")
-                part = name.replace("qkv_proj", kind)
-            if "gate_up_proj" in name:
-                part = name.replace("gate_up_proj", "gate_proj" if number < len(tensor) // 2 else "up_proj")
-            found.setdefault(part if part == "lm_head.weight" else f"model.{part}", []).append(row)
-    return {name: torch.stack(rows) for name, rows in found.items()}
+                kind = {group - 2: "k_proj", group - 1: "v_proj"}.get(number // head_dim % group, "q_proj")
+            else:
+                kind = "gate_proj" if number < len(tensor) // 2 else "up_proj"
+            rows.setdefault(name.replace("qkv_proj", kind).replace("gate_up_proj", kind), []).append(row)
+    return found | {name: torch.stack(those) for name, those in rows.items()}

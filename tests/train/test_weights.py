@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import uneven  # noqa: F401  (registers the source)
 from safetensors.torch import load_file, save_file
-from small_models import make_model
+from small_models import make_model, published_tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -74,8 +74,10 @@ def test_an_export_holds_few_rows(tmp_path):
     output = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(output)
     assert int(re.search(r"peak (\d+)", output)[1]) < 60e6
-    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
-        assert tensor.equal(saved[name].detach().bfloat16())
+    expected = published_tensors(model.state_dict(), config.n_heads, config.n_kv_heads)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == expected.keys()
+    assert all(tensor.equal(expected[name].bfloat16()) for name, tensor in exported.items())
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 7])
@@ -99,7 +101,7 @@ def test_a_rank_reads_the_rows_that_it_keeps(n_ranks, tmp_path, monkeypatch):
         for rank in range(n_ranks):
             kept = partial(rows_of_rank, rank, n_ranks)
             monkeypatch.setattr("tidar.models.huggingface.weights.local_rows", kept)
-            monkeypatch.setattr("tidar.models.initialize.local_rows", kept)
+            monkeypatch.setattr(sys.modules["tidar.models.initialize"], "local_rows", kept)
             if weights is None:
                 initialize(model, seed=0)
             else:

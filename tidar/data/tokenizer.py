@@ -1,6 +1,7 @@
 """Text to tokens: the tokenizer of a Hugging Face folder, or plain bytes."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -88,14 +89,12 @@ class FolderTokenizer:
 
 def _saved_by_newer(folder: Path) -> list[str]:
     """The line of an error that says so where transformers 5 saved a tokenizer and an older version is installed."""
-    import transformers
-
     try:
         saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         is_newer = "backend" in saved or saved.get("tokenizer_class") == "TokenizersBackend"
     except (OSError, ValueError, TypeError, AttributeError):
         return []
-    version = transformers.__version__
+    version = importlib.metadata.version("transformers")
     if not is_newer or int(version.partition(".")[0]) >= 5:
         return []
     return [f"transformers 5 or later saved it, and transformers {version} is installed: upgrade transformers"]

@@ -4,11 +4,13 @@ Writes the options of tidar.train that train the same recipe. Each key of both f
 comment that says why it has no effect here. What cannot be trained the same way is an error.
 """
 
+import io
 import json
 import math
 import os
 import sys
 import tempfile
+from typing import Any
 
 from tidar.config import ArgumentParser, UserError, load_config, print_lines, user_errors_exit
 from tidar.migration import (
@@ -274,7 +276,7 @@ def check_required(deepspeed: Keys) -> None:
     """Raises UserError for values that cannot be trained the same way."""
     for name, (only, advice) in REQUIRED.items():
         *path, key = name.split(".")
-        values = deepspeed.values
+        values: Any = deepspeed.values
         for section in path:
             values = values.get(section)
             values = values if isinstance(values, dict) else {}
@@ -323,7 +325,8 @@ def main() -> None:
         text, warnings = migrate(arguments.train_config, arguments.ds_config)
         for warning in warnings:
             print_lines(f"warning: {warning}", file=sys.stderr)
-        sys.stdout.reconfigure(encoding="utf-8")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
         print(text, end="")
 
 

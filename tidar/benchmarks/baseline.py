@@ -1,6 +1,7 @@
 """The replaced script's way of training, in its fastest form."""
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def time_baseline(
     for batch in [*(batches[i % len(batches)] for i in range(WARM_UP)), *batches]:
         rows = batch.rows
         mask_of_batch = dense(rows.documents)
-        seen = mask_of_batch.attention
+        seen: Any = mask_of_batch.attention  # a bool tensor
         for start in range(0, len(rows.input_ids), rows_at_once):
             part = slice(start, start + rows_at_once)
             mask = torch.zeros(seen[part].shape, dtype=torch.bfloat16, device=device)

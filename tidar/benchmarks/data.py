@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,8 @@ def main() -> None:
         arguments = parser.parse_args()
         if arguments.run:
             step, *paths = arguments.run
-            print({"start": start, "prepare": prepare_ckpt_files}[step](*map(Path, paths)), flush=True)
+            steps: dict[str, Callable] = {"start": start, "prepare": prepare_ckpt_files}
+            print(steps[step](*map(Path, paths)), flush=True)
             return
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:

@@ -1,6 +1,7 @@
 """Chats: records of turns, or of prompts and responses, rendered with the tokenizer's chat template."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Chat(RecordSource):
                 yield error
 
 
-def end_of_turn(corpora: list[Corpus], tokenizer: Tokenizer | None) -> int | None:
+def end_of_turn(corpora: list[Corpus], tokenizer: Any) -> int | None:
     """Id of the token that ends an assistant's turn, as the chat template of `tokenizer` renders it.
 
     None where no corpus was made from chats, and without a chat template.

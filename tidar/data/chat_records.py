@@ -130,7 +130,8 @@ def _read_variables(record: dict, read: set[str], variables: Collection[str]) ->
 
 
 def _read_prompt_and_response(record: dict, prompt: str, response: str) -> tuple[Messages, list[bool]]:
-    messages, is_target = [], []
+    messages: Messages = []
+    is_target: list[bool] = []
     for name, role in ((prompt, "user"), (response, "assistant")):
         if isinstance(record[name], list):
             turns, targets = _read_turns(record, name)

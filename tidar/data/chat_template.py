@@ -183,8 +183,8 @@ class _Trial:
     def render(self, messages: Messages, **options: Any) -> str:
         return self.template.render(messages, self.variables, **options)
 
-    def replace(self, turn: int, without: tuple[str, ...] = (), **fields: Any) -> Messages:
-        """The messages with other fields in a turn."""
+    def replace(self, turn: int, without: Any = (), **fields: Any) -> Messages:
+        """The messages with other fields in a turn. without: names of those that it loses."""
         kept = {name: value for name, value in self.messages[turn].items() if name not in without}
         return [*self.messages[:turn], kept | fields, *self.messages[turn + 1 :]]
 

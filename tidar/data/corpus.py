@@ -206,7 +206,7 @@ class Checksum:
 
 def checksum(values: np.ndarray) -> str:
     """`Checksum` of an array's bytes, computed by all cores."""
-    content = values.view(np.uint8)
+    content: Any = values.view(np.uint8)
     pieces = hashlib.sha256()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for digest in threads.map(
@@ -237,7 +237,9 @@ def check_meta(meta: Any) -> dict[str, Any]:
     _check(meta["bad_documents"] <= meta["dropped"], "bad_documents")
     _check(meta["smallest_id"] <= meta["largest_id"] <= np.iinfo(meta["dtype"]).max, "largest_id")
     _check("tokenizer" in meta, "tokenizer")
-    paths, reasons, tokenizer = meta.get("paths"), meta.get("dropped_reasons"), meta["tokenizer"]
+    paths: Any = meta.get("paths")
+    reasons: Any = meta.get("dropped_reasons")
+    tokenizer = meta["tokenizer"]
     _check(isinstance(paths, list) and all(map(_is_group, paths)), "paths")
     _check(sum(path["documents"] for path in paths) == meta["documents"], "paths")
     _check(isinstance(reasons, dict) and all(type(count) is int for count in reasons.values()), "dropped_reasons")

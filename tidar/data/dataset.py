@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
         draws = _draw(documents + firsts[corpus], training.seed)
         return taken * (weight.astype(np.int64) + (draws < weight % 1))
 
-    rows = {"seq_len": training.seq_len, "padding_token_id": data.padding_token_id}
+    rows: dict[str, Any] = {"seq_len": training.seq_len, "padding_token_id": data.padding_token_id}
     rows |= {"packing": options.packing, "long_documents": options.long_documents}
     train_rows = PackedRows(data.training, **rows, copies=copies if len(held_out) or weights else None)
     if data.validation or not len(held_out):

@@ -3,6 +3,7 @@
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ class PackedRows(Dataset[Row]):
             self.n_without_targets += n_without
             return
         self.n_rows_dropped += n_without
-        sizes = np.diff(chunk.ends.astype(np.int64), prepend=0)
+        sizes: np.ndarray = np.diff(chunk.ends.astype(np.int64), prepend=0)
         gone = chunk.pieces[np.repeat(~packed, sizes)].astype(np.int64)
         lengths = np.zeros(CHUNK_DOCUMENTS, np.int64)
         lengths[documents] = piece_lengths
@@ -168,6 +169,7 @@ class PackedRows(Dataset[Row]):
         document_ids = torch.full((self.seq_len,), PADDING)
         loss_mask = torch.zeros(self.seq_len)
         filled = 0
+        corpus: Any
         corpus, pieces = (None, []) if row == EMPTY_ROW else self.pieces(row)
         for number, (start, length) in enumerate(pieces):
             place = slice(filled, filled + length)

@@ -240,7 +240,7 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
     with _Output(file) as output:
         with zipfile.ZipFile(output.file, "w") as archive:
 
-            def put(name: str, array: np.ndarray) -> None:
+            def put(name: str, array: Any) -> None:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, array)
 
@@ -354,7 +354,9 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
 
 def _damaged_texts(folder: Path, source: Source, parts: list[Part]) -> dict[int, int]:
     """The parts of texts in several parts one of which is bad: number of each -> that of the first bad one."""
-    heads = list(itertools.accumulate(range(len(parts)), lambda head, n: head if source.continues(parts[n]) else n))
+    heads: list[int] = []
+    for number, part in enumerate(parts):
+        heads.append(heads[-1] if source.continues(part) else number)
     sizes = Counter(heads)
     bad: dict[int, int] = {}
     for number, head in enumerate(heads):

@@ -51,7 +51,7 @@ class PythonSource(Source):
             parts += divide_files(group, [str(file) for file in new])
         return parts
 
-    def documents(self, part: Part) -> Iterator[Document | BadDocument]:
+    def documents(self, part: Part) -> Iterator[Document | BadDocument | None]:
         end = self.end_of_document(self.tokenizer.end_of_text)
         if isinstance(self.tokenizer, BytesTokenizer):
             for file in part.files:

@@ -51,7 +51,7 @@ class Source(ABC):
     def __init__(self, options: Data, tokenizer: Tokenizer | None, vocab_size: int | None = None):
         """vocab_size: rows of the model's embedding, if known. Raises UserError for options that exclude each other."""
         self.options = options
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # a Tokenizer, if needs_tokenizer
         self.vocab_size = vocab_size
         if self.needs_tokenizer and tokenizer is None:
             raise UserError(
@@ -298,7 +298,7 @@ def read_parquet(part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any
     try:
         with parquet.ParquetFile(part.files[0]) as file:
             there = [name for name in columns if name in file.schema_arrow.names]
-            groups = range(part.start, part.stop)
+            groups = range(part.start, part.stop)  # type: ignore[arg-type]
             for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=there or None):
                 yield from batch.to_pylist()
     except _damaged_parquet(part.files[0]) as error:

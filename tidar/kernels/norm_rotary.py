@@ -44,8 +44,8 @@ def norm_backward(d_out: Tensor, d_residual: Tensor, x: Tensor, weight: Tensor, 
     if x.is_cuda:
         from tidar.kernels import norm_rotary_triton  # Triton comes with CUDA's torch only
 
-        rows = (tensor.contiguous().flatten(0, -2) for tensor in (d_out, d_residual, x))
-        d_x, d_weight = norm_rotary_triton.norm_backward(*rows, weight, scale.flatten())
+        out, residual, rows = (tensor.contiguous().flatten(0, -2) for tensor in (d_out, d_residual, x))
+        d_x, d_weight = norm_rotary_triton.norm_backward(out, residual, rows, weight, scale.flatten())
         return d_x.view_as(x), d_weight
     normal = x.float() * scale
     g = d_out.float() * weight

@@ -39,7 +39,7 @@ def _norm_backward_kernel(
     w = tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK], tl.float32)
     for row in range(program, n, programs):
-        at = row.to(tl.int64) * dim + lanes
+        at = row.to(tl.int64) * dim + lanes  # type: ignore[attr-defined]
         s = tl.load(scale + row)
         g = tl.load(d_out + at, mask=inside, other=0.0).to(tl.float32)
         normal = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * s

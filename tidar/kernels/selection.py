@@ -125,7 +125,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
         # compiled for half a minute, its kernels are kept on disk for the next process
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
-    float8 = "off"
+    float8: Literal["off", "on", "emulated"] = "off"
     if config.training.float8:
         obstacle = _float8_obstacle(device, dtype, sizes)
         if obstacle:
@@ -138,7 +138,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
             "warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out"
         )
 
-    quack = bool(compile and sizes) and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes))
+    quack = compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes))
     # e has to have bfloat16's range (see anchored_cross_entropy)
     fits_loss = sizes is not None and sizes.vocab_size % VOCAB_MULTIPLE == 0 and dtype == torch.bfloat16
     return Kernels(

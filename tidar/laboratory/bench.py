@@ -60,7 +60,7 @@ def _documents(pattern: Pattern, lengths: list[int], rows: int, device: torch.de
 
 
 def _build_times(pattern: Pattern, documents: Documents) -> list[str]:
-    def milliseconds(build: Callable[[PointMask], object]) -> str:
+    def milliseconds(build: Callable) -> str:
         def timed() -> float:
             torch.cuda.synchronize()
             started = time.perf_counter()

@@ -30,7 +30,7 @@ def initialize(model: Decoder, seed: int) -> None:
     for name, parameter in parameters.items():
         if parameter.ndim == 1:
             parameter.fill_(0 if name.endswith("bias") else 1)
-    matrices = {name: parameter.shape for name, parameter in parameters.items() if parameter.ndim > 1}
+    matrices = {name: tuple(parameter.shape) for name, parameter in parameters.items() if parameter.ndim > 1}
     ranges = published_ranges(matrices, model.config)
     tensors = list(published_shapes(matrices, model.config).items())
     # a tensor is drawn by one core
@@ -39,8 +39,8 @@ def initialize(model: Decoder, seed: int) -> None:
         for number in range(0, len(tensors), threads):
             some = tensors[number : number + threads]
             for (name, _), whole in zip(some, pool.map(draw, some)):
-                for parameter, rows in ranges[name]:
-                    local, first = local_rows(parameters[parameter])
+                for fused, rows in ranges[name]:
+                    local, first = local_rows(parameters[fused])
                     start, stop = max(rows.at, first), min(rows.at + rows.length, first + len(local))
                     if start < stop:
                         shift = rows.start - rows.at

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class RangeMask(PointMask):
         listed = torch.stack([tiles, tiles.mT])
         lengths = listed.sum(dim=-1, dtype=torch.int32)
         indices = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True).int()
-        lists = {}
+        lists: dict[str, Any] = {}
         for of, (rows, columns) in enumerate([(n_query_tiles, n_key_tiles), (n_key_tiles, n_query_tiles)]):
             for kind, name in enumerate(("", "full_")):
                 name += ("kv", "q")[of]
@@ -168,7 +169,7 @@ class MaskBuilder:
     def __init__(self, pattern: Pattern, backend: str):
         self.pattern = pattern
         self.backend = backend
-        self.unpacked: dict[tuple[int, int], BatchMask] = {}
+        self.unpacked: dict[tuple[int, ...], BatchMask] = {}
 
     @torch.no_grad()
     def __call__(self, documents: Documents) -> BatchMask:

@@ -165,7 +165,7 @@ def in_range(keys: KeyRange) -> MaskMod:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (start[b, q] <= k) & (k < end[b, q])
 
-    mask_mod.key_ranges = [keys]
+    mask_mod.key_ranges = [keys]  # type: ignore[attr-defined]
     return mask_mod
 
 
@@ -178,7 +178,7 @@ def in_either(first: KeyRange, second: KeyRange) -> MaskMod:
         in_first = (first_start[b, q] <= k) & (k < first_end[b, q])
         return in_first | ((second_start[b, q] <= k) & (k < second_end[b, q]))
 
-    mask_mod.key_ranges = [first, second]
+    mask_mod.key_ranges = [first, second]  # type: ignore[attr-defined]
     return mask_mod
 
 

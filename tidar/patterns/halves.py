@@ -97,8 +97,8 @@ class TwoHalves(BlockPattern):
         is_first = block_start == documents.tokens
         n_shown = (is_shown & is_first.gather(1, shown)).sum(dim=1, keepdim=True)
         inverse_probability = is_first.sum(dim=1, keepdim=True) / n_shown
-        noisy = torch.where(is_masked, self.mask_token_id, tokens).gather(1, shown)
-        noisy = torch.where(is_shown, noisy, self.mask_token_id)
+        noisy = torch.where(is_masked, self.mask_token_id, tokens).gather(1, shown)  # type: ignore[arg-type]
+        noisy = torch.where(is_shown, noisy, self.mask_token_id)  # type: ignore[arg-type]
         positions = seq_len + shown.shape[1]
         targets = {}
         if "ar" in self.losses:

@@ -65,7 +65,7 @@ class TidarSplit(BlockPattern):
                 weights = weights * self.place_weight(block_position)
             targets[loss] = Targets(at + shift, tokens[row, target], weights, block_position)
         return ModelBatch(
-            input_ids=torch.where(is_masked, self.mask_token_id, tokens),
+            input_ids=torch.where(is_masked, self.mask_token_id, tokens),  # type: ignore[arg-type]
             position_ids=documents.position.long(),
             documents=documents,
             targets=targets,

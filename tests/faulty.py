@@ -8,41 +8,48 @@ import os
 import signal
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import uneven  # noqa: F401  (registers the source)
 
 from tidar import train
+from tidar.models.huggingface import ModelSpec
 from tidar.training.checkpoint.checkpointer import Checkpointer
+from tidar.training.hooks import Hooks
 
 FAULTS = ("hang", "stop", "kill", "slow", "slow_commit")
 
 
-class Faulty(train.Trainer):
-    passed_at = None
+class Faulty(Hooks):
+    failed_at = None
 
-    def forward(self, *arguments):
+    def on_micro_batch(self, trainer, rows, loss, scores):
         first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if self.world.rank == 1 and self.step == 2 and first_attempt and FAULT != "slow_commit":
-            if self.passed_at is None:
-                self.passed_at = time.time()
-                print(f"fault at {self.passed_at}", flush=True)
+        if trainer.world.rank == 1 and trainer.step == 2 and first_attempt and FAULT != "slow_commit":
+            if self.failed_at is None:
+                self.failed_at = time.time()
+                print(f"fault at {self.failed_at}", flush=True)
             if FAULT == "slow":
                 time.sleep(1)
-                return super().forward(*arguments)
+                return loss
             if FAULT == "hang":
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSTOP if FAULT == "stop" else signal.SIGKILL)
-        return super().forward(*arguments)
+        return loss
 
-    def write_assets(self, folder):
-        super().write_assets(folder)
-        if FAULT == "slow" and "export" in str(folder):
-            time.sleep(12)
+
+def write_slowly(spec: ModelSpec, folder: Path, *arguments) -> None:
+    write(spec, folder, *arguments)
+    if "export" in str(folder):
+        time.sleep(12)
 
 
 if __name__ == "__main__":
     FAULT = sys.argv.pop(next(i for i, word in enumerate(sys.argv) if word in FAULTS))
     if FAULT == "slow_commit":
         Checkpointer._commit = lambda *_: time.sleep(60)
-    train.Trainer = Faulty
+    if FAULT == "slow":
+        write, ModelSpec.write = ModelSpec.write, write_slowly
+    train.Trainer = partial(train.Trainer, hooks=Faulty())
     train.main()

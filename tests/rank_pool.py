@@ -3,6 +3,8 @@
 A pool starts its processes once; each run then takes as long as it computes.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -40,8 +42,9 @@ class RankPool:
     def run(self, ranks: int, *options: str, weights: Path | None = None, faults: list = ()) -> list[dict]:
         """Trains on so many ranks, and saves what was trained to the file `weights`.
 
-        faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row", or
-        whose files cannot grow beyond a megabyte from that step on, as on a full "disk".
+        faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row", whose
+        "targets" are to weigh nothing, or whose files cannot grow beyond a megabyte from that step on, as on a full
+        "disk".
 
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
         "error" if it has ended with one of the user's.
@@ -53,7 +56,7 @@ class RankPool:
             port = free.getsockname()[1]
         for rank, process in enumerate(self.processes[:ranks]):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOG_RANK": rank}
             case = {"variables": {name: str(value) for name, value in variables.items()}, "options": options}
             case |= {"weights": weights and str(weights)}
             case |= {"faults": {step: what for faulty, step, what in faults if faulty == rank}}
@@ -73,6 +76,7 @@ def main() -> None:
 
     from tidar.config import UserError, load_config
     from tidar.distributed import leave_world
+    from tidar.training.hooks import Hooks
     from tidar.training.trainer import Trainer
 
     class Recording:
@@ -92,25 +96,32 @@ def main() -> None:
         def __getattr__(self, name: str):
             return getattr(self.rows, name)
 
-    class Recorded(Trainer):
-        def forward(self, rows, *rest):
-            loss, scores = super().forward(rows, *rest)
+    class Faults(Hooks):
+        """Keeps the number of targets of each micro-batch, and makes the faults of a run."""
+
+        def __init__(self, faults: dict[str, str]):
+            self.targets: list[int] = []
+            self.faults = faults
+
+        def batches(self, trainer, batches):
+            for batch in batches:
+                if self.faults.get(str(trainer.step + 1)) == "targets":
+                    for targets in batch.rows.targets.values():
+                        targets.weights.zero_()
+                yield batch
+
+        def on_micro_batch(self, trainer, rows, loss, scores):
             if torch.is_grad_enabled():
                 self.targets.append(len(rows.targets["ar"].labels))
-                what = self.faults.get(str(self.step + 1))
+                what = self.faults.get(str(trainer.step + 1))
                 if what == "disk":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
                 if what == "loss":
                     loss = loss * math.inf
                 if what == "row":
                     scores["ar"].nll[-1] = math.nan
-                    self.printed.append(
-                        f"row {rows.targets['ar'].index[-1] // rows.input_ids.shape[1]} of its micro-batch"
-                    )
-            return loss, scores
-
-        def log(self, *lines):
-            self.printed += lines
+                    print(f"row {rows.targets['ar'].index[-1] // rows.input_ids.shape[1]} of its micro-batch")
+            return loss
 
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr  # what a run prints is no answer
@@ -118,18 +129,18 @@ def main() -> None:
         case = json.loads(line)
         os.environ.update(case["variables"])
         config = load_config(case["options"])
-        Recorded.printed = []
+        hooks, printed, error = Faults(case["faults"]), io.StringIO(), None
         try:
-            trainer = Recorded(config)
+            with contextlib.redirect_stdout(printed):
+                trainer = Trainer(config, hooks)
         except UserError as raised:
             leave_world()
             print(json.dumps({"error": str(raised)}), file=answers, flush=True)
             continue
-        trainer.targets, trainer.faults = [], case["faults"]
-        trainer.training_rows = rows = Recording(trainer.training_rows)
-        error = None
+        trainer.batches.training_rows = rows = Recording(trainer.batches.training_rows)
         try:
-            trainer.train()
+            with contextlib.redirect_stdout(printed):
+                trainer.train()
         except UserError as raised:
             error = str(raised)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
@@ -140,7 +151,7 @@ def main() -> None:
         leave_world()
         size = config.training.local_batch_size
         rows = [rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]
-        answer = {"rows": rows, "targets": trainer.targets, "printed": "\n".join(trainer.printed), "error": error}
+        answer = {"rows": rows, "targets": hooks.targets, "printed": printed.getvalue(), "error": error}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import torture
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tidar import train
-from tidar.training.trainer import Trainer
+from tidar.training.hooks import Hooks
 
 TIMEOUT = 100
 # the one at hand when the signal is sent may begin after it, and of a step the next one too: votes count a call later
@@ -50,16 +51,16 @@ class Board:
         return max(self.memory[after_signal], self.memory[2 + after_signal])
 
 
-class Watched(Trainer):
-    """Counts its batches, each of which takes `slowness` seconds more."""
+class Watched(Hooks):
+    """Counts batches, each of which takes `slowness` seconds more."""
 
-    board: Board
-    slowness: float
+    def __init__(self, board: Board, slowness: float):
+        self.board, self.slowness = board, slowness
 
-    def forward(self, *arguments):
-        self.board.count(self.world.rank, self.stops.signal is not None)
+    def on_micro_batch(self, trainer, rows, loss, scores):
+        self.board.count(trainer.world.rank, trainer.stops.signal is not None)
         time.sleep(self.slowness)
-        return super().forward(*arguments)
+        return loss
 
 
 def launch(ranks: int, options: list[str], log: Path, slowness: float = 0.0) -> tuple[int, Board]:
@@ -74,7 +75,7 @@ def launch(ranks: int, options: list[str], log: Path, slowness: float = 0.0) -> 
         os.dup2(output, 1)
         os.dup2(output, 2)
         torch.set_num_threads(1)
-        Watched.board, Watched.slowness, train.Trainer = board, slowness, Watched
+        train.Trainer = partial(train.Trainer, hooks=Watched(board, slowness))
         sys.argv[1:] = options
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         options = {

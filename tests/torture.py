@@ -215,7 +215,7 @@ def trial(number: int, seed: int, data: str, expected: dict, folder: Path) -> tu
         return phases[0], "started again it did not end"
     if any(final.codes.values()):
         return phases[0], f"started again it ended with {final.codes}"
-    starts = re.findall(r"^(?:goes on from .*step-(\d+)|starts from)", log.read_text(), re.MULTILINE)
+    starts = re.findall(r"^(?:resumed from step (\d+)|starts from)", log.read_text(), re.MULTILINE)
     if int(starts[-1] or 0) < committed:
         return phases[0], f"went on from step {starts[-1] or 0}, though step {committed} was committed"
     return phases[0], difference(end_of(folder), expected[ranks])

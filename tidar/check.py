@@ -21,16 +21,14 @@ from tidar.config import (
     load_config,
     make_dump_folder,
     print_lines,
-    resolve_global_batch_size,
     user_errors_exit,
 )
-from tidar.distributed import arithmetic_dtype, check_device_count, check_offload, logging_ranks, resolve_degrees
-from tidar.kernels import choose_kernels
+from tidar.distributed import check_device_count, logging_ranks
 from tidar.models import Decoder
 from tidar.models.huggingface import check_weights, open_weights
-from tidar.patterns import checked_pattern, loss_weights
 from tidar.training.checkpoint.manifest import saved_steps
 from tidar.training.inputs import load_inputs
+from tidar.training.plan import plan_run
 from tidar.training.run_lock import RunLock
 
 # torchrun's own, and what Slurm sends before a job's time is over (--signal=B:USR1@300)
@@ -46,21 +44,18 @@ def main() -> None:
         check_device_count(processes)
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
             print(f"warning: torch {torch.__version__} sees no GPU here, so the CPU trains", file=sys.stderr)
-        resolve_degrees(config, processes * nodes)
-        check_offload(config)
-        resolve_global_batch_size(config, processes * nodes)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        choose_kernels(config, device, arithmetic_dtype(config, device))
-        loss_weights(config, checked_pattern(config, mask_token_id=0))
+        plan_run(config, processes * nodes, device)
         folder = make_dump_folder(config)
         answer = f"{processes} --nproc_per_node {processes} {launcher} {signal_options(config)}"
         if node:
-            print(answer)  # node 0 looks after the data, which all nodes share
+            print(answer)  # node 0 prepares the data, which all nodes share
             return
         lock = RunLock(folder)
         inputs = load_inputs(config)
         if inputs.warning:
             print_lines(inputs.warning, file=sys.stderr)
+        plan_run(config, processes * nodes, device, inputs.spec.decoder, inputs.spec.mask_token_id)
         start = config.checkpoint.initial_load_path or config.model.hf_path
         weights = open_weights(start) if start and not saved_steps(folder) else None
         if weights:
@@ -122,7 +117,7 @@ def _slurm_variables() -> dict[str, str]:
             address = hosts.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise UserError(
-                f"MASTER_ADDR: must be the first of {node_list}, which scontrol does not tell here"
+                f"MASTER_ADDR: must be the first of {node_list}, which scontrol does not resolve here"
             ) from None
     return {"NNODES": nodes, "NODE_RANK": node, "MASTER_ADDR": address}
 

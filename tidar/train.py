@@ -3,6 +3,7 @@
 import sys
 import time
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tidar.config import UserError, load_config, user_errors_exit
@@ -22,7 +23,11 @@ def main() -> None:
         except UserError:
             leave_world()
             raise
-    # not after other errors: it would wait for ranks that still compute before the error is told
+        except torch.OutOfMemoryError as error:
+            # on any rank: the others may have enough memory
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+    # not after other errors: it would wait for ranks that still compute, before the error is printed
     leave_world()
 
 

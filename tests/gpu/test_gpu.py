@@ -28,6 +28,7 @@ from tidar.models import (
 )
 from tidar.models.huggingface import decoder_config
 from tidar.patterns import PATTERNS, Documents, get_pattern
+from tidar.training.hooks import Hooks
 from tidar.training.optim.gradients import local_gradient
 from tidar.training.trainer import Trainer
 
@@ -124,17 +125,15 @@ def test_flex_rounds_as_sdpa_does(dtype):
         assert flex < 1.5 * sdpa + epsilon
 
 
-class Watched(Trainer):
-    """Counts the graphs that were compiled by the end of each step, and of each validation."""
+class Watched(Hooks):
+    """Counts the graphs that were compiled by the end of each step."""
 
     graphs = torch._dynamo.utils.counters["stats"]
 
-    def train_step(self, batches):
-        super().train_step(batches)
-        self.compiled.append(self.graphs["unique_graphs"])
+    def __init__(self):
+        self.compiled = []
 
-    def validate(self):
-        super().validate()
+    def after_step(self, trainer):
         self.compiled.append(self.graphs["unique_graphs"])
 
 
@@ -153,17 +152,18 @@ def test_training_compiles_once(tmp_path, experiments):
     options += " --training.local_batch_size 4 --training.steps 16"
     options += " --training.loss_chunk_size 50 --validation.freq 8 --metrics.log_freq 8"
     options += f" --checkpoint.enable false --job.dump_folder {tmp_path}"
-    trainer = Watched(load_config(options.split()))
-    trainer.compiled = []
+    watched = Watched()
+    trainer = Trainer(load_config(options.split()), watched)
     try:
         assert trainer.mask_builder.backend == "flex"
         trainer.train()
     finally:
         leave_world()
-    after_steps, after_validation = trainer.compiled[:8], trainer.compiled[8:]
+    watched.after_step(trainer)  # the last validation comes after the last step
+    after_steps, after_validation = watched.compiled[:8], watched.compiled[8:]
     assert after_steps[0] > 0
     assert len(set(after_steps[1:])) == 1
-    assert len(after_validation) == 10 and len(set(after_validation)) == 1
+    assert len(after_validation) == 9 and len(set(after_validation)) == 1
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -227,11 +227,11 @@ def test_deterministic_runs_repeat_bit_for_bit(tmp_path):
     assert len(curves[0]) == 9 and curves[0] == curves[1] == curves[2]
 
 
-def losses_of(folder, options: str, kind=Trainer) -> list[float]:
+def losses_of(folder, options: str, hooks: Hooks | None = None) -> list[float]:
     """Trains with these options; returns train/batch_loss of all steps."""
-    trainer = kind(load_config([*options.split(), "--metrics.log_freq", "1", "--job.dump_folder", str(folder)]))
+    options = [*options.split(), "--metrics.log_freq", "1", "--job.dump_folder", str(folder)]
+    trainer = Trainer(load_config(options), hooks)
     try:
-        trainer.compiled = []
         trainer.train()
     finally:
         leave_world()
@@ -259,8 +259,8 @@ def test_same_numbers_with_each_engine(tmp_path):
     for name, options in ENGINES.items():
         torch._dynamo.reset()
         before = Watched.graphs["unique_graphs"]
-        curves[name] = losses_of(tmp_path / name.replace(", ", "-").replace(" ", "-"), f"{common} {options}", Watched)
-        counts = [number - before for number in losses_of.trainer.compiled]
+        curves[name] = losses_of(tmp_path / name.replace(", ", "-").replace(" ", "-"), f"{common} {options}", Watched())
+        counts = [number - before for number in losses_of.trainer.hooks.compiled]
         graphs[name] = counts[-1]
         assert len(set(counts[1:])) == 1
     print(graphs, {name: max(abs(a / b - 1) for a, b in zip(curve, curves["none"])) for name, curve in curves.items()})
@@ -284,8 +284,8 @@ def options_with_heads_of_128(folder) -> str:
 def test_the_fast_way_follows_plain_float32(tmp_path):
     """50 steps in bfloat16, compiled, with the fastest attention there is, beside float32, eager, dense masks."""
     common = options_with_heads_of_128(tmp_path)
-    fast = losses_of(tmp_path / "fast", common, FirstGradients)
-    gradients = losses_of.trainer.gradients
+    fast = losses_of(tmp_path / "fast", common, FirstGradients())
+    gradients = losses_of.trainer.hooks.gradients
     again = losses_of(tmp_path / "again", common)
     plain = losses_of(
         tmp_path / "plain",
@@ -293,7 +293,7 @@ def test_the_fast_way_follows_plain_float32(tmp_path):
         FirstGradients,
     )
     errors = [abs(a / b - 1) for a, b in zip(fast, plain)]
-    gradient_error = relative(gradients, losses_of.trainer.gradients)
+    gradient_error = relative(gradients, losses_of.trainer.hooks.gradients)
     print(max(errors), sum(errors) / 50, gradient_error, max(abs(a / b - 1) for a, b in zip(fast, again)))
     assert plain[-1] < 0.7 * plain[0]
     assert max(errors) < 2e-3 and gradient_error < 2e-2
@@ -304,12 +304,12 @@ def test_float8_follows_bfloat16(tmp_path):
     """50 steps, compiled, with the MLP in FP8 beside bfloat16, and with checkpointing of activations."""
     pytest.importorskip("torchao")
     common = options_with_heads_of_128(tmp_path)
-    wide = losses_of(tmp_path / "wide", common, FirstGradients)
-    gradients = losses_of.trainer.gradients
-    narrow = losses_of(tmp_path / "narrow", f"{common} --training.float8 true", FirstGradients)
-    assert "MLP in float8" in losses_of.trainer.engine
+    wide = losses_of(tmp_path / "wide", common, FirstGradients())
+    gradients = losses_of.trainer.hooks.gradients
+    narrow = losses_of(tmp_path / "narrow", f"{common} --training.float8 true", FirstGradients())
+    assert "MLP in float8" in losses_of.trainer.plan.kernels.describe()
     errors = [abs(a / b - 1) for a, b in zip(narrow, wide)]
-    gradient_error = relative(losses_of.trainer.gradients, gradients)
+    gradient_error = relative(losses_of.trainer.hooks.gradients, gradients)
     print(max(errors), sum(errors) / 50, gradient_error)
     assert wide[-1] < 0.7 * wide[0]
     assert max(errors) < 2e-3 and 5e-3 < gradient_error < 0.05
@@ -335,15 +335,15 @@ class FirstGradients(Watched):
 
     gradients = None
 
-    def train_step(self, batches):
+    def on_micro_batch(self, trainer, rows, loss, scores):
         def keep(optimizer, *_):
             if self.gradients is None:
-                local = [local_gradient(parameter, self.updates.copies) for parameter in self.model.parameters()]
+                local = [local_gradient(parameter, trainer.updates.copies) for parameter in trainer.model.parameters()]
                 self.gradients = torch.cat([gradient.flatten().double() for gradient in local])
 
-        if self.step == 0:
-            self.updates.optimizer.register_step_pre_hook(keep)
-        super().train_step(batches)
+        if trainer.step == 0:
+            trainer.updates.optimizer.register_step_pre_hook(keep)
+        return loss
 
 
 def test_float16_follows_bfloat16(tmp_path):

@@ -46,25 +46,26 @@ def test_bare_steps_have_the_rows_of_the_reported_ones(monkeypatch):
     monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
     rows, reported = {}, []
 
-    class Noting(train_step.AlternatingTrainer):
-        def count(self, batch):
-            rows.setdefault(self.turn_of(self.step + 1), []).append(batch.rows.input_ids)
-            return super().count(batch)
+    class Recorded(train_step.Alternating):
+        def on_micro_batch(self, trainer, micro_batch, loss, scores):
+            rows.setdefault(self.turn_of(trainer.step + 1), []).append(micro_batch.input_ids)
+            return loss
 
-        def report_step(self, *values):
-            before = self.throughput.steps
-            super().report_step(*values)
-            reported.extend([self.step] * (self.throughput.steps < before))
+        def after_step(self, trainer):
+            super().after_step(trainer)
+            reported.extend([trainer.step] * (trainer.throughput.steps == 0))
 
-    with running([*SMALL, "--metrics.log_freq", "3", "--validation.enable", "false"], Noting) as trainer:
+    times = Recorded(log_freq=3)
+    options = [*SMALL, "--metrics.log_freq", "3", "--validation.enable", "false", "--training.steps", str(times.steps)]
+    with running(options, times) as trainer:
         trainer.train()
-        turns = range(trainer.first_turn, trainer.first_turn + 4)
-        assert all(len(rows[turn]) == trainer.turn == 12 for turn in turns) and min(turns) * 12 > WARM_UP + 1
-        for turn in turns[::2]:
-            assert torch.stack(rows[turn]).equal(torch.stack(rows[turn + 1]))
-            assert [step for step in reported if trainer.turn_of(step) == turn] == [12 * turn + i for i in (0, 3, 6, 9)]
-        assert not any(trainer.turn_of(step) % 2 == 0 for step in reported)
-        assert abs(trainer.overhead()) < 1
+    turns = range(times.first_turn, times.first_turn + 4)
+    assert all(len(rows[turn]) == times.turn == 12 for turn in turns) and min(turns) * 12 > WARM_UP + 1
+    for turn in turns[::2]:
+        assert torch.stack(rows[turn]).equal(torch.stack(rows[turn + 1]))
+        assert [step for step in reported if times.turn_of(step) == turn] == [12 * turn + i for i in (0, 3, 6, 9)]
+    assert not any(times.turn_of(step) % 2 == 0 for step in reported)
+    assert abs(times.overhead()) < 1
 
 
 def test_the_baselines_micro_batches_have_the_losses_of_the_whole():

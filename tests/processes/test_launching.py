@@ -51,7 +51,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
 def test_a_rank_that_is_stopped_ends_the_run_and_is_named(tmp_path):
     code, output, seconds = train_with("stop", tmp_path, restarts=0)
     assert code != 0 and seconds < TIMEOUT + 5
-    assert f"error: no progress for {TIMEOUT} s: rank 1 gives no sign of life, last seen at" in output
+    assert f"error: no progress for {TIMEOUT} s: rank 1 sent no heartbeat, last seen at" in output
 
 
 @pytest.mark.long
@@ -74,7 +74,7 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
 def test_a_rank_that_dies_is_brought_back(tmp_path):
     """From the last checkpoint, with the curve of a run that was not disturbed."""
     code, output, _ = train_with("kill", tmp_path / "killed", restarts=1)
-    assert code == 0 and f"goes on from {tmp_path / 'killed' / 'checkpoint' / 'step-2'}" in output, output
+    assert code == 0 and f"resumed from step 2: {tmp_path / 'killed' / 'checkpoint' / 'step-2'}" in output, output
     assert "step 5/5" in output
     lines = read_metrics(tmp_path / "killed")
     assert [line["step"] for line in lines if "train/batch_loss" in line] == [1, 2, 3, 4, 5]
@@ -94,7 +94,10 @@ def test_srun_tells_the_nodes(tmp_path, monkeypatch):
         ({"MAX_RESTARTS": "2"}, "--max_restarts 2 --rdzv_backend c10d --rdzv_endpoint n1:29500 --rdzv_id tidar"),
         ({"SLURM_NODEID": ""}, "SLURM_NODEID: is not set, though SLURM_STEP_NUM_NODES = 2"),
         ({"SLURM_STEP_NUM_TASKS": "16"}, "SLURM_STEP_NUM_TASKS = 16: must be one task on each of 2 nodes"),
-        ({"PATH": os.environ["PATH"]}, "MASTER_ADDR: must be the first of n[1-2], which scontrol does not tell here"),
+        (
+            {"PATH": os.environ["PATH"]},
+            "MASTER_ADDR: must be the first of n[1-2], which scontrol does not resolve here",
+        ),
         ({"SLURM_NODEID": "2"}, "NODE_RANK = 2: must be integer from 0 to 1"),
     ):
         with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """Runs that are asked to stop: by signals to the launcher, and by the clock."""
 
+import gc
 import json
 import multiprocessing.popen_fork
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tidar.config import UserError, load_config
 from tidar.data import make_loader
 from tidar.distributed import leave_world
 from tidar.patterns import get_pattern
+from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -113,15 +116,15 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     script = """
 import os, signal, time
 from tidar import train
-from tidar.training import run
+from tidar.training import trainer
 
-class Signalled(run.Outcome):
+class Signalled(trainer.Outcome):
     def begin(self):
         super().begin()
         os.kill(os.getpid(), signal.SIGTERM)
 
-run.Outcome = Signalled
-run.load_inputs = lambda *_, **__: time.sleep(60)
+trainer.Outcome = Signalled
+trainer.load_inputs = lambda *_, **__: time.sleep(60)
 train.main()
 """
     command = [sys.executable, "-c", script, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
@@ -160,14 +163,14 @@ def test_stopped_anywhere_it_ends_the_same():
 
 
 def test_an_error_is_the_outcome(tmp_path, uneven_data):
-    class Broken(Trainer):
-        def train_step(self, batches):
+    class Broken(Hooks):
+        def on_micro_batch(self, *_):
             raise RuntimeError("something broke")
 
     options = [*uneven_data.split(), *OPTIONS.split()[2:], "100", "--job.dump_folder", str(tmp_path)]
     with pytest.raises(RuntimeError):
         try:
-            Broken(load_config(options)).train()
+            Trainer(load_config(options), Broken()).train()
         finally:
             leave_world()
     assert outcome(tmp_path)["outcome"] == "failed" and outcome(tmp_path)["reason"] == "rank 0: something broke"
@@ -175,3 +178,23 @@ def test_an_error_is_the_outcome(tmp_path, uneven_data):
         Trainer(load_config([*options, "--checkpoint.initial_load_path", str(tmp_path)]))
     leave_world()
     assert outcome(tmp_path)["outcome"] == "failed" and "must be a Hugging Face folder" in outcome(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("place", ["load_inputs", "build_model", "RunState", "Watchdog", "validate", "StepTraces"])
+def test_what_fails_half_way_closes_what_it_opened(tmp_path, uneven_data, monkeypatch, place):
+    def fail(*_, **__):
+        raise RuntimeError(f"{place} broke")
+
+    monkeypatch.setattr(f"tidar.training.trainer.{place}", fail)
+    options = [*uneven_data.split(), "--training.seq_len", "16", "--validation.share", "0.2", "--training.gc_freq", "1"]
+    options += ["--training.steps", "1", "--job.dump_folder", str(tmp_path), "--checkpoint.async_mode", "async"]
+    with pytest.raises(RuntimeError, match=f"{place} broke"):
+        try:
+            Trainer(load_config(options)).train()
+        finally:
+            leave_world()
+    assert outcome(tmp_path)["outcome"] == "failed" and outcome(tmp_path)["reason"] == f"rank 0: {place} broke"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and gc.isenabled() and not gc.get_freeze_count()
+    assert {thread.name for thread in threading.enumerate()} & {"signals", "watchdog", "checkpoint"} == set()
+    files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert not any(file.startswith(str(tmp_path)) for file in files)

@@ -311,7 +311,7 @@ def test_epochs_are_exported(tmp_path):
     """Every second epoch, as the run goes; rows of the uneven source make an epoch of several steps."""
     options = "--training.global_batch_size 128 --training.local_batch_size 64 --training.steps 14".split()
     trainer = train(tmp_path, *options, "--checkpoint.export_epochs", "2")
-    steps = -(-len(trainer.training_rows) * 2 // 128)
+    steps = -(-len(trainer.batches.training_rows) * 2 // 128)
     numbers = sorted(int(path.name.removeprefix("epoch_")) for path in (tmp_path / "export").iterdir())
     assert numbers == [2 * n for n in range(1, 14 // steps + 1)] and len(numbers) >= 1
     last = read_metrics(tmp_path)[-1]

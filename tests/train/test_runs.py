@@ -16,7 +16,10 @@ from results import read_metrics
 from tidar import check
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
+from tidar.kernels import Kernels
+from tidar.losses.sums import LossSums
 from tidar.training.compile_ahead import Compiler, Work
+from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +39,9 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def train_here(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
+def train_here(folder: Path, *options: str, hooks: Hooks | None = None) -> Trainer:
     try:
-        trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+        trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]), hooks)
         trainer.train()
     finally:
         leave_world()
@@ -83,20 +86,22 @@ def test_killed_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     output = finish(start(command))
-    assert "goes on from" in output
+    assert "resumed from step 6: " in output
     finish(start([*command[:-1], str(tmp_path / "whole")]))
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
-class KilledInValidation(Trainer):
-    def validate(self):
-        raise KeyboardInterrupt
+class KilledInValidation(Hooks):
+    def on_micro_batch(self, trainer, rows, loss, scores):
+        if not torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return loss
 
 
 def test_killed_in_its_last_validation_it_validates_again(tmp_path):
     options = ["--training.steps", "4", "--checkpoint.interval", "3", "--validation.steps", "2"]
     with pytest.raises(KeyboardInterrupt):
-        train_here(tmp_path / "killed", *options, kind=KilledInValidation)
+        train_here(tmp_path / "killed", *options, hooks=KilledInValidation())
     train_here(tmp_path / "killed", *options)
     train_here(tmp_path / "whole", *options)
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
@@ -132,24 +137,28 @@ def test_a_run_learns_and_writes_what_it_says(tmp_path):
     assert again.config.optimizer.lr == 2e-3
 
 
-class Recorded(Trainer):
-    """Keeps the sums that every step reports."""
+class Recorded(Hooks):
+    """Keeps the sums of each micro-batch."""
 
-    def report_step(self, sums, *rest):
-        self.recorded = [*getattr(self, "recorded", []), sums.values.clone()]
-        super().report_step(sums, *rest)
+    def __init__(self):
+        self.sums = []
+
+    def on_micro_batch(self, trainer, rows, loss, scores):
+        if torch.is_grad_enabled():
+            self.sums.append(LossSums.of(rows.targets, scores).values)
+        return loss
 
 
 def test_epochs_are_reported(tmp_path, uneven_data):
     """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
     options = f"{uneven_data} --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
     options += "--training.global_batch_size 40 --training.local_batch_size 20".split()
-    trainer = train_here(tmp_path, *options, kind=Recorded)
+    trainer = train_here(tmp_path, *options, hooks=Recorded())
     names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
     epochs = metrics(tmp_path, *names)
-    n_rows = len(trainer.training_rows)
+    n_rows = len(trainer.batches.training_rows)
     assert [epoch["step"] for epoch in epochs] == [-(-n_rows // 40), -(-2 * n_rows // 40)]
-    weights, nll, _ = sum(trainer.recorded[: epochs[0]["step"]])
+    weights, nll, _ = sum(trainer.hooks.sums[: 2 * epochs[0]["step"]])
     ar_loss, diffusion_loss = (nll / weights).tolist()
     means = dict(zip(names, [(ar_loss + diffusion_loss) / 2, ar_loss, diffusion_loss]))
     assert epochs[0] == pytest.approx({"step": epochs[0]["step"]} | means, rel=1e-12)
@@ -164,7 +173,7 @@ def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
     options = [*uneven_data.split(), "--validation.enable", "false", "--training.local_batch_size", "20"]
     options += ["--training.global_batch_size"]
     first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
-    n_rows = len(first.training_rows)
+    n_rows = len(first.batches.training_rows)
     assert first.step == -(-n_rows // 40)
     second = train_here(tmp_path, *options, "60", "--training.epochs", "1.5", "--checkpoint.allow_changes")
     samples = second.progress.samples
@@ -213,7 +222,7 @@ BAD_RUNS = {
     ("NNODES=2", "MASTER_ADDR=localhost", "NODE_RANK=2"): "NODE_RANK = 2: must be integer from 0 to 1",
     ("NGPU=3", "--training.global_batch_size", "16"): "must be a multiple of 24",
     ("--data.paths", "{empty}"): "holds no .py file",
-    ("--data.paths", "{empty}/none"): "must be a folder",
+    ("--data.paths", "{empty}/none"): "none: does not exist",
     ("--job.dump_folder", "/proc/run"): "job.dump_folder = /proc/run: cannot be written",
     ("--model.attention_backend", "flex"): "has no backward pass without CUDA",
 }
@@ -243,7 +252,7 @@ def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys):
     options = "--training.steps 2 --validation.enable false --checkpoint.enable false".split()
     trainer = Trainer(load_config(["--job.dump_folder", str(tmp_path), *TINY, *options]))
     try:
-        trainer.compiler = Compiler(Work(None, torch.float32, 1, 1, True, True, 132, (9, 0)))
+        trainer.compiler = Compiler(Work(None, torch.float32, 1, 1, Kernels(fused_matmul=True), 132, (9, 0)))
         assert trainer.compiler.process.wait(timeout=60) == 1
         trainer.train()
     finally:

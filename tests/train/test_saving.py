@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,16 @@ from tidar.distributed import leave_world
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.checkpoint.manifest import check_files, read_manifest, saved_steps
+from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = "--training.seq_len 16 --training.local_batch_size 2 --metrics.log_freq 1 --validation.enable false".split()
 
 
-def train(folder: Path, *options: str, kind: type[Trainer] = Trainer) -> Trainer:
+def train(folder: Path, *options: str, hooks: Hooks | None = None) -> Trainer:
     try:
-        trainer = kind(load_config(["--job.dump_folder", str(folder), *TINY, *options]))
+        trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]), hooks)
         trainer.train()
     finally:
         leave_world()
@@ -59,13 +60,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, uneven_data, m
         step_writing[0] = 0
         return files
 
-    class Watching(Trainer):
-        def train_step(self, batches):
-            super().train_step(batches)
+    class Watching(Hooks):
+        def after_step(self, trainer):
             overlapped.append(step_writing[0])
 
     monkeypatch.setattr(Checkpointer, "_write", slow)
-    train(tmp_path / mode, *options, "--checkpoint.async_mode", mode, kind=Watching)
+    train(tmp_path / mode, *options, "--checkpoint.async_mode", mode, hooks=Watching())
     assert {2, 4, 6} <= set(overlapped)
     for step in (2, 4, 6, 7):
         expected, found = (tensors_of(tmp_path / name / "checkpoint" / f"step-{step}") for name in ("disabled", mode))
@@ -103,32 +103,32 @@ def file_limit(n_bytes: int):
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
-def test_a_full_disk(tmp_path, uneven_data, capsys, mode, on_error):
+def test_a_full_disk(tmp_path, uneven_data, capsys, monkeypatch, mode, on_error):
     """The save of step 4 finds no room: the run stops or goes on, and the one before is untouched."""
     options = [*uneven_data.split(), "--training.steps", "6", "--checkpoint.interval", "2"]
     options += ["--checkpoint.async_mode", mode, "--checkpoint.on_error", on_error]
 
-    class Full(Trainer):
-        def save(self):
-            self.checkpointer.finish()
-            if self.step != 4:
-                super().save()
-                return
-            with file_limit(1_000_000):
-                super().save()
-                if self.checkpointer.thread:
-                    self.checkpointer.thread.join()
+    save = Checkpointer.save
 
+    def save_on_full_disk(self, step, about):
+        self.finish()
+        with file_limit(1_000_000) if step == 4 else nullcontext():
+            save(self, step, about)
+            if self.thread and step == 4:
+                self.thread.join()
+
+    monkeypatch.setattr(Checkpointer, "save", save_on_full_disk)
     message = f"{tmp_path / 'checkpoint' / 'step-4'}: could not be saved: File too large"
     if on_error == "stop":
         with pytest.raises(UserError) as error:
-            train(tmp_path, *options, kind=Full)
+            train(tmp_path, *options)
         assert str(error.value) == f"{message}\nthe last whole one is {tmp_path / 'checkpoint' / 'step-2'}"
         assert f'"reason": "rank 0: {message}' in (tmp_path / "outcome.json").read_text()
         assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-2"]
+        monkeypatch.setattr(Checkpointer, "save", save)
         train(tmp_path, *options)
     else:
-        trainer = train(tmp_path, *options, kind=Full)
+        trainer = train(tmp_path, *options)
         assert f"warning: {message}" in capsys.readouterr().out and trainer.step == 6
         assert '"outcome": "finished"' in (tmp_path / "outcome.json").read_text()
     steps = saved_steps(tmp_path)
@@ -138,15 +138,10 @@ def test_a_full_disk(tmp_path, uneven_data, capsys, mode, on_error):
 
 def test_the_last_save_must_be_whole(tmp_path, uneven_data):
     """The run has nothing to show for its end without it, whatever checkpoint.on_error says."""
-
-    class Full(Trainer):
-        def save(self):
-            with file_limit(1_000_000):
-                super().save()
-
     options = [*uneven_data.split(), "--training.steps", "2", "--checkpoint.on_error", "continue"]
-    with pytest.raises(UserError, match="step-2: could not be saved: see above\nthe run has no whole one yet"):
-        train(tmp_path, *options, kind=Full)
+    message = "step-2: could not be saved: see above\nthe run has no whole one yet"
+    with pytest.raises(UserError, match=message), file_limit(1_000_000):
+        train(tmp_path, *options)
     assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()
 
 
@@ -189,11 +184,10 @@ def growth(tmp_path: Path, uneven_data: str, saves: int) -> None:
     found = []
     logging.disable()  # pytest would keep each line that DCP logs
 
-    class Saving(Trainer):
-        def save(self):
-            super().save()
-            if self.step in (saves // 4, saves):
-                self.checkpointer.finish()
+    class Measuring(Hooks):
+        def after_step(self, trainer):
+            if trainer.step in (saves // 4, saves):
+                trainer.checkpointer.finish()
                 gc.collect()
                 resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
                 found.append((len(os.listdir("/proc/self/fd")), threading.active_count(), resident))
@@ -201,7 +195,7 @@ def growth(tmp_path: Path, uneven_data: str, saves: int) -> None:
     options = [*uneven_data.split(), "--training.steps", str(saves), "--checkpoint.interval", "1"]
     options += ["--checkpoint.async_mode", "async", "--training.gc_freq", "10"]
     try:
-        train(tmp_path, *options, kind=Saving)
+        train(tmp_path, *options, hooks=Measuring())
     finally:
         logging.disable(logging.NOTSET)
     files, threads, memory = (after - before for before, after in zip(*found))

@@ -13,6 +13,8 @@ from torch import nn
 from tidar.config import load_config
 from tidar.config.options import LossScale
 from tidar.distributed import join_world, leave_world
+from tidar.losses.sums import LossSums
+from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.patterns import ModelBatch
 from tidar.training.optim.loss_scale import LossScaler
 from tidar.training.optim.skipping import SkippedSteps
@@ -90,7 +92,7 @@ def test_a_sum_over_tokens_that_overflows_is_named():
         for scale in (0.1, 100):
             (model(tokens).sum() * scale).backward()
             skipped.note(rows, {})
-            finite = torch.tensor(1.0)
+            finite = LossSums(torch.ones(3, 2))
             norm = model.layers[0].weight.grad.float().norm()
             skipped.judge(1, finite, norm, lambda: [17, 23])
             assert skipped.settle() == (scale == 100)
@@ -127,6 +129,34 @@ def test_a_skipped_step_changes_nothing(tmp_path, ranks, uneven_data):
         assert torch.equal(two, three) and not torch.equal(three, four) and four.isfinite().all()
 
 
+def test_a_step_without_targets_changes_nothing(tmp_path, ranks, uneven_data):
+    """No parameter and no moment, in spite of weight decay; it counts as done, and reports no loss."""
+    options = [
+        *COMMON,
+        *uneven_data.split(),
+        "--lr_scheduler.decay_type",
+        "constant",
+        "--lr_scheduler.warmup_steps",
+        "0",
+    ]
+    options += ["--optimizer.weight_decay", "0.5", "--validation.enable", "false", "--training.max_steps_skipped", "1"]
+    states = []
+    for name, steps, faults in (("two", 2, []), ("three", 3, [(rank, 3, "targets") for rank in (0, 1)])):
+        folder = tmp_path / name
+        answers = ranks.run(
+            2, *options, "--training.steps", str(steps), "--job.dump_folder", str(folder), faults=faults
+        )
+        assert answers[0]["error"] is None
+        tensors = CheckpointTensors(folder / "checkpoint" / f"step-{steps}")
+        states.append({name: tensors.rows(name, 0, shape[0]) for name, shape in tensors.shapes.items() if shape})
+    names = [name for name in states[0] if name.startswith(("model.", "optimizer."))]
+    assert len(names) > 50 and all(states[0][name].equal(states[1][name]) for name in names)
+    assert states[0]["progress.epoch_sums"].equal(states[1]["progress.epoch_sums"])
+    line = steps_of(tmp_path / "three")[3]
+    assert not any("loss" in name or "accuracy" in name for name in line) and line["train/skipped_steps"] == 0
+    assert re.search("step 3/3  no targets  lr", answers[0]["printed"])
+
+
 @pytest.mark.parametrize("log_freq", [1, 100])
 def test_too_many_in_a_row_stop_the_run(tmp_path, ranks, uneven_data, log_freq):
     """Not those that are not in a row. The checkpoint is of the state before; the run can go on from it.
@@ -148,7 +178,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, ranks, uneven_data, log_freq):
     before = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in before.values())
     answers = ranks.run(2, *options)
-    assert answers[0]["error"] is None and "goes on from" in answers[0]["printed"]
+    assert answers[0]["error"] is None and "resumed from step 5" in answers[0]["printed"]
     assert sorted(steps_of(tmp_path)) == (list(range(1, 10)) if log_freq == 1 else [9])
     assert steps_of(tmp_path)[9]["train/skipped_steps"] == 3
 

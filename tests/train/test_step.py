@@ -66,10 +66,10 @@ def test_two_steps_and_a_validation_by_hand(tmp_path):
     model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))
     initialize(model, seed=0)
     model.double()
-    order = iter(TrainingOrder(len(trainer.training_rows), 0, 0, 1, 0, 1))
+    order = iter(TrainingOrder(len(trainer.batches.training_rows), 0, 0, 1, 0, 1))
     moments = {}
     for step in range(1, STEPS + 1):
-        scores = [score_row(model, trainer.training_rows[row]) for ((_, row),) in itertools.islice(order, 6)]
+        scores = [score_row(model, trainer.batches.training_rows[row]) for ((_, row),) in itertools.islice(order, 6)]
         means = {}
         for loss in ("ar", "diffusion"):
             targets = [target for row in scores for target in row[loss]]
@@ -92,7 +92,7 @@ def test_two_steps_and_a_validation_by_hand(tmp_path):
         assert (whole(ours) - expected).norm() <= 1e-5 * expected.norm()
 
     with torch.no_grad():
-        rows = [trainer.held_out_rows[row] for row in range(len(trainer.held_out_rows))]
+        rows = [trainer.batches.held_out_rows[row] for row in range(len(trainer.batches.held_out_rows))]
         scores = [score_row(model, row) for row in rows]
     drafts = [target for row in scores for target in row["diffusion"]]
     expected = {}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from reference import expected_mask, pattern_mask
 from results import read_metrics
 
@@ -10,6 +11,7 @@ from tidar.config import load_config
 from tidar.distributed import leave_world
 from tidar.models.flops import useful_flops
 from tidar.patterns import PATTERNS
+from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 COMMON = """
@@ -23,16 +25,13 @@ CASES = {name: name for name in PATTERNS} | {
 }
 
 
-class Recorded(Trainer):
+class Recorded(Hooks):
     """Keeps the rows of the last step."""
 
-    def forward(self, rows, *rest):
-        self.rows = rows
-        return super().forward(rows, *rest)
-
-    def validate(self):
-        self.last_rows = self.rows
-        super().validate()
+    def on_micro_batch(self, trainer, rows, loss, scores):
+        if torch.is_grad_enabled():
+            self.rows = rows
+        return loss
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,9 @@ def embedded_data(tmp_path_factory) -> list[str]:
     return ["--data.source", "prepared", "--data.paths", str(folder / "data" / "training")]
 
 
-def train(folder: Path, options: list[str]) -> Recorded:
+def train(folder: Path, options: list[str]) -> Trainer:
     try:
-        trainer = Recorded(load_config([*COMMON, "--job.dump_folder", str(folder), *options]))
+        trainer = Trainer(load_config([*COMMON, "--job.dump_folder", str(folder), *options]), Recorded())
         trainer.train()
     finally:
         leave_world()
@@ -57,7 +56,7 @@ def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_da
     name, *options = CASES[case].split()
     trainer = train(tmp_path, [*embedded_data, "--tidar.pattern", name, *options])
     *steps, validation = read_metrics(tmp_path)
-    losses = trainer.pattern.losses
+    losses = trainer.plan.pattern.losses
     for loss in ("ar", "diffusion"):
         curve = [line.get(f"train/batch_{loss}_loss") for line in steps]
         assert (loss in losses) == all(value is not None for value in curve) == (f"val/{loss}_loss" in validation)
@@ -73,7 +72,7 @@ def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_da
     by_place = {int(key.split("/")[-1]) for key in validation if key.startswith("val/diffusion_loss_at/")}
     assert by_place == (set(range(8)) if "diffusion" in losses else set())
 
-    rows, documents = trainer.last_rows, trainer.last_rows.documents
+    rows, documents = trainer.hooks.rows, trainer.hooks.rows.documents
     masks = []
     for row in range(4):
         ends = [*(documents.position[row] == 0).nonzero().flatten().tolist(), 64]
@@ -81,7 +80,7 @@ def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_da
         if documents.blocks is None:
             masks.append(pattern_mask(name, lengths, 8))
         else:
-            masks.append(expected_mask(name, trainer.pattern, documents, row, lengths))
+            masks.append(expected_mask(name, trainer.plan.pattern, documents, row, lengths))
     scored = sum(len(targets.labels) for targets in rows.targets.values())
     pairs = int(sum(mask.sum() for mask in masks))
     assert rows.input_ids.shape[1] == len(masks[0])

@@ -155,4 +155,4 @@ def test_means_do_not_depend_on_how_a_batch_is_split(losses):
     assert total.means(loss_weights) == pytest.approx(expected | {"loss": mean}, rel=1e-12)
     assert total.is_finite() and not LossSums(total.values * math.inf).is_finite()
     # a step without targets
-    assert set(LossSums.zeros(torch.device("cpu")).means(loss_weights).values()) == {0.0}
+    assert LossSums.zeros(torch.device("cpu")).means(loss_weights) == {}

@@ -41,8 +41,9 @@ def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
     """Masks by name, with their numbers of allowed pairs."""
     (batch,) = first_batches(trainer, 1)
     rows, positions = batch.rows.input_ids.shape
-    build = MaskBuilder(trainer.pattern, backend)
-    packed, whole = batch.rows.documents, trainer.pattern.documents(torch.zeros_like(batch.rows.documents.index))
+    build = MaskBuilder(trainer.plan.pattern, backend)
+    pattern, packed = trainer.plan.pattern, batch.rows.documents
+    whole = pattern.documents(torch.zeros_like(packed.index))
     built = {"packed rows": build(packed), "one document": build(whole)}
     causal = None
     if backend != "sdpa":
@@ -60,11 +61,11 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def measure(trainer: Trainer, mask: Mask, backend: str) -> tuple[float, float]:
     """Milliseconds of the forward and the backward pass of one layer."""
     config, decoder, device = trainer.config, trainer.spec.decoder, trainer.device
-    positions = trainer.pattern.model_positions(config.training.seq_len)
+    positions = trainer.plan.pattern.model_positions(config.training.seq_len)
     # strides as the projections leave them: [batch, positions, heads, head_dim] in memory
     q, k, v = (
         torch.randn(config.training.local_batch_size, positions, heads, decoder.head_dim, device=device)
-        .to(trainer.dtype)
+        .to(trainer.plan.dtype)
         .transpose(1, 2)
         .requires_grad_()
         for heads in (decoder.n_heads, decoder.n_kv_heads, decoder.n_kv_heads)
@@ -89,13 +90,13 @@ def main() -> None:
         options = [*case_options(arguments.case), *others]
         with running(options) as trainer:
             decoder = trainer.spec.decoder
-            print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.dtype}, one layer")
+            print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.plan.dtype}, one layer")
             print(f"{'backend':8} {'mask':13} {'forward ms':>10} {'backward ms':>11} {'TFLOP/s':>9} {'TFLOP/s':>9}")
             for backend in ("flash", "flex", "sdpa"):
                 model = replace(trainer.config.model, attention_backend=backend)
                 sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)
                 try:
-                    choose_kernels(replace(trainer.config, model=model), trainer.device, trainer.dtype, sizes)
+                    choose_kernels(replace(trainer.config, model=model), trainer.device, trainer.plan.dtype, sizes)
                 except UserError as reason:
                     print(f"{backend:8} {reason}")
                     continue

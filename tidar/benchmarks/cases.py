@@ -1,4 +1,4 @@
-"""What the benchmarks train: cases by name, and a Trainer that notes the time of each step."""
+"""What the benchmarks train: cases by name, and hooks that measure the time of each step."""
 
 import gc
 import statistics
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tidar.config import Config, UserError, load_config
+from tidar.config import UserError, load_config
 from tidar.data import Batch
 from tidar.distributed import leave_world
 from tidar.models import pattern_mask
 from tidar.models.flops import batch_flops
+from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 # seconds of work after which a GPU has the clock that its power allows for long
@@ -50,60 +51,59 @@ def case_options(name: str) -> list[str]:
 
 @dataclass
 class Step:
-    """Seconds of a step, from the end of the one before on the device, and what it did in them."""
+    """Seconds of a step, since the end of the step before on the device, and what it computed."""
 
     seconds: float
     tokens: int
     flops: float
 
 
-class TimedTrainer(Trainer):
-    """A run that notes the end of each step, without waiting for it."""
+class StepTimes(Hooks):
+    """Records the end of each step, without waiting for it, and what the step computed."""
 
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.marks: list[torch.cuda.Event | float] = []
-        self.work: list[list[float]] = []
+    def __init__(self):
+        self.ends: list[torch.cuda.Event | float] = []
+        self.work: list[list[float]] = [[0, 0]]  # tokens and FLOPs of each step, the one under way last
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def batches(self, trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.work[-1][0] += batch.n_tokens
+            pairs = int(pattern_mask(trainer.plan.pattern, batch.rows.documents).allowed_pairs())
+            self.work[-1][1] += batch_flops(trainer.spec.decoder, batch.rows, pairs)
+            yield batch
+
+    def after_step(self, trainer: Trainer) -> None:
+        end = time.perf_counter()
+        if trainer.device.type == "cuda":
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+        self.ends.append(end)
         self.work.append([0, 0])
-        super().train_step(map(self.count, batches))
-        mark = time.perf_counter()
-        if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        self.marks.append(mark)
-
-    def count(self, batch: Batch) -> Batch:
-        self.work[-1][0] += batch.n_tokens
-        pairs = int(pattern_mask(self.pattern, batch.rows.documents).allowed_pairs())
-        self.work[-1][1] += batch_flops(self.spec.decoder, batch.rows, pairs)
-        return batch
 
     def measured(self) -> list[Step]:
         """All steps after the warm-up."""
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         steps = []
-        for before, mark, work in list(zip(self.marks, self.marks[1:], self.work[1:]))[WARM_UP - 1 :]:
-            seconds = mark - before if isinstance(mark, float) else before.elapsed_time(mark) / 1e3
+        for before, end, work in list(zip(self.ends, self.ends[1:], self.work[1:]))[WARM_UP - 1 :]:
+            seconds = end - before if isinstance(end, float) else before.elapsed_time(end) / 1e3
             steps.append(Step(seconds, *work))
         return steps
 
 
 @contextmanager
-def running(options: list[str], kind: type[Trainer] = TimedTrainer) -> Iterator[Trainer]:
-    """A trainer of `kind` with these options, in a folder of its own that is gone afterwards."""
+def running(options: list[str], hooks: Hooks | None = None) -> Iterator[Trainer]:
+    """A trainer with these options, in a temporary folder."""
     free_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            yield kind(load_config(["--job.dump_folder", folder, *options]))
+            yield Trainer(load_config(["--job.dump_folder", folder, *options]), hooks)
         finally:
             leave_world()
 
 
 def free_memory() -> None:
-    """Frees what a trainer before has held, once nothing names it, and what it has compiled."""
+    """Frees the memory of an earlier trainer that nothing refers to any more, and its compiled graphs."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -113,7 +113,7 @@ def free_memory() -> None:
 
 def first_batches(trainer: Trainer, number: int) -> list[Batch]:
     """The run's first micro-batches, on its device."""
-    batches = trainer.training_batches()
+    batches = trainer.batches.training(first_sample=0)
     return [next(batches).to(trainer.device) for _ in range(number)]
 
 

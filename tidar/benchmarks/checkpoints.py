@@ -1,6 +1,6 @@
 """What saving costs training, and how long a start takes: python -m tidar.benchmarks.checkpoints [options]
 
-Trains with each checkpoint.async_mode, saving twice on the way, and then goes on from the last checkpoint. Further
+Trains with each checkpoint.async_mode, saving twice on the way, and then resumes from the last checkpoint. Further
 arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most.
 Needs room for two checkpoints: 12 bytes a parameter each.
 """
@@ -43,7 +43,7 @@ def measure(mode: str, interval: int, folder: Path, options: list[str]) -> str:
 
 
 def measure_restart(folder: Path, options: list[str]) -> str:
-    """Goes on from the newest checkpoint there until a step is done."""
+    """Resumes from the newest checkpoint there until a step is done."""
     started = time.perf_counter()
     words = command("disabled", 10**6, 10**6, folder, options)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:

@@ -38,8 +38,8 @@ class Matmul(NamedTuple):
 
 def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
     """With random values, those of the gradients as small as they are in training."""
-    config, decoder, device, dtype = trainer.config, trainer.spec.decoder, trainer.device, trainer.dtype
-    positions = config.training.local_batch_size * trainer.pattern.model_positions(config.training.seq_len)
+    config, decoder, device, dtype = trainer.config, trainer.spec.decoder, trainer.device, trainer.plan.dtype
+    positions = config.training.local_batch_size * trainer.plan.pattern.model_positions(config.training.seq_len)
     dim, hidden = decoder.dim, decoder.hidden_dim
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -120,8 +120,8 @@ def main() -> None:
             if unknown := set(only) - set(matmuls):
                 raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(matmuls)}")
             device = trainer.device
-            tiles = TILES if trainer.objective.kernels.loss_matmul else []
-            print(f"{device_name(device)}, torch {torch.__version__}, {trainer.dtype}")
+            tiles = TILES if trainer.plan.kernels.loss_matmul else []
+            print(f"{device_name(device)}, torch {torch.__version__}, {trainer.plan.dtype}")
             print("matmul, m x k x n, ms and TFLOP/s of torch and of the fastest tiles", flush=True)
             sustained_seconds(matmuls[only[0]].plain, device)
             for name in only:

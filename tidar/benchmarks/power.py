@@ -32,7 +32,7 @@ def power_log(device: torch.device) -> Iterator[Callable[[float], dict[str, floa
             found = []
             with open(readings.name) as lines:
                 for line in lines:
-                    # a card may not tell all of it, and the last line may be cut off
+                    # a card may not report all of it, and the last line may be incomplete
                     with contextlib.suppress(ValueError):
                         clock, watts, reasons = line.strip().split(", ")
                         found.append((float(clock), float(watts), bool(int(reasons, 16) & POWER_CAP)))

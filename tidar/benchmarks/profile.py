@@ -17,14 +17,15 @@ from torch.profiler import ProfilerActivity, profile
 from tidar.benchmarks.cases import (
     CASES,
     WARM_UP,
-    TimedTrainer,
+    StepTimes,
     case_options,
     device_name,
     running,
     sustained_seconds,
 )
-from tidar.config import ArgumentParser, Config, user_errors_exit
+from tidar.config import ArgumentParser, user_errors_exit
 from tidar.models import DecoderConfig
+from tidar.training.trainer import Trainer
 
 # the first pattern that is found in a kernel's name says its kind
 KINDS = {
@@ -38,20 +39,20 @@ KINDS = {
 }
 
 
-class ProfiledTrainer(TimedTrainer):
+class Traced(StepTimes):
     """Traces the steps after the warm-up."""
 
-    def __init__(self, config: Config):
-        super().__init__(config)
-        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+    def __init__(self):
+        super().__init__()
+        activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
         self.profiler = profile(activities=[activity])
 
-    def train_step(self, batches) -> None:
-        if self.step == WARM_UP:
+    def after_step(self, trainer: Trainer) -> None:
+        super().after_step(trainer)
+        if trainer.step == WARM_UP:
             self.profiler.start()
-        super().train_step(batches)
-        if self.step == self.steps:
-            if self.device.type == "cuda":
+        if trainer.step == trainer.steps:
+            if trainer.device.type == "cuda":
                 torch.cuda.synchronize()
             self.profiler.stop()
 
@@ -154,15 +155,19 @@ def main() -> None:
         arguments, others = parser.parse_known_args()
         n_steps = arguments.steps
         options = [*case_options(arguments.case), "--training.steps", str(WARM_UP + n_steps), *others]
-        with running(options, ProfiledTrainer) as trainer:
-            rates = ceilings(trainer.device, trainer.dtype)
+        times = Traced()
+        with running(options, times) as trainer:
+            rates = ceilings(trainer.device, trainer.plan.dtype)
             trainer.train()
-            found = kernels(trainer.profiler)
-            report(trainer, found, n_steps, rates, arguments.top)
+            flops = sum(work[1] for work in times.work[WARM_UP:]) / n_steps
+            report(trainer, kernels(times.profiler), n_steps, flops, rates, arguments.top)
 
 
-def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_steps: int, rates, top: int) -> None:
-    config = trainer.config
+def report(
+    trainer: Trainer, found: list[tuple[str, float, float]], n_steps: int, flops: float, rates, top: int
+) -> None:
+    """found: what `kernels` returns, of n_steps. flops: of a step."""
+    config, plan = trainer.config, trainer.plan
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
     for name, start, end in found:
@@ -170,16 +175,18 @@ def report(trainer: ProfiledTrainer, found: list[tuple[str, float, float]], n_st
         by_name[name].append(end - start)
     wall = (max(end for *_, end in found) - min(start for _, start, _ in found)) / n_steps
     by_kind["idle"] = wall - busy_ms(found) / n_steps
-    tokens = config.training.local_batch_size * config.training.seq_len * trainer.micro_batches
-    positions = tokens // config.training.seq_len * trainer.pattern.model_positions(config.training.seq_len)
-    flops = sum(work[1] for work in trainer.work[WARM_UP:]) / n_steps
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    decoder = trainer.spec.decoder
-    with_logits = not trainer.objective.kernels.loss_without_logits
+    tokens = config.training.local_batch_size * config.training.seq_len * plan.micro_batches
     floors = floors_ms(
-        decoder, parameters, positions, 2 * tokens, flops, rates, bool(trainer.parallel.copies), with_logits
+        plan.decoder,
+        plan.n_parameters,
+        plan.positions * plan.micro_batches,
+        2 * tokens,
+        flops,
+        rates,
+        one_device=bool(trainer.parallel.copies),
+        with_logits=not plan.kernels.loss_without_logits,
     )
-    print(f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.engine}")
+    print(f"{device_name(trainer.device)}, torch {torch.__version__}, {plan.dtype}, {plan.kernels.describe()}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
     print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'times':>7}")
     for kind in [*KINDS, "idle"]:

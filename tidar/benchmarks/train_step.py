@@ -22,7 +22,7 @@ from tidar.benchmarks.baseline import time_baseline
 from tidar.benchmarks.cases import (
     CASES,
     WARM_UP,
-    TimedTrainer,
+    StepTimes,
     case_options,
     device_name,
     first_batches,
@@ -31,9 +31,10 @@ from tidar.benchmarks.cases import (
     running,
 )
 from tidar.benchmarks.power import power_log
-from tidar.config import ArgumentParser, Config, user_errors_exit
+from tidar.config import ArgumentParser, load_config, user_errors_exit
 from tidar.data import Batch
 from tidar.training.reporting.metrics import peak_memory_gib
+from tidar.training.trainer import Trainer
 
 SWEEPS = {
     # rows so that a step has about as many tokens, as far as one row allows
@@ -48,15 +49,16 @@ MIN_TURN = 10  # steps of a run, and as many bare ones, that are compared
 OVERHEAD_PAIRS = 5  # of such turns
 
 
-class AlternatingTrainer(TimedTrainer):
+class Alternating(StepTimes):
     """By turns `turn` steps as a run has them, and the same rows bare: on the device before, and nothing reported.
 
-    A turn has one report or several, with half of the steps between two reports at each of its ends.
+    A turn has one report or several, with half of the steps between two reports at each of its ends. The run must have
+    `steps` steps.
     """
 
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.log_freq = config.metrics.log_freq
+    def __init__(self, log_freq: int):
+        super().__init__()
+        self.log_freq = log_freq
         self.turn = self.log_freq * math.ceil(MIN_TURN / self.log_freq)
         self.first_turn = 2 * math.ceil(WARM_UP / self.turn) + 1
         self.steps = (self.first_turn + 2 * OVERHEAD_PAIRS) * self.turn
@@ -65,23 +67,19 @@ class AlternatingTrainer(TimedTrainer):
         """Even turns are bare."""
         return (step + self.log_freq // 2) // self.turn
 
-    def training_batches(self) -> Iterator[Batch]:
-        batches = super().training_batches()
+    def batches(self, trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Not counted: that would wait for those on the device."""
         kept = deque()
         while True:
-            if self.turn_of(self.step + 1) % 2:
+            if self.turn_of(trainer.step + 1) % 2:
                 batch = next(batches)
-                kept.append(batch.to(self.device))
+                kept.append(batch.to(trainer.device))
                 yield batch
             else:
                 yield kept.popleft() if kept else next(batches)
 
-    def count(self, batch: Batch) -> Batch:
-        return batch  # counting would wait for those on the device
-
-    def report_step(self, *values) -> None:
-        if self.turn_of(self.step) % 2:
-            super().report_step(*values)
+    def reports_step(self, trainer: Trainer) -> bool:
+        return self.turn_of(trainer.step) % 2 == 1
 
     def overhead(self) -> float:
         """How much longer a turn takes than the bare one after it, as a share of that: the median."""
@@ -94,12 +92,17 @@ class AlternatingTrainer(TimedTrainer):
 
 def measure(options: list[str], steps: int) -> dict:
     """The medians of `steps` steps after the warm-up, clock and power meanwhile, and the peak of memory."""
-    with running([*options, "--training.steps", str(WARM_UP + steps)]) as trainer:
+    times = StepTimes()
+    with running([*options, "--training.steps", str(WARM_UP + steps)], times) as trainer:
         with power_log(trainer.device) as power:
             trainer.train()
-            measured = trainer.measured()
+            measured = times.measured()
             power_used = power(sum(step.seconds for step in measured))
-        result = {"device": device_name(trainer.device), "torch": torch.__version__, "engine": trainer.engine}
+        result = {
+            "device": device_name(trainer.device),
+            "torch": torch.__version__,
+            "engine": trainer.plan.kernels.describe(),
+        }
         result |= medians(measured, trainer.throughput.peak_flops)
         result |= power_used
         result["peak_gib"] = peak_memory_gib(trainer.device)
@@ -108,16 +111,17 @@ def measure(options: list[str], steps: int) -> dict:
 
 def measure_overhead(options: list[str]) -> float:
     """Share of a step that metrics, data and logging take."""
-    with running(options, AlternatingTrainer) as trainer:
+    times = Alternating(load_config(options).metrics.log_freq)
+    with running([*options, "--training.steps", str(times.steps)], times) as trainer:
         trainer.train()
-        return trainer.overhead()
+    return times.overhead()
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
     """What the replaced script's way reaches on the same rows: at one time all, half of them …, until there is room."""
     with running(options) as trainer:
         batches = first_batches(trainer, steps)
-        size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.pattern
+        size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.plan.pattern
         peak_flops = trainer.throughput.peak_flops
         device = trainer.device
     del trainer

@@ -1,8 +1,8 @@
 """The world of processes, and what is done to a model to train it there."""
 
-from tidar.distributed.pace import Pace
-from tidar.distributed.parallelize import compile_seconds, needs_fsdp, parallelize, reshards_after_forward
-from tidar.distributed.precision import arithmetic_dtype, make_deterministic
+from tidar.distributed.one_device import OneDevice
+from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
+from tidar.distributed.precision import compute_dtype, make_deterministic
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
     World,
@@ -17,13 +17,14 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
-    "Pace",
+    "OneDevice",
+    "Sharded",
     "Watchdog",
     "World",
-    "arithmetic_dtype",
     "check_device_count",
     "check_offload",
     "compile_seconds",
+    "compute_dtype",
     "join_world",
     "leave_world",
     "logging_ranks",

@@ -1,4 +1,4 @@
-"""Types of the arithmetic, and how far it repeats."""
+"""The compute dtype, and determinism."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 from tidar.config import Config
 
 
-def arithmetic_dtype(config: Config, device: torch.device) -> torch.dtype:
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """dtype of training.mixed_precision_param; "auto" is bfloat16 on CUDA and float32 elsewhere."""
     name = config.training.mixed_precision_param
     if name == "auto":

@@ -14,15 +14,15 @@ from tidar.config import Config, UserError
 
 T = TypeVar("T")
 
-# seconds that collectives wait longer than the watchdog, which can say for whom
+# seconds that collectives wait longer than the watchdog, which can name the rank that they wait for
 BACKSTOP = 30
 
 
 @dataclass
 class World:
-    """This process's place: `rank` of `size`, its device, whether it prints.
+    """This process: `rank` of `size`, its device, and whether it logs to the console.
 
-    mesh: of all devices, by "dp_shard" and, where they hold replicas, by "dp_replicate" before it.
+    mesh: of all devices, over "dp_shard" and, where the state has replicas, over "dp_replicate" before it.
     shard_group: the ranks that share one replica of the state.
     """
 
@@ -35,10 +35,10 @@ class World:
 
 
 def join_world(config: Config) -> World:
-    """Joins the processes that torchrun started, or forms a world of one where it did not.
+    """Joins the processes that torchrun has started. Without torchrun this process is a world of its own.
 
-    Raises UserError where this machine has fewer GPUs than processes, a launcher set half of what torchrun sets, or
-    the options do not fit the number of processes.
+    Raises UserError where this machine has fewer GPUs than processes, where only some of torchrun's variables are set,
+    or where the options do not fit the number of processes.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     size = _variable("WORLD_SIZE", default=1)
@@ -87,19 +87,19 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps the store when it restarts the processes, with the addresses of those that have died
-        # (pytorch/pytorch#135712). The agents of several nodes do not count restarts alike
+        # (pytorch/pytorch#135712). On several nodes the agents may count restarts differently
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return store, rank, size
 
 
 def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
-    """Replicas of the state, and devices that share each. Raises UserError where they do not make up the world."""
+    """Replicas of the state, and shards of each. Raises UserError where their product is not the number of devices."""
     options = config.parallelism
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
     if replicas == shards == -1:
         raise UserError(
             "parallelism.data_parallel_replicate_degree = parallelism.data_parallel_shard_degree = -1: "
-            "only one of them can be what the other leaves"
+            "only one of them can be left to be computed from the other"
         )
     if replicas == -1:
         replicas = world_size // shards
@@ -115,7 +115,7 @@ def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def logging_ranks(size: int) -> list[int]:
-    """The ranks of LOG_RANK, of a world of `size`. Raises UserError where it names others."""
+    """The ranks that LOG_RANK names. Raises UserError where they are not below `size`."""
     text = os.environ.get("LOG_RANK") or "0"
     ranks = [part.strip() for part in text.split(",")]
     if not all(rank.isdecimal() and int(rank) < size for rank in ranks):
@@ -136,7 +136,9 @@ def check_device_count(processes: int) -> None:
 
 
 def rank_zero_first(world: World, action: Callable[[bool], T]) -> T:
-    """What `action` returns here. It is told whether this is rank 0, which the others wait for, however long."""
+    """Calls `action(is_rank_zero)` on rank 0, then on the other ranks, which wait however long it takes. Returns what
+    it returns on this rank.
+    """
     if world.size == 1:
         return action(True)
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -147,15 +149,15 @@ def rank_zero_first(world: World, action: Callable[[bool], T]) -> T:
         try:
             dist.barrier(group)
         except RuntimeError:
-            raise UserError("rank 0 has ended before the others could begin; it says why") from None
+            raise UserError("rank 0 has ended before the others could start; see its error") from None
         result = action(False)
     dist.destroy_process_group(group)
     return result
 
 
 def shorten_timeout(config: Config, world: World) -> None:
-    """Once nothing slow is left to wait for, collectives wait for comm.train_timeout_seconds, and BACKSTOP more."""
-    # every rank must have left the slow part before the first one loses patience
+    """Lowers the timeout of collectives to comm.train_timeout_seconds and BACKSTOP. All ranks call it."""
+    # every rank must have left the slow part before the first one can time out
     dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
     for group in {dist.group.WORLD, *world.mesh.get_all_groups()}:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.comm.train_timeout_seconds + BACKSTOP), group)

@@ -52,20 +52,21 @@ class LossSums:
         """Whether all sums are, scalar bool on their device."""
         return self.values.isfinite().all()
 
-    def means(self, loss_weights: dict[str, float]) -> dict[str, float]:
-        """`loss`, and the mean (`<loss>_loss`) and accuracy of each loss; 0 where there was no target.
+    def has_targets(self) -> Tensor:
+        """Whether any target weighs more than 0, scalar bool on their device."""
+        return self.values[0].sum() > 0
 
-        loss_weights: of the losses that the pattern has; a loss that it does not have has no entries. Waits for the
-        device.
+    def means(self, loss_weights: dict[str, float]) -> dict[str, float]:
+        """`loss`, and the mean (`<loss>_loss`) and accuracy of each loss that has targets; nothing where none has.
+
+        loss_weights: of the losses that the pattern has. Waits for the device.
         """
-        means, accuracies = {}, {}
-        for loss, (weight, *totals) in zip(LOSSES, self.values.T.tolist()):
-            if loss in loss_weights:
-                means[f"{loss}_loss"], accuracies[ACCURACIES[loss]] = (
-                    total / weight if weight else 0.0 for total in totals
-                )
-        total = sum(weight * means[f"{loss}_loss"] for loss, weight in loss_weights.items())
-        return {"loss": total / sum(loss_weights.values())} | means | accuracies
+        total, means, accuracies = 0.0, {}, {}
+        for loss, (weight, nll, correct) in zip(LOSSES, self.values.T.tolist()):
+            if loss in loss_weights and weight:
+                means[f"{loss}_loss"], accuracies[ACCURACIES[loss]] = nll / weight, correct / weight
+                total += loss_weights[loss] * means[f"{loss}_loss"]
+        return {"loss": total / sum(loss_weights.values())} | means | accuracies if means else {}
 
 
 def _by_loss(columns: dict[str, Tensor]) -> Tensor:

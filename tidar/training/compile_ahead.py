@@ -13,16 +13,18 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidar.kernels import Kernels
+from tidar.kernels import Kernels, count_sms
 from tidar.kernels.matmul import IMPLEMENTATIONS
 from tidar.models import DecoderConfig
 from tidar.models.decoder import DecoderLayer
+from tidar.training.plan import RunPlan
 
 # seconds after which a process here ends itself: one that hangs would hold a lock that the run waits for
 TIMEOUT = 60
@@ -77,6 +79,32 @@ class Compiler:
         self.process.terminate()
         self.process.wait()
         self.errors.close()
+
+
+def start_compiler(plan: RunPlan, resources: ExitStack, log: Callable[[str], None]) -> Compiler | None:
+    """The process that compiles the kernels of a run ahead, one for all ranks of a machine; None if none is needed.
+
+    resources: stops it when they are closed.
+    """
+    kernels = plan.kernels
+    if not (kernels.fused_matmul or kernels.loss_without_logits) or plan.device.index != 0:
+        return None
+    work = Work(
+        plan.decoder,
+        plan.dtype,
+        plan.positions,
+        plan.config.training.loss_chunk_size,
+        kernels,
+        num_sms=count_sms(plan.device),
+        capability=torch.cuda.get_device_capability(plan.device),
+    )
+    try:
+        compiler = Compiler(work)
+    except OSError as error:
+        log(f"warning: no process can be started that compiles kernels ahead ({error.strerror})")
+        return None
+    resources.callback(compiler.stop)
+    return compiler
 
 
 class RecordedCalls(TorchDispatchMode):

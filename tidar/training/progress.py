@@ -1,10 +1,12 @@
 """How far a run has come, and on which data."""
 
+import math
 import time
 
 import torch
 from torch import Tensor
 
+from tidar.config.options import Training
 from tidar.losses.sums import LossSums
 
 
@@ -52,6 +54,27 @@ class Progress:
         self.state["samples"] += samples
         self.state["tokens"] += tokens.long()
         self.state["epoch_sums"] += torch.where(sums.is_finite(), sums.values, 0)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a validation or an export was due after the last step, and a stop has interrupted it."""
+        return bool(self.state["interrupted"].any())
+
+    def interrupt(self, validates: bool, epoch: int) -> None:
+        """Notes what is due after the step: a validation, and the export of an epoch (0 for none)."""
+        self.state["interrupted"].copy_(torch.tensor([validates, epoch]))
+
+    def epoch_to_export(self, every: int, epochs_before: int) -> int:
+        """Number of the epoch that ended after `epochs_before` where each `every`th is to be exported, otherwise 0."""
+        number = self.epoch // every * every if every else 0
+        return number if number > epochs_before else 0
+
+    def steps_of(self, training: Training, global_batch_size: int) -> int:
+        """Steps of the whole run, the ones done included."""
+        if not training.epochs:
+            return training.steps
+        samples_left = training.epochs * self.n_rows - self.samples
+        return self.step + max(0, math.ceil(samples_left / global_batch_size))
 
     def count_time(self) -> None:
         """Adds the time since this was called last, or since this process began."""

@@ -1,4 +1,4 @@
-"""Stopping before the last step: the signals of a scheduler, and the clock."""
+"""Requests to stop before the last step: signals, and the clock."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ import torch.distributed as dist
 from tidar.distributed import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# a scheduler may signal the launcher and its processes at once, and the launcher passes it on: what comes within so
-# many seconds of the first signal is the same one
+# a scheduler may signal the launcher and its processes at once, and the launcher forwards it: within so many seconds
+# of the first signal, another one is the same
 SAME_SIGNAL = 0.5
-# what no signal is: the pipe's last byte. Its end would not be seen, as processes that were forked hold it open
+# the pipe's last byte, no signal: the end of the pipe would not be seen, because forked processes hold it open
 LAST = 0
 
 
@@ -33,10 +33,10 @@ class StopRequests:
     checkpoint.max_wall_minutes is a request too, and so is whatever the caller adds.
     """
 
-    def __init__(self, world: World, group: dist.ProcessGroup, deadline: float | None, abort: Callable[[str], None]):
+    def __init__(self, world: World, group: dist.ProcessGroup, deadline: float, abort: Callable[[str], None]):
         """Signals are caught from here on, and heeded after `listen`.
 
-        group: of all ranks, on the CPU. deadline: of time.monotonic(), None for none. abort: gets the reason before the
+        group: of all ranks, on the CPU. deadline: of time.monotonic(). abort: gets the reason before the
         process ends at once; called by the listening thread.
         """
         while _current:
@@ -71,7 +71,7 @@ class StopRequests:
         self.trains = True
 
     def close(self) -> None:
-        """Signals do again what they did before."""
+        """Restores the signals' earlier handlers."""
         if self not in _current:
             return
         _current.remove(self)
@@ -105,7 +105,7 @@ class StopRequests:
             raise Stopped(reason)
 
     def _vote(self, other: bool = False) -> None:
-        out_of_time = self.deadline is not None and time.monotonic() > self.deadline
+        out_of_time = time.monotonic() > self.deadline
         votes = torch.tensor([self.signal or 0, out_of_time, other], dtype=torch.int)
         self.vote = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True), votes
 
@@ -125,12 +125,12 @@ class StopRequests:
         with os.fdopen(self.reader, "rb", buffering=0) as reader:
             while (number := reader.read(1)[0]) != LAST:
                 if number in SIGNALS and self.signal is None:
-                    self._take(number)
+                    self._receive(number)
                     received = time.monotonic()
                 elif number in SIGNALS and time.monotonic() - received > SAME_SIGNAL:
                     self._end(f"{signal.Signals(number).name} came again", 128 + number)
 
-    def _take(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if number == signal.SIGTERM:
             # the launcher sends it to the rest when one of its processes has died
             dead = [rank for pid, rank in self.neighbours.items() if not _is_alive(pid)]
@@ -158,7 +158,7 @@ _current: list[StopRequests] = []
 
 
 def _forget_in_child() -> None:
-    """A process that a rank has forked shares its pipe: signals that it gets are not the rank's."""
+    """A process forked from a rank shares its pipe, but the signals that it gets are not the rank's."""
     if _current:
         signal.set_wakeup_fd(-1)
 

@@ -64,8 +64,8 @@ class Updates:
     def apply(self, step: int, steps: int, sums: LossSums, rows: Callable[[], list[int]]) -> tuple[Tensor, float]:
         """Updates the parameters with the gradients of step number `step` of a run of `steps`, which are then gone.
 
-        sums: of all ranks' losses; where one is not finite, or the norm of the gradients, nothing is changed. rows: of
-        this rank's micro-batches in order, should they have to be told.
+        sums: of all ranks' losses; nothing changes where one is not finite, or the norm of the gradients, or where the
+        step has no target. rows: of this rank's micro-batches in order, should they have to be named.
         Returns the norm before clipping, scalar, and the learning rate. Raises TooManySkipped for the step before.
         """
         training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
@@ -74,6 +74,7 @@ class Updates:
         self.settle()
         self.skipped.check()
         found_inf = self.skipped.judge(step, sums, norm, rows)
+        changes_nothing = torch.maximum(found_inf, (~sums.has_targets()).float())
         lr = learning_rate(step - self.skipped.total, steps, self.config.optimizer.lr, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -81,7 +82,7 @@ class Updates:
             torch.clamp((norm + 1e-6) / training.max_norm, min=1.0) if training.max_norm else torch.ones_like(norm)
         )
         device = self.parameters[0].device
-        self.optimizer.grad_scale, self.optimizer.found_inf = (clipped * scale).to(device), found_inf.to(device)
+        self.optimizer.grad_scale, self.optimizer.found_inf = (clipped * scale).to(device), changes_nothing.to(device)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, lr

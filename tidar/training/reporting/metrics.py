@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -16,30 +17,43 @@ from tidar.patterns import LOSSES
 
 
 class MetricWriter:
-    """Writes scalars by step to <folder>/metrics.jsonl and <folder>/tb; every process but rank 0 writes nothing.
+    """Writes scalars by step to <folder>/metrics.jsonl and <folder>/tb, once it is opened.
 
     metrics.jsonl holds one JSON object a line: "step" and the scalars by name, null where one is not finite.
     """
 
-    def __init__(
-        self, folder: Path, first_step: int, enabled: bool, log: Callable[[str], None], validates_again: bool = False
-    ):
+    def __init__(self, folder: Path, enabled: bool, log: Callable[[str], None]):
+        """enabled: false where another process writes."""
+        self.folder = folder
+        self.enabled = enabled
+        self.log = log
+        self.file: IO | None = None
+        self.tensorboard: SummaryWriter | None = None
+
+    @contextmanager
+    def opened(self, first_step: int, validates_again: bool) -> Iterator[None]:
         """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again.
         validates_again: so is the validation of the step before it.
 
         Raises UserError where nothing can be written.
         """
-        self.enabled = enabled
-        self.log = log
-        if enabled:
-            try:
-                self.file = _truncated(folder / "metrics.jsonl", first_step, validates_again)
-                self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            except OSError as error:
-                raise UserError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
+        path = self.folder / "metrics.jsonl"
+        try:
+            if self.enabled:
+                self.file = _truncated(path, first_step, validates_again)
+                self.tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=first_step)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            for file in (self.file, self.tensorboard):
+                if file:
+                    with self._tolerant():
+                        file.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self.enabled:
+        if self.file and self.tensorboard:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
             with self._tolerant():
                 self.file.write(json.dumps({"step": step} | finite) + "\n")
@@ -48,15 +62,9 @@ class MetricWriter:
                 for name, value in scalars.items():
                     self.tensorboard.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        if self.enabled:
-            for file in (self.file, self.tensorboard):
-                with self._tolerant():
-                    file.close()
-
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """What cannot be written, on a full disk say, is no reason to end a run: it is told."""
+        """What cannot be written, on a full disk say, is no reason to end a run: it is logged."""
         try:
             yield
         except OSError as error:
@@ -114,6 +122,8 @@ def validation_lines(scalars: dict[str, float]) -> list[str]:
 
 
 def _losses(scalars: dict[str, float], prefix: str) -> str:
+    if f"{prefix}loss" not in scalars:
+        return "no targets"
     parts = {loss: f"{prefix}{loss}_loss" for loss in LOSSES}
     texts = [f"{loss} {scalars[name]:.4f}" for loss, name in parts.items() if name in scalars]
     return f"loss {scalars[prefix + 'loss']:.4f} ({', '.join(texts)})"

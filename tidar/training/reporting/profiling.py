@@ -22,11 +22,10 @@ class StepTraces:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.profiler = profile(
             activities=activities,
-            # the profiler's own start is slow, so a step is traced and thrown away before
+            # the profiler's start is slow, so the step before is traced and discarded
             schedule=schedule(wait=options.profile_freq - 2, warmup=1, active=1),
             on_trace_ready=self._write,
         )
-        self.profiler.start()
 
     def step(self) -> None:
         """After each step of the run."""
@@ -34,11 +33,16 @@ class StepTraces:
             self.steps += 1
             self.profiler.step()
 
-    def stop(self) -> None:
+    def __enter__(self) -> "StepTraces":
+        if self.profiler:
+            self.profiler.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.profiler:
             self.profiler.stop()
 
     def _write(self, profiler: profile) -> None:
-        # also called by `stop`, in the middle of a cycle, with nothing traced
+        # also called by the profiler's stop, in the middle of a cycle, with nothing traced
         if profiler.events():
             profiler.export_chrome_trace(str(self.folder / f"step-{self.steps}-rank-{self.rank}.json.gz"))

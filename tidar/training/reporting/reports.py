@@ -1,11 +1,10 @@
-"""What a run tells of its steps and epochs: scalars to files, lines to the console."""
+"""Reports of steps, epochs and validations: scalars to files, lines to the console."""
 
 from collections.abc import Callable
-
-import torch
+from pathlib import Path
 
 from tidar.losses.sums import LossSums
-from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line
+from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line, validation_lines
 from tidar.training.reporting.throughput import Throughput
 
 
@@ -14,23 +13,23 @@ class Reports:
 
     def __init__(
         self,
-        metrics: MetricWriter,
+        folder: Path,
         throughput: Throughput,
         loss_weights: dict[str, float],
-        device: torch.device,
+        writes: bool,
         log: Callable[[str], None],
     ):
-        self.metrics = metrics
+        """writes: whether this rank writes the files."""
+        self.metrics = MetricWriter(folder, writes, log)
         self.throughput = throughput
         self.loss_weights = loss_weights
-        self.device = device
         self.log = log
 
     def step(self, step: int, steps: int, sums: LossSums, more: dict[str, float]) -> None:
         """Of step number `step` of `steps`. more: scalars that the caller knows, train/lr and train/grad_norm too."""
         means = sums.means(self.loss_weights)
         scalars = {f"train/batch_{name}": value for name, value in means.items()} | more
-        scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.device)}
+        scalars |= self.throughput.scalars() | {"memory/peak_gib": peak_memory_gib(self.throughput.device)}
         self.metrics.write(step, scalars)
         seconds_left = (steps - step) * self.throughput.seconds_per_step
         self.log(step_line(step, steps, scalars, seconds_left))
@@ -42,4 +41,8 @@ class Reports:
         scalars = {f"train/epoch_{name}": value for name, value in means.items() if name.endswith("loss")}
         self.metrics.write(step, scalars)
         texts = [f"{name} {value:.4f}" for name, value in scalars.items()]
-        self.log(f"epoch {epoch} ends  {'  '.join(texts)}")
+        self.log(f"epoch {epoch} ends  {'  '.join(texts) or 'no targets'}")
+
+    def validation(self, step: int, scalars: dict[str, float]) -> None:
+        self.metrics.write(step, scalars)
+        self.log(*validation_lines(scalars))

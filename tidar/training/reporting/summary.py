@@ -1,64 +1,54 @@
-"""What a run is about to do, told before it starts."""
+"""What a run is about to do, logged before it starts."""
 
 import torch
 
-from tidar.config import Config
 from tidar.data import PackedRows
-from tidar.distributed import needs_fsdp, reshards_after_forward, resolve_degrees
-from tidar.models import Decoder, pattern_mask
+from tidar.models import pattern_mask
 from tidar.models.flops import batch_flops
-from tidar.patterns import Pattern, experiments
+from tidar.patterns import experiments
+from tidar.training.batches import Batches
+from tidar.training.plan import RunPlan
 
 
-def summarize(
-    config: Config,
-    model: Decoder,
-    pattern: Pattern,
-    training_rows: PackedRows,
-    held_out_rows: PackedRows,
-    world_size: int,
-    micro_batches: int,
-    steps: int,
-    n_left_out: int,
-    engine: str,
-    dtype: torch.dtype,
-) -> list[str]:
-    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states.
+def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> list[str]:
+    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states, kernels.
 
-    n_left_out: documents that could not be used. engine: how the run computes; dtype: of the arithmetic.
+    n_unusable: documents that were dropped at preparation.
     """
+    config, rows = plan.config, batches.training_rows
     seq_len = config.training.seq_len
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = config.training.local_batch_size * micro_batches * world_size
     row = torch.zeros(1, seq_len, dtype=torch.long)
-    batch = pattern.layout(row, row, torch.ones_like(row))
-    flops = batch_flops(model.config, batch, int(pattern_mask(pattern, batch.documents).allowed_pairs()))
-    padding = 1 - training_rows.n_tokens / (len(training_rows) * seq_len)
-    long = training_rows.n_long / max(training_rows.n_documents, 1)
+    batch = plan.pattern.layout(row, row, torch.ones_like(row))
+    positions = plan.pattern.model_positions(seq_len)
+    pairs = int(pattern_mask(plan.pattern, batch.documents).allowed_pairs())
+    flops = batch_flops(plan.decoder, batch, pairs) * plan.global_batch_size
+    padding = 1 - rows.n_tokens / (len(rows) * seq_len)
+    long = rows.n_long / max(rows.n_documents, 1)
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
-    if training_rows.n_dropped:
-        long_documents = f"{training_rows.n_dropped:,} long documents dropped"
-    if training_rows.n_cut_tokens:
-        long_documents += f", {training_rows.n_cut_tokens:,} tokens cut"
-    if n_left_out:
-        long_documents += f", {n_left_out:,} bad or empty ones left out"
-    long_documents += _without_targets(training_rows)
+    if rows.n_dropped:
+        long_documents = f"{rows.n_dropped:,} long documents dropped"
+    if rows.n_cut_tokens:
+        long_documents += f", {rows.n_cut_tokens:,} tokens truncated"
+    if n_unusable:
+        long_documents += f", {n_unusable:,} malformed or empty ones dropped"
+    long_documents += _without_targets(rows)
     name = config.model.hf_path or config.model.name
-    blocks = [f"blocks of {config.tidar.block_size}"] if "diffusion" in pattern.losses else []
-    drawn = [f"{name} {value}" for name, value in experiments(config).items()]
+    blocks = [f"blocks of {config.tidar.block_size}"] if "diffusion" in plan.pattern.losses else []
+    changed = [f"{name} {value}" for name, value in experiments(config).items()]
+    step_tokens = plan.global_batch_size * seq_len
     lines = {
-        "model": f"{name}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}",
-        "data": f"{config.data.source}, {training_rows.n_tokens:,} tokens of {training_rows.n_documents:,} documents "
-        f"in {len(training_rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
-        f"{len(held_out_rows):,} rows held out{_without_targets(held_out_rows)}",
-        "pattern": ", ".join(
-            [config.tidar.pattern, *blocks, *drawn, f"{pattern.model_positions(seq_len)} model positions a row"]
-        ),
-        "step": f"{rows * seq_len:,} tokens: {_count(world_size, 'device')} x {_count(micro_batches, 'micro-batch')} x "
-        f"{_count(config.training.local_batch_size, 'row')}, {flops * rows / 1e12:.3g} useful TFLOPs",
-        "run": f"{steps:,} steps, {rows * seq_len * steps:,} tokens, {len(training_rows) / rows:,.1f} steps an epoch",
-        "memory": _memory(config, parameters, dtype.itemsize, world_size, micro_batches),
-        "engine": engine,
+        "model": f"{name}, {plan.n_parameters:,} parameters, vocabulary of {plan.decoder.vocab_size:,}",
+        "data": f"{config.data.source}, {rows.n_tokens:,} tokens of {rows.n_documents:,} documents "
+        f"in {len(rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
+        f"{len(batches.held_out_rows):,} rows held out{_without_targets(batches.held_out_rows)}",
+        "pattern": ", ".join([config.tidar.pattern, *blocks, *changed, f"{positions} model positions a row"]),
+        "step": f"{step_tokens:,} tokens: {_count(plan.world_size, 'device')} x "
+        f"{_count(plan.micro_batches, 'micro-batch')} x {_count(config.training.local_batch_size, 'row')}, "
+        f"{flops / 1e12:.3g} useful TFLOPs",
+        "run": f"{steps:,} steps, {step_tokens * steps:,} tokens, "
+        f"{len(rows) / plan.global_batch_size:,.1f} steps an epoch",
+        "memory": _memory(plan),
+        "engine": f"{plan.device.type}, {plan.dtype}, {plan.kernels.describe()}",
     }
     return [f"{name:<8} {text}" for name, text in lines.items()]
 
@@ -68,24 +58,20 @@ def _without_targets(rows: PackedRows) -> str:
     return kept + (f", {rows.n_rows_dropped:,} rows without a target dropped" if rows.n_rows_dropped else "")
 
 
-def _memory(config: Config, parameters: int, param_bytes: int, world_size: int, micro_batches: int) -> str:
-    replicas, shards = resolve_degrees(config, world_size)
-    moment_bytes = {"float32": 4, "bfloat16": 2}[config.optimizer.state_dtype]
-    gib = parameters / 2**30
-    if not needs_fsdp(config, world_size):
-        # float32 parameters and two moments; the copies that are computed with; gradients, summed up in float32
-        copies = param_bytes if param_bytes < 4 else 0
-        gradients = param_bytes if micro_batches == 1 else 4
-        return f"{(4 + 2 * moment_bytes + copies + gradients) * gib:.3f} GiB of states"
-    # float32 parameters and gradients, and two moments
-    where = "in the host's memory for" if config.training.enable_cpu_offload else "on"
-    text = f"{(8 + 2 * moment_bytes) * gib / shards:.3f} GiB of states {where} each device"
-    if world_size > 1:
-        text += f", {_count(replicas, 'replica')} over {_count(shards, 'shard')}"
-    if not reshards_after_forward(config, shards):
-        text += f"; {param_bytes * gib:.3f} GiB more of gathered parameters, kept from the forward to the backward pass"
-    if config.parallelism.gradient_reduction == "step" and micro_batches > 1:
-        text += f"; {4 * gib:.3f} GiB more of whole gradients, kept from the first micro-batch to the last"
+def _memory(plan: RunPlan) -> str:
+    gib = 2**30
+    if not plan.uses_fsdp:
+        return f"{plan.states_bytes / gib:.3f} GiB of states"
+    where = "in the host's memory for" if plan.config.training.enable_cpu_offload else "on"
+    text = f"{plan.states_bytes / gib:.3f} GiB of states {where} each device"
+    if plan.world_size > 1:
+        text += f", {_count(plan.replicas, 'replica')} over {_count(plan.shards, 'shard')}"
+    if plan.gathered_bytes:
+        text += f"; {plan.gathered_bytes / gib:.3f} GiB more of gathered parameters, "
+        text += "kept from the forward to the backward pass"
+    if plan.unsharded_gradient_bytes:
+        text += f"; {plan.unsharded_gradient_bytes / gib:.3f} GiB more of unsharded gradients, "
+        text += "kept from the first micro-batch to the last"
     return text
 
 

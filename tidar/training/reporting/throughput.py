@@ -13,7 +13,7 @@ from tidar.models.flops import attention_flops, batch_flops, peak_flops
 
 
 class Throughput:
-    """Tokens, useful FLOPs and waiting time of this rank since the last report; what is no training is left out."""
+    """Tokens, useful FLOPs and data wait of this rank's training steps since the last report."""
 
     def __init__(self, decoder: DecoderConfig, device: torch.device):
         self.decoder = decoder
@@ -36,14 +36,14 @@ class Throughput:
             self.flops += batch_flops(self.decoder, batch.rows, allowed_pairs=0)
 
     def count_pairs(self, allowed_pairs: Tensor) -> None:
-        """Adds the query-key pairs that a micro-batch's mask allows, a scalar which the host does not wait for."""
+        """Adds the query-key pairs that a micro-batch's mask allows: a scalar that the host does not wait for."""
         self.allowed_pairs += allowed_pairs
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training step."""
+        """Excludes the time inside, which is not training: validation, export, saving."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the steps before it are training still
+            torch.cuda.synchronize()  # the steps before still run
         paused_at = time.perf_counter()
         yield
         self.started += time.perf_counter() - paused_at

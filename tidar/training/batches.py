@@ -1,0 +1,56 @@
+"""The rows of a run, and the batches that this rank takes of them."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tidar.data import Batch, Dataset, TrainingOrder, make_loader, make_rows, validation_order
+from tidar.distributed import World
+from tidar.losses.sums import target_weights
+from tidar.patterns import LOSSES, Pattern
+from tidar.training.plan import RunPlan
+
+
+class Batches:
+    """training_rows, held_out_rows: of all ranks."""
+
+    def __init__(self, plan: RunPlan, dataset: Dataset, world: World):
+        self.plan = plan
+        self.world = world
+        self.training_rows, self.held_out_rows = make_rows(plan.config, dataset)
+
+    def order(self, first_sample: int) -> TrainingOrder:
+        """Of this rank's training rows, from a sample of the run on."""
+        training, world = self.plan.config.training, self.world
+        n_rows = len(self.training_rows)
+        return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
+
+    def training(self, first_sample: int) -> Iterator[Batch]:
+        """Micro-batches from a sample of the run on, without end."""
+        return iter(self._loader(self.training_rows, self.order(first_sample), self.plan.pattern))
+
+    def validation(self) -> DataLoader:
+        """As many batches on each rank."""
+        config, world = self.plan.config, self.world
+        n_rows, size = len(self.held_out_rows), config.training.local_batch_size
+        order = validation_order(n_rows, config.validation.steps, size, world.rank, world.size)
+        return self._loader(self.held_out_rows, order, self.plan.validation_pattern)
+
+    def _loader(self, rows, order: Iterable, pattern: Pattern) -> DataLoader:
+        config, pins = self.plan.config, self.world.device.type == "cuda"
+        return make_loader(rows, order, pattern, config.training.seed, config.data.num_workers, pins)
+
+
+def count_targets(micro_batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+    """The denominator of each loss and the number of tokens of a step, over all ranks and micro-batches.
+
+    A loss's denominator is the sum of its target weights. All are scalars, float64.
+    """
+    weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
+    n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
+    counts = torch.cat([weights, n_tokens])
+    dist.all_reduce(counts)
+    return dict(zip(LOSSES, counts)), counts[-1]

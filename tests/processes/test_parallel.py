@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from results import read_metrics, read_weights
+from small_models import make_model
 
 STEPS, ROWS = 30, 16
 COMMON = f"""
@@ -30,6 +31,14 @@ CUTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, uneven_data) -> str:
+    """Options that train a model of three layers on the uneven data: each layer costs every rank its collectives."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model("qwen3", tie_word_embeddings=False, num_hidden_layers=3).save_pretrained(folder)
+    return f"{uneven_data} --model.hf_path {folder}"
+
+
 def all_cuts():
     for ranks, sharding, mode, micro_batches in itertools.product((2, 4), SHARDING, MODES, (1, 4)):
         for reduced in ("micro_batch", "step"):
@@ -40,7 +49,7 @@ def all_cuts():
 
 
 @pytest.mark.parametrize("cuts", [CUTS, pytest.param(list(all_cuts()), marks=pytest.mark.long)], ids=["some", "all"])
-def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
+def test_same_numbers_however_it_is_cut(tmp_path, ranks, small, cuts):
     """30 steps in float32 against one process with one micro-batch, printed as a table."""
     one = (1, "ZeRO-3", "none", 1, "micro_batch")
     print(f"\nranks {'sharding':9} checkpoints micro-batches {'reduced':11}     loss     norm  weights")
@@ -48,8 +57,8 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
     for number, cut in enumerate((one, *cuts)):
         size, sharding, mode, micro_batches, reduced = cut
         folder, weights = tmp_path / str(number), tmp_path / "weights.pt"
-        options = f"{uneven_data} {SHARDING[sharding]} --activation_checkpoint.mode {mode} --job.dump_folder {folder}"
-        options += " --activation_checkpoint.layers 3" if mode == "full" else ""
+        options = f"{small} {SHARDING[sharding]} --activation_checkpoint.mode {mode} --job.dump_folder {folder}"
+        options += " --activation_checkpoint.layers 2" if mode == "full" else ""
         options += f" --training.local_batch_size {ROWS // size // micro_batches}"
         options += f" --parallelism.gradient_reduction {reduced}"
         answers = ranks.run(size, *COMMON, *options.split(), weights=weights)
@@ -59,8 +68,7 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, uneven_data, cuts):
         errors = differences(found, expected)
         row = f"{size:5} {sharding:9} {mode:11} {micro_batches:13} {reduced:11}"
         print(row, " ".join(f"{error:8.1e}" for error in errors))
-        loss, norm, weight = errors
-        assert loss < 1e-5 and norm < 1e-5 and weight < 1e-4, row
+        assert max(errors) < 1e-5, row
         targets.append([rank["targets"] for rank in answers])
     # ranks had very different numbers of targets, and once one of them had none
     assert len({sum(map(sum, counts)) for counts in targets}) == 1
@@ -82,9 +90,9 @@ def differences(found, expected) -> tuple[float, float, float]:
     return losses, norms, ((found[2] - expected[2]).norm() / expected[2].norm()).item()
 
 
-def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, uneven_data):
+def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, small):
     """Two ranks validate as one does, and one goes on from what they have saved, with the same losses."""
-    options = f"{uneven_data} --validation.share 0.17 --validation.freq 5 --checkpoint.interval 6 --training.steps 10"
+    options = f"{small} --validation.share 0.17 --validation.freq 5 --checkpoint.interval 6 --training.steps 10"
     options += f" --training.seq_len 64 --tidar.block_size 3 --metrics.log_freq 1 --training.global_batch_size {ROWS}"
     for size, micro_batches in ((1, 1), (2, 4)):
         local = ROWS // size // micro_batches
@@ -104,11 +112,11 @@ def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, unev
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_one_device_trains_as_under_fsdp(tmp_path, ranks, uneven_data, micro_batches):
+def test_one_device_trains_as_under_fsdp(tmp_path, ranks, small, micro_batches):
     """In bfloat16: the first step's losses and gradients exactly, and later ones, with a restart, closely."""
-    options = f"{uneven_data} --training.seq_len 64 --training.steps 6 --checkpoint.interval 3 --metrics.log_freq 1"
+    options = f"{small} --training.seq_len 32 --training.steps 6 --checkpoint.interval 3 --metrics.log_freq 1"
     options += " --training.mixed_precision_param bfloat16 --validation.freq 3 --validation.share 0.17"
-    options += f" --training.local_batch_size {12 // micro_batches} --training.global_batch_size 12"
+    options += f" --training.local_batch_size {6 // micro_batches} --training.global_batch_size 6"
     curves, weights = {}, {}
     for name, reshards in (("plain", "never"), ("fsdp", "always"), ("plain", "never")):
         folder, path = tmp_path / name, tmp_path / f"{name}.pt"

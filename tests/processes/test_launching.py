@@ -144,6 +144,6 @@ def test_degrees(replicate, shard, devices, expected):
         assert resolve_degrees(config, devices) == expected
         return
     with pytest.raises(
-        UserError, match=f"data_parallel_replicate_degree = .*{shard}: (.|\n)*(devices, {devices}|leaves)"
+        UserError, match=f"data_parallel_replicate_degree = .*{shard}: (.|\n)*(devices, {devices}|from the other)"
     ):
         resolve_degrees(config, devices)

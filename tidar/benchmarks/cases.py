@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,8 +63,8 @@ class StepTimes(Hooks):
     """Records the end of each step, without waiting for it, and what the step computed."""
 
     def __init__(self):
-        self.ends: list[torch.cuda.Event | float] = []
-        self.work: list[list[float]] = [[0, 0]]  # tokens and FLOPs of each step, the one under way last
+        self.ends: list[Any] = []
+        self.work: list[list[Any]] = [[0, 0]]  # tokens and FLOPs of each step, the one under way last
 
     def batches(self, trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -73,7 +74,7 @@ class StepTimes(Hooks):
             yield batch
 
     def after_step(self, trainer: Trainer) -> None:
-        end = time.perf_counter()
+        end: Any = time.perf_counter()
         if trainer.device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)
             end.record()

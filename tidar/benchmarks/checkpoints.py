@@ -47,7 +47,7 @@ def measure_restart(folder: Path, options: list[str]) -> str:
     started = time.perf_counter()
     words = command("disabled", 10**6, 10**6, folder, options)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             if found := re.search(r"checked and restored in ([\d.]+) s", line):
                 restored = found[1]
             if line.startswith("step") and "loss" in line:

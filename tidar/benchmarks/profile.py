@@ -194,8 +194,8 @@ def report(
         print(f"{kind:22}{by_kind[kind]:10.2f} {floors[kind]:8.2f}{times}")
     print(f"{'a step':22}{wall:10.2f} {sum(floors.values()):8.2f} {wall / sum(floors.values()):7.2f}")
     print("\nlongest kernels: ms a step, calls a step, kind, name")
-    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
-        print(f"{sum(times) / n_steps:8.2f} {len(times) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")
+    for name, spans in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"{sum(spans) / n_steps:8.2f} {len(spans) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")
     print("\nlongest gaps of all steps: ms, kernel before, kernel after")
     for gap, before, after in longest_gaps(found, top // 3):
         print(f"{gap:8.2f}  {before[:55]:55}  {after[:55]}")

@@ -14,7 +14,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ class Alternating(StepTimes):
 
     def batches(self, trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Not counted: that would wait for those on the device."""
-        kept = deque()
+        kept: deque[Batch] = deque()
         while True:
             if self.turn_of(trainer.step + 1) % 2:
                 batch = next(batches)
@@ -83,7 +84,7 @@ class Alternating(StepTimes):
 
     def overhead(self) -> float:
         """How much longer a turn takes than the bare one after it, as a share of that: the median."""
-        seconds = defaultdict(float)
+        seconds: defaultdict[int, float] = defaultdict(float)
         for number, step in enumerate(self.measured(), start=WARM_UP + 1):
             seconds[self.turn_of(number)] += step.seconds
         turns = range(self.first_turn, self.first_turn + 2 * OVERHEAD_PAIRS, 2)
@@ -98,7 +99,7 @@ def measure(options: list[str], steps: int) -> dict:
             trainer.train()
             measured = times.measured()
             power_used = power(sum(step.seconds for step in measured))
-        result = {
+        result: dict[str, Any] = {
             "device": device_name(trainer.device),
             "torch": torch.__version__,
             "engine": trainer.plan.kernels.describe(),
@@ -125,7 +126,7 @@ def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
         peak_flops = trainer.throughput.peak_flops
         device = trainer.device
     del trainer
-    found = {"error": "out of memory"}
+    found: dict[str, Any] = {"error": "out of memory"}
     rows_at_once = len(batches[0].rows.input_ids)
     while rows_at_once and "error" in found:
         free_memory()
@@ -153,7 +154,7 @@ def measure_start(options: list[str]) -> dict[str, float]:
             command += ["--metrics.log_freq", "1", "--job.dump_folder", f"{folder}/{kind}"]
             started = time.perf_counter()
             with subprocess.Popen(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True) as process:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     if line.startswith("step 1/"):
                         result[f"start_{kind}_s"] = time.perf_counter() - started
             if process.returncode:
@@ -163,7 +164,7 @@ def measure_start(options: list[str]) -> dict[str, float]:
 
 def table(results: list[dict]) -> str:
     """Names of columns, and a row for each case."""
-    columns = {
+    columns: dict[str, tuple[str, Callable]] = {
         "case": ("case", str),
         "step_ms": ("step ms", "{:.1f}".format),
         "tokens_per_second": ("tokens/s", "{:,.0f}".format),

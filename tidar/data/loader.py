@@ -52,7 +52,7 @@ class _Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Samples:
+class _Samples(torch.utils.data.Dataset):
     """Rows by (epoch, row), which are given out with them."""
 
     def __init__(self, rows: PackedRows):
@@ -109,5 +109,6 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _map_tensors(item, function) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
-        return type(value)(**{key: _map_tensors(item, function) for key, item in vars(value).items()})
+        build: Any = type(value)
+        return build(**{key: _map_tensors(item, function) for key, item in vars(value).items()})
     return value

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,9 @@ class _AddTo:
         self.parameter = parameter
 
     def __call__(self, copy: Tensor) -> None:
+        gradient: Any = copy.grad
         if self.parameter.grad is None:
-            self.parameter.grad = copy.grad.float()
+            self.parameter.grad = gradient.float()
         else:
-            self.parameter.grad += copy.grad
+            self.parameter.grad += gradient
         copy.grad = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -57,7 +58,7 @@ def needs_fsdp(config: Config, world_size: int) -> bool:
     return world_size > 1 or config.training.enable_cpu_offload or parallelism.fsdp_reshard_after_forward == "always"
 
 
-def apply_activation_checkpointing(model: nn.Module, options: ActivationCheckpoint) -> None:
+def apply_activation_checkpointing(model: Any, options: ActivationCheckpoint) -> None:
     """Checkpoints inside of each layer, so that FSDP's hooks do not run twice and compile sees what is recomputed.
 
     Where only some layers recompute, they are the first ones, which would hold their activations longest.
@@ -89,7 +90,7 @@ def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_compile(model: nn.Module) -> None:
+def apply_compile(model: Any) -> None:
     """Compiles each layer by itself, and the last norm: layers share one graph, and FSDP's hooks stay outside of it.
 
     Without checkpointing, results of norms and of the MLP's gate are not saved for the matmuls of the backward pass,
@@ -112,13 +113,13 @@ class Sharded:
     A mesh of one dimension shards over it; one of two replicates over the first and shards over the second.
     """
 
-    def __init__(self, model: nn.Module, world: World, config: Config, param_dtype: torch.dtype):
+    def __init__(self, model: Any, world: World, config: Config, param_dtype: torch.dtype):
         self.model = model
         self.reduces_each = config.parallelism.gradient_reduction == "micro_batch"
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # FSDP2 casts parameters itself
         mesh = world.mesh
         self.reshards = reshards_after_forward(config, mesh.size(-1))
-        options = {
+        options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
             "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),

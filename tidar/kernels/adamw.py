@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ COLUMNS = tl.constexpr(7)
 
 
 def update_all(
-    columns: Sequence[Sequence[Tensor | None]],
+    columns: Sequence[Sequence[Any]],
     firsts: Sequence[int],
     salts: Tensor,
     scalars: Tensor,

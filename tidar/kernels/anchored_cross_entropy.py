@@ -87,7 +87,7 @@ def score(
     )
     # one kernel for all chunks of steps with several, each of which is larger than half of the largest
     size = chunk_size if 2 * n > chunk_size else n
-    _write_d_hidden(size, count_sms(hidden.device), e, weight, scales, d_hidden)
+    _write_d_hidden(size, count_sms(hidden.device), e, weight, scales, d_hidden)  # type: ignore[arg-type]
     if not accumulate:
         d_weight.zero_()  # a kernel that writes would be one more to compile
     _add_d_weight(e, scaled_hidden, d_weight)

@@ -1,9 +1,9 @@
 """The MLP's matmuls in FP8 with dynamic tensorwise scaling, by torchao (extra fp8)."""
 
-from torch import nn
+from typing import Any
 
 
-def make_mlps_float8(model: nn.Module, emulate: bool) -> None:
+def make_mlps_float8(model: Any, emulate: bool) -> None:
     """Replaces the linear modules of all MLPs; their parameters stay the same ones.
 
     Activations and weights become e4m3, gradients e5m2 (arXiv 2209.05433), each scaled by the largest magnitude of the

@@ -3,6 +3,7 @@
 For Hopper GPUs. As kernels of their own, epilogues would read and write their tensors once more in each direction.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -197,7 +198,7 @@ def _(d_preactivation: Tensor, x: Tensor) -> Tensor:
 
 
 # of the operators, by their names
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable] = {
     "tidar::matmul": _matmul,
     "tidar::gated_matmul": _gated_matmul,
     "tidar::gated_matmul_backward": _gated_matmul_backward,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,13 @@ class Objective:
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total_weight = sum(self.loss_weights.values())
-        coefficients = []
+        shares = []
         for loss, target in targets.items():
             # a step without any target has loss 0, not 0 / 0
             denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
-            coefficients.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
+            shares.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
         index = torch.cat([target.index for target in targets.values()])
-        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(coefficients)
+        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(shares)
         with_gradient = torch.is_grad_enabled()
         score, padding = self.by_logits, 0
         if with_gradient and self.kernels.loss_without_logits:
@@ -97,7 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = coefficients / scale
         nll = torch.empty_like(coefficients)
         correct = torch.empty_like(labels, dtype=torch.bool)
-        d_hidden = d_weight = None
+        d_hidden: Any = None
+        d_weight: Any = None
         if with_gradient:
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.empty_like(weight, dtype=coefficients.dtype)
@@ -137,8 +139,8 @@ def _score(
     weight: Tensor,
     labels: Tensor,
     coefficients: Tensor,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
+    d_hidden: Any,  # `[n, dim]`
+    d_weight: Any,  # `[vocab, dim]`
     accumulate: bool,
     multiply: Callable[[Tensor, Tensor], Tensor],
     fused: bool,
@@ -148,6 +150,7 @@ def _score(
     """
     with_gradient = d_hidden is not None
     score_logits = _fused_score_logits if fused else _score_logits
+    d_logits: Any
     nll, correct, d_logits = score_logits(multiply(hidden, weight.T), labels, coefficients, with_gradient)
     if with_gradient:
         d_hidden.copy_(multiply(d_logits, weight))

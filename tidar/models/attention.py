@@ -1,5 +1,7 @@
 """Attention. The kind of its mask decides which backend runs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -19,7 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, flash: bool = False) 
     """
     if isinstance(mask, BlockMask):
         # FlexAttention is fused only when compiled
-        attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        attend: Any = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return attend(
             q,
             k,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,8 +63,9 @@ class Compiler:
             stderr=self.errors,
         )
         try:
-            with self.process.stdin:
-                pickle.dump(work, self.process.stdin)
+            stdin: Any = self.process.stdin
+            with stdin:
+                pickle.dump(work, stdin)
         except BrokenPipeError:
             pass  # it has ended already, which `failure` reports
 
@@ -95,7 +97,7 @@ def start_compiler(plan: RunPlan, resources: ExitStack, log: Callable[[str], Non
         plan.positions,
         plan.config.training.loss_chunk_size,
         kernels,
-        num_sms=count_sms(plan.device),
+        num_sms=count_sms(plan.device),  # type: ignore[arg-type]
         capability=torch.cuda.get_device_capability(plan.device),
     )
     try:

@@ -41,7 +41,7 @@ def export_parameters(
         return
     for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(old, ignore_errors=True)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     parts = published_ranges(shapes, config)
 
     def read(name: str) -> Iterator[torch.Tensor]:

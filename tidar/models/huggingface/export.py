@@ -5,8 +5,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32
 
 def write_huggingface_folder(
     folder: Path,
-    shapes: dict[str, torch.Size],
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     read: Callable[[str], Iterable[Tensor]],
     write_assets: Callable[[Path], None],
@@ -62,7 +63,7 @@ def write_huggingface_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[str]]:
+def _divide(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[str]]:
     """Names of the tensors by file, in order, so that a file of more than one tensor stays within `max_shard_bytes`."""
     shards: list[list[str]] = [[]]
     filled = HEADER_BYTES
@@ -79,10 +80,11 @@ def _divide(shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_bytes: 
 
 
 def _write_safetensors(
-    path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], Iterable[Tensor]]
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Iterable[Tensor]]
 ) -> None:
     """Writes the length of the header, the header and the tensors. The library would need all tensors in memory."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
@@ -99,4 +101,4 @@ def _write_safetensors(
                 converted = rows.to(dtype).contiguous()
                 if dtype == torch.float16 and not converted.isfinite().equal(rows.isfinite()):
                     raise UserError(f"{name}: has values that float16 cannot hold; export bfloat16")
-                file.write(memoryview(converted.flatten().view(torch.uint8).numpy()))
+                file.write(converted.flatten().view(torch.uint8).numpy().data)

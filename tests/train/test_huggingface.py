@@ -274,6 +274,8 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
         str(dump),
         "--tidar.mask_token_id",
         "6",
+        "--training.local_batch_size",  # rows enough for a target in each step
+        "16",
     ]
     trainer = train(tmp_path / "run", *options, "--training.steps", "0")
     parameters = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
@@ -287,6 +289,8 @@ def test_a_state_dict_starts_a_new_run(prefix, tmp_path):
         str(tmp_path / "next" / "checkpoint" / "step-2"),
         "--training.steps",
         "1",
+        "--training.local_batch_size",
+        "16",
     ]
     third = train(tmp_path / "third", "--model.hf_path", str(folder), *start)
     assert (

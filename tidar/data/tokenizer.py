@@ -29,6 +29,10 @@ class BytesTokenizer:
         """Tokens of each text."""
         return [np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8) for text in texts]
 
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens; U+FFFD where bytes are no whole character."""
+        return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
+
     def token(self, text: str) -> int | None:
         return None
 
@@ -81,6 +85,10 @@ class FolderTokenizer:
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self.backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens without special ones; U+FFFD where they end inside a character."""
+        return self.backend.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token(self, text: str) -> int | None:
         """Id of the token that is written so, None where there is none."""

@@ -1,6 +1,6 @@
 """Attention. The kind of its mask decides which backend runs."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,68 @@ from tidar.kernels.compiling import compiled
 Mask = BlockMask | Tensor | None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, flash: bool = False) -> Tensor:
+class StepAttention(NamedTuple):
+    """For one layer of a decoding step, in place of a mask: queries attend to the whole cache.
+
+    keys, values: the cache, `[batch, n_kv_heads, slots, head_dim]`, written in place. slots: where to store the key and
+    value of each query, `[batch, positions]` int64. mask: over queries and slots; KeyEnds run our own kernel.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    mask: "Tensor | KeyEnds"
+
+    def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores `[batch, n_kv_heads, positions, head_dim]`, and returns the keys and values to attend to."""
+        index = self.slots[:, None, :, None].expand_as(k)
+        return self.keys.scatter_(2, index, k), self.values.scatter_(2, index, v)
+
+
+class KeyEnds(NamedTuple):
+    """A query sees the slots 0 … end and own_start … own_end, ends excluded: all `[batch, queries]` int32."""
+
+    end: Tensor
+    own_start: Tensor
+    own_end: Tensor
+
+
+class PrefillAttention(NamedTuple):
+    """For one layer of a prefill: the first `length` keys and values go to `rows` of the cache, `[batch]` int64.
+
+    Queries attend to the positions of this forward pass alone, by `mask`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    length: int
+    mask: Mask
+
+    def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[self.rows, :, : self.length] = k[:, :, : self.length]
+        self.values[self.rows, :, : self.length] = v[:, :, : self.length]
+        return k, v
+
+
+CachedAttention = StepAttention | PrefillAttention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | CachedAttention, flash: bool = False) -> Tensor:
     """Grouped-query attention, scaled by `head_dim ** -0.5`.
 
     q: `[batch, n_heads, positions, head_dim]`; k, v: `[batch, n_kv_heads, positions, head_dim]`; returns q's shape.
     mask: a BlockMask runs FlexAttention; a bool tensor `[batch, 1, positions, positions]` runs SDPA; None is causal.
+    A CachedAttention first stores k and v in a cache, and says what to attend to.
     flash: FlexAttention uses FlashAttention-4's kernels.
     """
+    if isinstance(mask, CachedAttention):
+        k, v = mask.store(k, v)
+        if isinstance(mask.mask, KeyEnds):
+            from tidar.kernels.decode_attention import decode_attention  # Triton comes with CUDA's torch only
+
+            return decode_attention(q, k, v, *mask.mask)
+        mask = mask.mask
     if isinstance(mask, BlockMask):
         # FlexAttention is fused only when compiled
         attend: Any = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)

@@ -77,6 +77,11 @@ class RangeMask(PointMask):
         super().__init__(mask_mod, batch, n_queries, n_keys, ranges[0][0].device)
         self.ranges = ranges
 
+    def dense(self) -> Tensor:
+        keys = torch.arange(self.n_keys, dtype=torch.int32, device=self.device)
+        seen = [(start[..., None] <= keys) & (keys < end[..., None]) for start, end in self.ranges]
+        return torch.stack(seen).any(dim=0)[:, None] if len(seen) > 1 else seen[0][:, None]
+
     def block_mask(self, flash: bool = False, tile: int = TILE) -> BlockMask:
         """What `create_block_mask` returns, in O(queries + tiles²) and without waiting for the device.
 

@@ -1,0 +1,253 @@
+"""Decoding against a slow reference in plain loops, against transformers, and against itself."""
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import make_model
+
+from tidar.decoding import Engine, Method, load
+from tidar.decoding.sampling import Sampling
+from tidar.models import Decoder, DecoderConfig, initialize
+
+MASK = 22
+
+
+def random_engine(rng: random.Random, block_size: int, dtype: torch.dtype = torch.float64, **shape) -> Engine:
+    """A random small model of the Qwen2 or Qwen3 form, sharp enough that drafts are accepted and rejected."""
+    qwen3, n_kv_heads = rng.random() < 0.5, rng.choice([1, 2])
+    options = dict(
+        vocab_size=23,
+        dim=24,
+        n_layers=rng.choice([1, 2, 3]),
+        n_heads=n_kv_heads * rng.choice([1, 2, 3]),
+        n_kv_heads=n_kv_heads,
+        head_dim=8,
+        hidden_dim=32,
+        qkv_bias=not qwen3,
+        o_bias=False,
+        qk_norm=qwen3,
+        tie_embeddings=rng.random() < 0.5,
+        rope_theta=100.0,
+        initializer_range=0.4,
+    )
+    model = Decoder(DecoderConfig(**options | shape)).to(dtype)
+    initialize(model, rng.randrange(2**30))
+    return Engine(model.eval(), Method("tidar", block_size, MASK), max_batch_size=rng.choice([1, 2, 4]))
+
+
+def slow_decode(engine: Engine, prompt: list[int], n_new: int, choose) -> tuple[list[list[int]], list[list[int]]]:
+    """Decoding without a cache: the whole sequence in each pass. Returns the tokens and the draft of each step.
+
+    choose: (logits, position) -> token. Group k of a step with L committed tokens stands at L+k … L+k+B-1.
+    """
+    block, model = engine.method.block_size, engine.model
+
+    def forward(committed: list[int], draft: list[int], groups: list[int]) -> torch.Tensor:
+        """Logits of all positions; groups: for each, how many tokens of the draft it sees."""
+        n = len(committed) + len(draft)
+        tokens, positions, owners = committed + draft, list(range(n)), [None] * n
+        for seen in groups:
+            for j in range(block):
+                tokens, positions, owners = tokens + [MASK], positions + [len(committed) + seen + j], owners + [seen]
+        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        for q in range(len(tokens)):
+            for k in range(len(tokens)):
+                if q < n:
+                    mask[q, k] = k <= q
+                elif k < n:
+                    mask[q, k] = k < len(committed) + owners[q]
+                else:
+                    mask[q, k] = owners[q] == owners[k]
+        ids, position_ids = torch.tensor([tokens]), torch.tensor([positions])
+        with torch.no_grad():
+            return model(ids, position_ids, mask[None, None])[0]
+
+    def drafted(logits: torch.Tensor, first: int, token: int) -> list[int]:
+        return [token] + [int(logits[first + j].argmax()) for j in range(1, block)]
+
+    committed, steps, drafts = list(prompt), [], []
+    logits = forward(committed, [], [0])
+    draft = drafted(logits, len(prompt), choose(logits[len(prompt) - 1], len(prompt)))
+    while sum(map(len, steps)) < n_new:
+        drafts.append(draft)
+        length = len(committed)
+        logits = forward(committed, draft, list(range(1, block + 1)))
+        for accepted in range(1, block + 1):
+            token = choose(logits[length + accepted - 1], length + accepted)
+            if accepted == block or draft[accepted] != token:
+                break
+        steps.append(draft[:accepted])
+        committed += draft[:accepted]
+        draft = drafted(logits, length + block + (accepted - 1) * block, token)
+    return steps, drafts
+
+
+def joint_law(engine: Engine, prompt: list[int], temperature: float, top_k: int = 0, top_p: float = 1.0) -> dict:
+    """Probability of each three tokens after a prompt, from causal passes over all of their beginnings."""
+
+    def law(texts: list[list[int]]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = engine.model(torch.tensor(texts))[:, -1].double() / temperature
+        ranked = logits.sort(dim=-1, descending=True).values
+        if top_k:
+            logits = logits.masked_fill(logits < ranked[:, top_k - 1, None], -torch.inf)
+        p = logits.softmax(dim=-1)
+        ranked = p.sort(dim=-1, descending=True).values
+        smallest = ranked.gather(1, ((ranked.cumsum(dim=-1) - ranked < top_p).sum(dim=-1) - 1)[:, None])
+        p = p.where(p >= smallest, 0)
+        return p / p.sum(dim=-1, keepdim=True)
+
+    vocab = range(engine.model.config.vocab_size)
+    first = law([prompt])[0]
+    second = law([[*prompt, a] for a in vocab])
+    third = law([[*prompt, a, b] for a in vocab for b in vocab])
+    joint = first[:, None, None] * second[:, :, None] * third.view(len(vocab), len(vocab), -1)
+    return {(a, b, c): float(joint[a, b, c]) for a in vocab for b in vocab for c in vocab}
+
+
+def greedy(logits: torch.Tensor, position: int) -> int:
+    return int(logits.argmax())
+
+
+@pytest.mark.parametrize("block_size", range(1, 9))
+def test_greedy_equals_the_slow_reference(block_size):
+    rng = random.Random(block_size)
+    for _ in range(2):
+        engine = random_engine(rng, block_size)
+        prompts = [[rng.randrange(22) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(1, 5))]
+        n_new = rng.randint(1, 20)
+        for prompt, completion in zip(prompts, engine.generate(prompts, n_new)):
+            steps, _ = slow_decode(engine, prompt, n_new, greedy)
+            tokens = sum(steps, [])[:n_new]
+            assert completion.tokens == tokens
+            accepted = [len(step) for step in steps]
+            accepted[-1] -= sum(accepted) - n_new
+            assert completion.accepted == accepted and completion.n_forwards == 1 + len(steps)
+
+
+def slow_draw(engine: Engine, seed: int, index: int, temperature: float, top_k: int, top_p: float):
+    """Inverse transform sampling in plain loops; its uniform number is splitmix64 in Python's integers."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def hashed(x: int) -> int:
+        return mix((x + 0x9E3779B97F4A7C15) % 2**64)
+
+    key = hashed(hashed(seed) + index)
+
+    def choose(logits: torch.Tensor, position: int) -> int:
+        uniform = (mix((key + position * 0x9E3779B97F4A7C15) % 2**64) >> 11) / 2**53
+        logits = [float(logit) / temperature for logit in logits]
+        ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+        kept = ranked[: top_k or len(ranked)]
+        weights = {token: math.exp(logits[token] - logits[ranked[0]]) for token in kept}
+        total, before, nucleus = sum(weights.values()), 0.0, {}
+        for token in kept:
+            if before < top_p * total:
+                nucleus[token] = weights[token]
+            before += weights[token]
+        threshold, reached = uniform * sum(nucleus.values()), 0.0
+        for token in sorted(nucleus):
+            reached += nucleus[token]
+            if reached > threshold:
+                return token
+        raise AssertionError("the probabilities sum to less than the draw")
+
+    return choose
+
+
+def test_sampled_equals_the_slow_reference():
+    rng = random.Random(0)
+    for trial in range(10):
+        engine = random_engine(rng, rng.randint(1, 8))
+        prompts = [[rng.randrange(22) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(1, 4))]
+        options = dict(temperature=rng.uniform(0.3, 2), top_k=rng.choice([0, 1, 5]), top_p=rng.choice([1.0, 0.7]))
+        seed, n_new = rng.randrange(2**62), rng.randint(1, 16)
+        for index, completion in enumerate(engine.generate(prompts, n_new, seed=seed, **options)):
+            steps, _ = slow_decode(engine, prompts[index], n_new, slow_draw(engine, seed, index, **options))
+            assert completion.tokens == sum(steps, [])[:n_new], (trial, options)
+            assert completion.n_forwards == 1 + len(steps)
+
+
+def test_drafts_equal_the_slow_reference():
+    """The drafts themselves, that are rejected too."""
+    rng = random.Random(1)
+    for _ in range(5):
+        engine = random_engine(rng, rng.randint(2, 8))
+        prompt, n_new = [rng.randrange(22) for _ in range(rng.randint(1, 9))], 12
+        _, drafts = slow_decode(engine, prompt, n_new, greedy)
+        forward = engine._forward(1, len(prompt) + n_new, "tidar", Sampling())
+        forward.prefill([0], [prompt], [0], padded=len(prompt) + rng.randint(0, 5))
+        for draft in drafts:
+            assert forward.state.draft[0].tolist() == draft
+            forward.step()
+
+
+def test_output_depends_on_seed_prompt_and_index_alone():
+    """Not on batch mates, batch size, block size or mode, nor on where a sequence ends; greedy and sampled."""
+    rng = random.Random(2)
+    for _ in range(2):
+        engine = random_engine(rng, 4, torch.float32)
+        prompts = [[rng.randrange(22) for _ in range(rng.randint(1, 30))] for _ in range(7)]
+        for options in (dict(), dict(temperature=1.1, top_p=0.9, seed=5)):
+            expected = [c.tokens for c in engine.generate(prompts, 24, **options, mode="ar")]
+            for block_size, batch in ((4, 1), (4, 7), (1, 7), (3, 2), (8, 4)):
+                engine.method, engine.max_batch_size = replace(engine.method, block_size=block_size), batch
+                completions = engine.generate(prompts, 24, **options)
+                assert [c.tokens for c in completions] == expected
+                shorter = engine.generate(prompts, 5, **options)
+                assert [c.tokens for c in shorter] == [tokens[:5] for tokens in expected]
+            stops = {tokens[10] for tokens in expected[:2]}
+            for completion, tokens in zip(engine.generate(prompts, 24, stop_token_ids=stops, **options), expected):
+                end = next((i for i, token in enumerate(tokens) if token in stops), 23)
+                assert completion.tokens == tokens[: end + 1] and sum(completion.accepted) == end + 1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("models", "n"), [(1, 6), pytest.param(5, 20, marks=pytest.mark.long)])
+def test_greedy_equals_transformers(family, models, n, tmp_path):
+    rng = random.Random(family)
+    for seed in range(models):
+        reference = make_model(family, seed, tie_word_embeddings=seed % 2 == 0).eval()
+        reference.save_pretrained(tmp_path / str(seed))
+        engine = load(tmp_path / str(seed))
+        engine.method = Method("tidar", 4, mask_token_id=299)
+        prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 40))] for _ in range(n)]
+        for mode in ("tidar", "ar"):
+            for prompt, completion in zip(prompts, engine.generate(prompts, 20, mode=mode)):
+                expected = reference.generate(
+                    torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+                )
+                assert completion.tokens == expected[0, len(prompt) :].tolist()
+
+
+LAWS = (dict(temperature=0.5), dict(temperature=1.3, top_k=3), dict(temperature=1.3, top_p=0.8))
+
+
+@pytest.mark.parametrize("n", [4_000, pytest.param(200_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("options", LAWS)
+def test_joint_law_of_three_tokens(options, n):
+    """The first three tokens of many samples against the model's own probabilities, by chi-square."""
+    engine = random_engine(random.Random(3), 1, torch.float32, vocab_size=6, dim=8, n_layers=1, hidden_dim=8)
+    engine.max_batch_size = 2000
+    law = joint_law(engine, [1, 2, 3], **options)
+    for block_size in (1, 4, 8):
+        engine.method = Method("tidar", block_size, mask_token_id=5)
+        completions = engine.generate([[1, 2, 3]] * n, 3, seed=block_size, **options)
+        counts = Counter(tuple(completion.tokens) for completion in completions)
+        assert all(law[triple] > 0 for triple in counts)
+        # triples that are too rare for chi-square form one cell
+        cells = [(counts[triple], n * p) for triple, p in law.items() if n * p >= 10]
+        rare = n - sum(count for count, _ in cells), n - sum(expected for _, expected in cells)
+        cells += [rare] if rare[1] >= 10 else []
+        statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
+        freedom = len(cells) - 1
+        # one in 10,000 draws lies above, by the normal approximation of chi-square
+        assert statistic < freedom + 3.8 * math.sqrt(2 * freedom), (block_size, statistic, freedom)

@@ -1,0 +1,129 @@
+"""The command that decodes: text as it comes, ends, files of answers, and bad input."""
+
+import json
+import random
+
+import pytest
+from small_models import make_model, write_tokenizer
+
+from tidar import generate
+from tidar.decoding.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random TiDAR model with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("qwen2", eos_token_id=None).save_pretrained(folder)
+    write_tokenizer(folder)
+    turns = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}assistant:{% endif %}")
+    config = json.loads((folder / "config.json").read_text())
+    config["tidar"] = {"pattern": "tidar", "block_size": 4, "mask_token_id": 299}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_text_stream_shows_every_character_once_and_nothing_of_a_stop_string():
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice("aäb…🙂 \n") for _ in range(rng.randint(0, 30)))
+        tokens = list(text.encode())
+        stops = [text[i : i + rng.randint(1, 4)] for i in rng.sample(range(len(text) + 1), min(len(text), 2))]
+        stops = [stop for stop in stops if stop] if rng.random() < 0.7 else []
+        stream = TextStream(lambda tokens: bytes(tokens).decode("utf-8", "replace"), stops)
+        shown, n = "", 0
+        while n < len(tokens):
+            step = rng.randint(1, 6)
+            for _ in range(step):  # token by token, as the engine asks
+                n = min(n + 1, len(tokens))
+                if stream.stops(tokens[:n]):
+                    break
+            finished = n == len(tokens) or stream.stops(tokens[:n])
+            shown += stream.new(tokens[:n], finished)
+            if finished:
+                break
+        # the stop string that ends first decides
+        end = next((n for n in range(len(text)) if any(stop in text[:n] for stop in stops)), len(text))
+        expected = min((text[:end].split(stop)[0] for stop in stops), key=len, default=text)
+        assert shown == expected, (text, stops)
+
+
+def test_modes_print_the_same_text(folder, capsys):
+    texts = []
+    for mode in ("tidar", "ar"):
+        generate.main(["--model", str(folder), "--prompt", "the in", "--max_new_tokens", "24", "--mode", mode])
+        out, err = capsys.readouterr()
+        assert out.startswith("the in") and "24 tokens in" in err and "tokens per forward" in err
+        texts.append(out)
+    assert texts[0] == texts[1]
+    generate.main(["--model", str(folder), "--prompt", "the in", "--max_new_tokens", "24", "--show_drafts"])
+    coloured = capsys.readouterr().out
+    for code in (*generate.COLOURS, generate.RESET):
+        coloured = coloured.replace(code, "")
+    assert coloured == texts[0]
+
+
+def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    chats = [
+        {"messages": [{"role": "user", "content": f"in {i}"}, {"role": "assistant", "content": "x"}]} for i in range(5)
+    ]
+    chats.append({"prompt": "the"})
+    prompts.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    command = ["--model", str(folder), "--prompts", str(prompts), "--output", str(output), "--max_new_tokens", "6"]
+    command += ["--temperature", "1", "--batch_size", "2"]
+    generate.main(command)
+    whole = output.read_text()
+    answers = [json.loads(line) for line in whole.splitlines()]
+    assert [answer["index"] for answer in answers] == list(range(6))
+    for answer, chat in zip(answers, chats):
+        asked = chat["messages"][:1] if "messages" in chat else [{"role": "user", "content": "the"}]
+        assert answer["messages"][:-1] == asked and answer["messages"][-1]["role"] == "assistant"
+    # killed in the middle of a line
+    output.write_text(whole[: whole.index("\n", len(whole) // 2) - 5])
+    generate.main(command)
+    assert output.read_text() == whole
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "exactly one is needed, but none of them is given"),
+        ("--prompt a --chat", "exactly one is needed, but --prompt and --chat"),
+        ("--prompts x", "--prompts and --output: one needs the other"),
+        ("--prompt a --max_new_tokens 0", "max_new_tokens = 0: must be at least 1"),
+        ("--prompt a --temperature -1", "temperature = -1.0: must be at least 0"),
+        ("--prompt a --top_p 0", "top_p = 0.0: must be above 0 and at most 1"),
+        ("--prompt a --mode ar --draft_mix 0.5", "draft_mix = 0.5: must be 1"),
+        ("--prompt a --max_new_tokens 9000", "exceed the context"),
+        ("--prompts /no/such --output y", "/no/such: cannot be read"),
+    ],
+)
+def test_bad_input(folder, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        generate.main(["--model", str(folder), *arguments.split()])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and message in error and len(error.splitlines()) <= 2
+
+
+def test_folders_that_are_not_decoded(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    for section, message in (
+        (None, "is not a TiDAR model"),
+        (
+            {**config["tidar"], "pattern": "block_diffusion"},
+            "pattern block_diffusion, which the engine does not decode",
+        ),
+        ({"pattern": "tidar"}, "must hold pattern, block_size and mask_token_id"),
+    ):
+        changed = {name: value for name, value in config.items() if name != "tidar"} | (
+            {"tidar": section} if section else {}
+        )
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(SystemExit):
+            generate.main(["--model", str(folder), "--prompt", "a"])
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) <= 2
+    (folder / "config.json").write_text(json.dumps(config))

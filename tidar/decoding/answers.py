@@ -1,0 +1,80 @@
+"""Answers to a file of chats, in the model's own words: what `data.source = chat` trains on."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tidar.config import UserError
+from tidar.decoding.engine import Engine
+
+# prompts that are decoded before their answers are written
+CHUNK = 256
+
+
+def write_answers(
+    engine: Engine,
+    prompts: Iterator[tuple[int, list[dict[str, Any]], list[int]]],
+    output: Path,
+    decode: Callable[[list[int]], str],
+    done: set[int],
+    **options,
+) -> tuple[int, int, int]:
+    """Appends a chat for each prompt that is not done: one JSON line with `index` and `messages`.
+
+    prompts: index, messages and tokens of each. done: indices to leave out, see `read_done`. options: of
+    `Engine.generate`. Several processes may write to one file. Returns how many answers, new tokens and forward passes.
+    """
+    n_answers = n_tokens = n_forwards = 0
+    todo = (prompt for prompt in prompts if prompt[0] not in done)
+    while chunk := list(islice(todo, CHUNK)):
+        indices, chats, tokens = zip(*chunk)
+        completions = engine.generate(tokens, indices=indices, **options)
+        lines = []
+        for index, messages, completion in zip(indices, chats, completions):
+            answer = {"role": "assistant", "content": decode(completion.tokens)}
+            lines.append(json.dumps({"index": index, "messages": [*messages, answer]}, ensure_ascii=False) + "\n")
+            n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
+        _append(output, "".join(lines))
+        n_answers += len(chunk)
+    return n_answers, n_tokens, n_forwards
+
+
+def read_done(output: Path) -> set[int]:
+    """Indices of the answers that a file already holds. A last line that is not whole is removed from it."""
+    done: set[int] = set()
+    if not output.exists():
+        return done
+    whole = 0
+    with open(output, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be writing a line
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(int(json.loads(line)["index"]))
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"--output {output}: line {number} is no answer of this command") from None
+            whole += len(line)
+        os.truncate(output, whole)
+    return done
+
+
+def _append(output: Path, text: str) -> None:
+    try:
+        with open(output, "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+
+
+def without_answer(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A chat up to its last turn of the user, which the model is to answer."""
+    last = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
+    return list(messages[: last + 1])

@@ -1,0 +1,36 @@
+"""Keys and values of all layers, preallocated, and what attention needs to read and write them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar.models import CachedAttention, DecoderConfig, KeyEnds, Mask, PrefillAttention, StepAttention
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """`layers`: keys and values of each, `[batch, n_kv_heads, capacity + scratch, head_dim]`."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    capacity: int
+
+    @staticmethod
+    def allocate(
+        config: DecoderConfig, batch: int, capacity: int, scratch: int, dtype: torch.dtype, device: torch.device
+    ) -> "KeyValueCache":
+        """capacity: positions of a sequence; scratch: slots for the masks of one forward pass."""
+        shape = (batch, config.n_kv_heads, capacity + scratch, config.head_dim)
+        layers = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.n_layers)
+        ]
+        return KeyValueCache(layers, capacity)
+
+    def for_step(self, slots: Tensor, mask: Tensor | KeyEnds) -> list[CachedAttention]:
+        """What `Decoder.forward` takes in place of a mask, see `StepAttention`."""
+        return [StepAttention(keys, values, slots, mask) for keys, values in self.layers]
+
+    def for_prefill(self, rows: Tensor, length: int, mask: Mask) -> list[CachedAttention]:
+        """See `PrefillAttention`."""
+        return [PrefillAttention(keys, values, rows, length, mask) for keys, values in self.layers]

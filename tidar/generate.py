@@ -1,0 +1,201 @@
+"""Decodes with a trained model: python -m tidar.generate --model FOLDER --prompt TEXT …
+
+FOLDER is an exported model, any Qwen2, Qwen2.5 or Qwen3 folder (--mode ar), or a checkpoint's step-<n>. Text is printed
+as it is decoded. --chat holds a conversation with the model's chat template. --prompts answers a file in batches.
+"""
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exit
+from tidar.data import BadDocument, Tokenizer, load_tokenizer
+from tidar.data.chat_records import conversation
+from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
+from tidar.decoding import Completion, Engine, load, model_folder
+from tidar.decoding.answers import read_done, without_answer, write_answers
+from tidar.decoding.text import TextStream
+
+# colours of consecutive steps, for --show_drafts
+COLOURS, RESET = ("\x1b[36m", "\x1b[33m"), "\x1b[0m"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with user_errors_exit():
+        run(_parser().parse_args(arguments))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tidar.generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of the model, or a checkpoint's step-<n>")
+    parser.add_argument("--tokenizer", help="tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    parser.add_argument("--prompt", nargs="+", help="texts to continue")
+    parser.add_argument("--chat", action="store_true", help="read turns of a conversation from standard input")
+    parser.add_argument("--prompts", help="JSON lines: chats or prompts to answer")
+    parser.add_argument("--output", help="with --prompts: JSON lines of chats; resumed where it ended")
+    parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="[256]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
+    parser.add_argument("--top_k", type=int, default=0, help="most likely tokens to draw from; 0: all [0]")
+    parser.add_argument("--top_p", type=float, default=1.0, help="probability of the tokens to draw from; 1: all [1]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--stop", nargs="+", default=[], help="strings that end the text; they are not printed")
+    parser.add_argument(
+        "--draft_mix", type=float, default=1.0,
+        help="weight of the autoregressive logits beside those of the diffusion half; only 1 is lossless [1]",
+    )  # fmt: skip
+    parser.add_argument("--show_drafts", action="store_true", help="colour what was accepted in one step")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at one time [32]")
+    return parser
+
+
+def run(options: Namespace) -> None:
+    kinds = [name for name in ("prompt", "chat", "prompts") if getattr(options, name)]
+    if len(kinds) != 1:
+        given = " and ".join(f"--{name}" for name in kinds) or "none of them is given"
+        raise UserError(f"--prompt, --chat, --prompts: exactly one is needed, but {given}")
+    if bool(options.prompts) != bool(options.output):
+        raise UserError("--prompts and --output: one needs the other")
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size {options.batch_size}: must be at least 1")
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    engine = load(options.model, device=device, max_batch_size=options.batch_size)
+    session = Session(engine, _tokenizer(options, engine), options)
+    if options.prompts:
+        session.answer_file(Path(options.prompts), Path(options.output))
+    elif options.chat:
+        session.chat()
+    else:
+        session.complete(options.prompt)
+
+
+def _tokenizer(options: Namespace, engine: Engine) -> Tokenizer:
+    folder = str(model_folder(Path(options.model)))
+    name = options.tokenizer or (folder if holds_tokenizer(folder) else "bytes")
+    tokenizer = load_tokenizer(name)
+    if name == "bytes" and not options.tokenizer and engine.model.config.vocab_size > 512:
+        raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")
+    return tokenizer
+
+
+class Session:
+    """What the command does with one model."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Namespace):
+        self.engine, self.tokenizer, self.options = engine, tokenizer, options
+        ends = [*engine.end_token_ids, tokenizer.end_of_text]
+        self.settings: dict[str, Any] = {
+            name: getattr(options, name)
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "draft_mix", "mode")
+        }
+        self.settings["stop_token_ids"] = [end for end in dict.fromkeys(ends) if end is not None]
+        self.tokens = self.forwards = 0
+        self.seconds = 0.0
+
+    def complete(self, texts: list[str]) -> None:
+        for text in texts:
+            prompt = [int(token) for token in self.tokenizer.encode([text])[0]]
+            print(text, end="", flush=True)
+            self._print(prompt)
+            print(flush=True)
+        self._report()
+
+    def chat(self) -> None:
+        """Turns are lines of standard input, until it ends."""
+        messages: list[dict[str, Any]] = []
+        while line := self._read_turn():
+            messages.append({"role": "user", "content": line.rstrip("\n")})
+            messages.append({"role": "assistant", "content": self._print(self._render(messages))})
+            print(flush=True)
+            self._report()
+
+    @staticmethod
+    def _read_turn() -> str:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        return sys.stdin.readline()
+
+    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+        if isinstance(self.tokenizer, BytesTokenizer) or not self.tokenizer.chat_template:
+            raise UserError(f"{self.tokenizer.name}: has no chat template, which --chat and --prompts need")
+        return self.tokenizer.backend.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def _print(self, prompt: list[int]) -> str:
+        """Decodes one prompt and prints its text as it comes. Returns the text."""
+        stream = TextStream(self.tokenizer.decode, self.options.stop)
+        started = time.perf_counter()
+        completion = Completion(0)
+        completions = self.engine.stream([prompt], stop=self._stop(stream), **self.settings)
+        for step, completion in enumerate(completions):
+            text = stream.new(completion.tokens, completion.finished)
+            print(f"{COLOURS[step % 2]}{text}{RESET}" if self.options.show_drafts else text, end="", flush=True)
+        self._count(len(completion.tokens), completion.n_forwards, started)
+        return stream.text(completion.tokens)
+
+    def _stop(self, stream: TextStream):
+        return (lambda _, tokens: stream.stops(tokens)) if self.options.stop else None
+
+    def answer_file(self, prompts: Path, output: Path) -> None:
+        """Under torchrun each process answers its share, and all write to one file."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        stream = TextStream(self.tokenizer.decode, self.options.stop)
+        started = time.perf_counter()
+        answers, tokens, forwards = write_answers(
+            self.engine,
+            (prompt for prompt in self._read_prompts(prompts) if prompt[0] % world == rank),
+            output,
+            stream.text,
+            read_done(output),
+            stop=self._stop(stream),
+            **self.settings,
+        )
+        self._count(tokens, forwards, started)
+        print(f"rank {rank}: {answers} answers in {output}" if world > 1 else f"{answers} answers in {output}")
+        self._report()
+
+    def _read_prompts(self, path: Path) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
+        """Index, messages and tokens of each line: a chat, whose last answer is left out, or a `prompt`."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                for index, line in enumerate(file):
+                    try:
+                        record = json.loads(line)
+                        if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+                            messages = [{"role": "user", "content": record["prompt"]}]
+                        else:
+                            messages = without_answer(conversation(record).messages)
+                    except (ValueError, BadDocument) as error:
+                        raise UserError(f"{path}: line {index + 1}: {error}") from None
+                    if not messages:
+                        raise UserError(f"{path}: line {index + 1}: has no turn of the user")
+                    yield index, messages, self._render(messages)
+        except OSError as error:
+            raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+
+    def _count(self, tokens: int, forwards: int, started: float) -> None:
+        self.tokens, self.forwards = self.tokens + tokens, self.forwards + forwards
+        self.seconds += time.perf_counter() - started
+
+    def _report(self) -> None:
+        if self.forwards:
+            print_lines(
+                f"{self.tokens} tokens in {self.forwards} forward passes: {self.tokens / self.forwards:.2f} tokens per "
+                f"forward, {self.tokens / self.seconds:,.1f} tokens/s",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """python tests/stops.py --trials 40: asks runs to stop at random moments, resumes them, and compares how they end.
 
-Each trial trains the debug model under torchrun's agent, on one rank or two by turns, with long validations, exports
+Each trial trains the debug model under torchrun's agent, on two ranks or one by turns, with long validations, exports
 and steps of several micro-batches, and sends the agent SIGTERM or SIGUSR1. Each rank may begin BATCHES more batches,
 of training or validation, before it saves and ends. Resumed, the run must come to the very state, curve and exports of
 one that was left alone. Processes are forked from this one, which has imported all and computed nothing. Exits with 1
@@ -114,7 +114,7 @@ def end_of(folder: Path) -> tuple:
 def trial(number: int, seed: int, data: str, expected: tuple, batches: int, folder: Path) -> tuple[str, str]:
     """What the run did when it was to stop, and what went wrong, empty if nothing did."""
     random.seed(f"{seed}/{number}")
-    ranks, signum = 1 + number % 2, random.choice((signal.SIGTERM, signal.SIGUSR1))
+    ranks, signum = 2 - number % 2, random.choice((signal.SIGTERM, signal.SIGUSR1))
     log = folder.with_suffix(".log")
     options = [*OPTIONS.split(), *data.split(), "--job.dump_folder", str(folder)]
     agent, board = launch(ranks, options, log, slowness=0.05)
@@ -152,7 +152,7 @@ def main() -> int:
         folder = Path(name)
         data = torture.prepare(folder)
         expected, batches = {}, {}
-        for ranks in {1 + number % 2 for number in range(arguments.trials)}:
+        for ranks in {2 - number % 2 for number in range(arguments.trials)}:
             whole = folder / f"whole-{ranks}"
             agent, board = launch(
                 ranks, [*OPTIONS.split(), *data.split(), "--job.dump_folder", str(whole)], whole.with_suffix(".log")
@@ -161,12 +161,12 @@ def main() -> int:
             expected[ranks], batches[ranks] = end_of(whole), board.begun(False)
         stopped, failures = Counter(), 0
         for number in range(arguments.trials):
-            ranks = 1 + number % 2
+            ranks = 2 - number % 2
             place, problem = trial(number, arguments.seed, data, expected[ranks], batches[ranks], folder / str(number))
             stopped[place] += 1
+            print(f"trial {number}: {ranks} ranks, stopped in {place}{problem and ': ' + problem}", flush=True)
             if problem:
                 failures += 1
-                print(f"trial {number} of seed {arguments.seed}, stopped in {place}: {problem}")
                 print((folder / f"{number}.log").read_text()[-3000:], flush=True)
             shutil.rmtree(folder / str(number), ignore_errors=True)
     print(f"{arguments.trials} trials, stopped in: {', '.join(f'{place} {n}' for place, n in stopped.items())}")

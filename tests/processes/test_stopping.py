@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from results import batch_losses, read_metrics
+from torture import difference, end_of
 
 from tidar.check import signal_options
 from tidar.config import UserError, load_config
@@ -152,11 +154,73 @@ def test_a_signal_at_the_fork_kills_no_worker(monkeypatch):
     assert len(list(batches)) == 6
 
 
+INTERRUPTED = """
+    --training.seq_len 64 --training.local_batch_size 8 --training.global_batch_size 32 --training.steps 6
+    --validation.share 0.3 --validation.freq 2 --checkpoint.interval 3 --checkpoint.export_epochs 1 --metrics.log_freq 1
+""".split()
+
+
+class SignalAt(Hooks):
+    """Sends the signal in the second batch of step 3 or of a validation, or before the export of an epoch."""
+
+    def __init__(self, place: str):
+        self.place = place
+        self.batches_seen: Counter = Counter()
+
+    def on_micro_batch(self, trainer, rows, loss, scores):
+        place = "step" if torch.is_grad_enabled() else "validation"
+        self.batches_seen[place, trainer.step] += 1
+        if place == self.place and self.batches_seen[place, 2] == 2:
+            self.send(trainer)
+        return loss
+
+    def after_step(self, trainer):
+        if self.place == "export" and trainer.progress.epoch:
+            self.send(trainer)
+
+    def send(self, trainer):
+        if trainer.stops.signal is None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while trainer.stops.signal is None:
+                time.sleep(0.001)
+
+
+def train_interrupted(folder: Path, data: str, hooks: Hooks | None = None) -> Trainer:
+    try:
+        trainer = Trainer(load_config([*data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)]), hooks)
+        trainer.train()
+    finally:
+        leave_world()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory, uneven_data) -> tuple:
+    folder = tmp_path_factory.mktemp("left-alone")
+    train_interrupted(folder, uneven_data)
+    return end_of(folder, 6)[:2], {path.name: path.read_bytes() for path in folder.glob("export/*/*")}
+
+
+@pytest.mark.parametrize("place, step, left", [("step", 2, [0, 0]), ("validation", 2, [1, 0]), ("export", 5, [0, 1])])
+def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, uneven_data, left_alone, place, step, left):
+    """At the same step, with the state, the curve and the exports of a run that was left alone."""
+    stopped = train_interrupted(tmp_path, uneven_data, SignalAt(place))
+    assert outcome(tmp_path)["outcome"] == "stopped" and outcome(tmp_path)["step"] == step
+    assert stopped.progress.state["interrupted"].tolist() == left and not list(tmp_path.glob("export/*"))
+    assert (
+        not any("val/loss" in line and line["step"] == step for line in read_metrics(tmp_path)) or place != "validation"
+    )
+    train_interrupted(tmp_path, uneven_data)
+    assert outcome(tmp_path)["outcome"] == "finished"
+    assert difference(end_of(tmp_path, 6)[:2], left_alone[0]) == ""
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("export/*/*")} == left_alone[1]
+
+
 def test_stopped_anywhere_it_ends_the_same():
-    """In validations, exports and steps, on one rank and two; `python tests/stops.py --trials 40` for more."""
+    """Two ranks under torchrun's agent, at one moment; `python tests/stops.py --trials 40` for more."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, "tests/stops.py", "--trials", "2"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "tests/stops.py", "--trials", "1"], cwd=ROOT, capture_output=True, text=True,
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr

@@ -216,11 +216,12 @@ def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, uneven_data, 
     assert {path.name: path.read_bytes() for path in tmp_path.glob("export/*/*")} == left_alone[1]
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_ends_the_same():
-    """Two ranks under torchrun's agent, at one moment; `python tests/stops.py --trials 40` for more."""
+    """On two ranks and one, under torchrun's agent, at random moments."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, "tests/stops.py", "--trials", "1"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "tests/stops.py", "--trials", "40"], cwd=ROOT, capture_output=True, text=True,
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr

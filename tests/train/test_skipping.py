@@ -94,8 +94,8 @@ def test_a_sum_over_tokens_that_overflows_is_named():
             skipped.note(rows, {})
             finite = LossSums(torch.ones(3, 2))
             norm = model.layers[0].weight.grad.float().norm()
-            skipped.judge(1, finite, norm, lambda: [17, 23])
-            assert skipped.settle() == (scale == 100)
+            skipped.decide(1, finite, norm, lambda: [17, 23])
+            assert skipped.read_decision() == (scale == 100)
         assert printed == ["step 1 skipped: the sum of gradients over tokens is not finite on rank 0, rows 17, 23"]
     finally:
         leave_world()

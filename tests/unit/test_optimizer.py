@@ -1,5 +1,7 @@
 """AdamW and its learning rate, against their rules written out, DeepSpeed's too."""
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -16,19 +18,24 @@ from tidar.training.optim.schedule import learning_rate
 
 @pytest.mark.parametrize("decay_type", ["cosine", "linear", "constant"])
 def test_learning_rate(decay_type):
-    for total_steps in (-1, 20):
-        options = LRScheduler(warmup_steps=4, decay_type=decay_type, min_lr_factor=0.3, total_steps=total_steps)
-        rates = [learning_rate(step, 20 if total_steps == -1 else 30, 2.0, options) for step in range(1, 31)]
-        assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-        for step in range(5, 31):
-            share = min(1, (step - 4) / 16)
-            expected = {
-                "cosine": 0.6 + 1.4 * (1 + math.cos(math.pi * share)) / 2,
-                "linear": 0.6 + 1.4 * (1 - share),
-                "constant": 2.0,
-            }[decay_type]
-            assert rates[step - 1] == pytest.approx(expected, rel=1e-12)
-    assert learning_rate(1, 1, 2.0, LRScheduler(warmup_steps=0)) == 0  # the last step ends the decay
+    """By torchtitan's rule, recursively: equal steps up, one step at the top, then a decay that ends after the run."""
+    for warmup, end, floor in itertools.product((0, 1, 4, 19), (20, 33), (0.0, 0.3)):
+        explicit = LRScheduler(warmup_steps=warmup, decay_type=decay_type, min_lr_factor=floor, total_steps=end)
+        implied = dataclasses.replace(explicit, total_steps=-1)
+        rates = [learning_rate(update, 1000, 2.0, explicit) for update in range(1, end + 10)]
+        assert rates[:end] == [learning_rate(update, end, 2.0, implied) for update in range(1, end + 1)]
+        assert rates[:warmup] == pytest.approx([2.0 * (i + 1) / warmup for i in range(warmup)], rel=1e-12)
+        expected, angle = 2.0, 0.0
+        for rate in rates[warmup:end]:
+            assert rate == pytest.approx(expected, rel=1e-9)
+            angle += math.pi / (end - warmup)
+            if decay_type == "linear":
+                expected -= 2.0 * (1 - floor) / (end - warmup)
+            elif decay_type == "cosine":
+                expected = 2.0 * floor + 2.0 * (1 - floor) * math.cos(angle / 2) ** 2
+        assert rates[end - 1] > 2.0 * floor  # the last update moves the parameters
+        assert rates[end:] == pytest.approx([2.0 if decay_type == "constant" else 2.0 * floor] * 9, abs=1e-12)
+    assert learning_rate(1, 1, 2.0, LRScheduler(warmup_steps=0)) == 2.0
     assert learning_rate(3, 3, 2.0, LRScheduler(warmup_steps=10)) == pytest.approx(0.6)
 
 
@@ -131,7 +138,7 @@ def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks,
     assert torch.equal(three, again)
     options = f"{common} --training.local_batch_size 2 --job.dump_folder {folder} --optimizer.state_dtype float32"
     for answer in ranks.run(3, *options.split(), "--training.steps", "9"):
-        assert "optimizer.state_dtype = float32:" in answer["error"] and "has bfloat16; go on with" in answer["error"]
+        assert "optimizer.state_dtype = float32:" in answer["error"] and "has bfloat16; resume with" in answer["error"]
     assert (three - one).norm() / one.norm() < 1e-5
 
 

@@ -238,7 +238,12 @@ class LRScheduler:
         minimum=0,
         maximum=1,
     )
-    total_steps: int = option(-1, "step with which the decay ends (-1: the last of the run)", minimum=1, beside=-1)
+    total_steps: int = option(
+        -1,
+        "last step of the decay (-1: that of the run); schedule = warmup is at its lowest one step later",
+        minimum=1,
+        beside=-1,
+    )
     warmup_type: Literal["log", "linear"] = option("log", "DeepSpeed schedules: shape of the warmup")
     warmup_min_lr_factor: float = option(
         0.0,

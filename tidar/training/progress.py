@@ -1,4 +1,4 @@
-"""How far a run has come, and on which data."""
+"""The counts of a run, and the identity of its data."""
 
 import math
 import time
@@ -14,11 +14,11 @@ class Progress:
     """Counts of a run. `state` holds them as tensors, which a checkpoint restores in place."""
 
     def __init__(self, n_rows: int, data_identity: int, device: torch.device):
-        """n_rows: of the training data. data_identity: int64 that stands for the data and its order."""
+        """n_rows: of the training data. data_identity: int64 hash of the data and their order."""
         self.n_rows = n_rows
         self.data_identity = data_identity
         self.clock = time.monotonic()
-        # seconds: of all processes that have trained the run, one after the other, their starts included;
+        # seconds: wall time of all processes that have trained the run, startup included
         # epoch_sums: the values of the LossSums since the end of the last epoch;
         # interrupted: what is due after the last step and a stop has interrupted: a validation (1), an epoch's export
         # (its number)
@@ -40,7 +40,7 @@ class Progress:
 
     @property
     def samples(self) -> int:
-        """Samples taken in these steps, by all ranks."""
+        """Samples of these steps, over all ranks."""
         return int(self.state["samples"])
 
     @property
@@ -49,7 +49,7 @@ class Progress:
         return self.samples // self.n_rows
 
     def add_step(self, samples: int, tokens: Tensor, sums: LossSums) -> None:
-        """Counts a step of so many samples and tokens, and adds its sums to those of the epoch if they are finite."""
+        """Counts a step with these samples and tokens, and adds its sums to those of the epoch if they are finite."""
         self.state["step"] += 1
         self.state["samples"] += samples
         self.state["tokens"] += tokens.long()
@@ -77,13 +77,13 @@ class Progress:
         return self.step + max(0, math.ceil(samples_left / global_batch_size))
 
     def count_time(self) -> None:
-        """Adds the time since this was called last, or since this process began."""
+        """Adds the time since the last call, or since this object was created."""
         now = time.monotonic()
         self.state["seconds"] += now - self.clock
         self.clock = now
 
     def counts(self) -> dict[str, float]:
-        """Samples, tokens and seconds so far. Waits for the device."""
+        """Samples, tokens and seconds so far. Synchronizes the device."""
         return {name: self.state[name].item() for name in ("samples", "tokens", "seconds")}
 
     def take_epoch_sums(self) -> LossSums:
@@ -93,7 +93,7 @@ class Progress:
         return sums
 
     def differences(self) -> list[str]:
-        """How the data differs from that of the run that was restored; from here on it is this run's."""
+        """How the data differ from those of the checkpoint that was loaded. Then records this run's data."""
         found = []
         before = int(self.state["rows"])
         if before != self.n_rows:

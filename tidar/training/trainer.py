@@ -238,7 +238,7 @@ class Trainer:
                 loss, scores = self.forward(batch.rows, mask, denominators)
                 self.throughput.count_pairs(mask.allowed_pairs)
                 self.updates.backward(loss)
-            self.updates.skipped.note(batch.rows, scores)
+            self.updates.skipped.record(batch.rows, scores)
             sums += LossSums.of(batch.rows.targets, scores)
             self.throttle.wait()
             # a step of many micro-batches may take longer than a launcher waits, so it is abandoned
@@ -256,7 +256,7 @@ class Trainer:
         if self.progress.epoch > epoch:
             self.reports.epoch(self.step, self.progress.epoch, self.progress.take_epoch_sums())
         if self.is_due(self.config.metrics.log_freq) and self.hooks.reports_step(self):
-            self.updates.settle()  # waits for the device
+            self.updates.finish_step()  # waits for the device
             scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
             scalars |= self.checkpointer.take_stall()
             self.reports.step(self.step, self.steps, sums, scalars)

@@ -1,1 +1,1 @@
-"""What turns gradients into new parameters."""
+"""Optimizer, learning rate, loss scale, gradient norm and skipped steps."""

@@ -1,4 +1,4 @@
-"""Gradients, wherever they lie, and their norm."""
+"""Local gradients and their global norm."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,10 @@ from torch.distributed.tensor import DTensor
 
 
 def local_gradient(parameter: nn.Parameter, copies: Mapping[nn.Parameter, nn.Parameter]) -> Tensor:
-    """This rank's part of a parameter's gradient; in the type of the copy that the model has computed with, if any.
+    """This rank's shard of a parameter's gradient.
 
-    What several micro-batches have added up lies with the parameter itself, in float32.
+    copies: parameters in the compute dtype, by master parameter. The gradient of one micro-batch is the copy's, in its
+    dtype; one accumulated over several is the master parameter's, in float32.
     """
     gradient = parameter.grad
     if gradient is None and parameter in copies:
@@ -20,14 +21,14 @@ def local_gradient(parameter: nn.Parameter, copies: Mapping[nn.Parameter, nn.Par
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor that may be sharded."""
+    """This rank's shard of a tensor, or the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """Norm of gradients, of which these are local parts, a float32 scalar on `device`.
+    """Global norm of gradients, given this rank's shards; a float32 scalar on `device`.
 
-    group: the ranks that a gradient is sharded over; others hold the same as they do.
+    group: the ranks that share the shards of one replica.
     """
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], dtype=torch.float32)
     square = torch.stack(norms).double().square().sum().to(device)

@@ -1,4 +1,4 @@
-"""The scale of the loss in float16, so that small gradients do not vanish and large ones are noticed."""
+"""Dynamic loss scaling for float16: small gradients must not underflow, and overflows are detected."""
 
 import torch
 
@@ -6,15 +6,15 @@ from tidar.config.options import LossScale
 
 
 class LossScaler:
-    """DeepSpeed's dynamic scale (deepspeed/runtime/fp16/loss_scaler.py).
+    """DeepSpeed's dynamic loss scale (deepspeed/runtime/fp16/loss_scaler.py).
 
-    An overflow uses up hysteresis, and once there is one left it halves the scale. After a window of steps without
-    overflow the scale doubles, and only then is the hysteresis restored. (Its latest versions double a step later.)
+    An overflow decrements the hysteresis; once that is down to 1 it halves the scale. After a window of steps without
+    overflow the scale doubles and the hysteresis is restored. (DeepSpeed's latest versions double one step later.)
     """
 
     def __init__(self, options: LossScale):
         self.options = options
-        # scale, steps since the last overflow or doubling, hysteresis left: saved with checkpoints
+        # scale, steps since the last overflow or doubling, remaining hysteresis; saved in checkpoints
         self.state = torch.tensor([options.start, 0, options.hysteresis], dtype=torch.float64)
 
     @property
@@ -22,7 +22,7 @@ class LossScaler:
         return float(self.state[0])
 
     def update(self, overflow: bool) -> None:
-        """Takes in whether a step has overflowed, on any rank."""
+        """Updates the scale after a step. overflow: whether any rank's loss or gradients were not finite."""
         options = self.options
         scale, steps, hysteresis = self.state.tolist()
         if not options.dynamic:

@@ -13,7 +13,7 @@ from tidar.config import derive_seed
 from tidar.config.options import Optimizer
 from tidar.training.optim.gradients import local_gradient, local_part
 
-# elements of a parameter that are updated at one time where nothing fuses the update: bounds what it holds meanwhile
+# elements updated at a time without the fused kernel: bounds the temporary memory
 EAGER_ELEMENTS = 2**24
 
 
@@ -26,8 +26,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters; weight decay on those that optimizer.decay_params names.
 
-    Its `step` divides gradients by the attribute `grad_scale` and changes nothing where the attribute `found_inf` is 1,
-    both scalar float32 tensors. seed, copies, in_one_kernel: of `MixedAdamW`.
+    Its `step` divides gradients by the attribute `grad_scale`, and changes nothing where the attribute `found_inf` is
+    1; both are scalar float32 tensors. seed, copies, in_one_kernel: see `MixedAdamW`.
     """
     decayed, plain = [], []
     for parameter in model.parameters():
@@ -46,12 +46,12 @@ def make_optimizer(
 
 
 class MixedAdamW(torch.optim.Optimizer):
-    """AdamW for what torch's is not made for: moments in bfloat16, and copies of the parameters in 16 bits, which have
-    the gradients and are written anew with each update. All arithmetic is float32.
+    """AdamW with two features that torch's lacks: moments in bfloat16, and 16-bit copies of float32 master weights.
+    The copies hold the gradients and are overwritten by each update. All arithmetic is float32.
 
     Moments in bfloat16 are rounded stochastically: rounded to nearest, a second moment never decays where 1 - beta2 is
-    below bfloat16's precision. How an element is rounded is a function of (seed, name of its parameter, its place in
-    it, step), and so depends neither on the sharding nor on a restart.
+    below bfloat16's precision. The rounding of an element is a function of (seed, parameter's name, index in the
+    parameter, step), so it depends neither on the sharding nor on a restart.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class MixedAdamW(torch.optim.Optimizer):
         in_one_kernel: bool,
         **defaults,
     ):
-        """in_one_kernel: all parameters of a group at once, on CUDA, in place of one after the other."""
+        """in_one_kernel: updates all parameters of a group in one CUDA kernel, not one after the other."""
         super().__init__(groups, defaults)
         self.copies = copies
         self.state_dtype = state_dtype
-        # made once: from the host's memory they come to a device only after all that it was given to do before
+        # created once: a copy from pageable host memory would synchronize with the device in every step
         self.keys = [_keys(group["params"], names, seed) for group in self.param_groups]
         self.first_elements = {parameter: _first_element(parameter) for parameter in names}
         self.in_one_kernel = in_one_kernel
@@ -82,7 +82,7 @@ class MixedAdamW(torch.optim.Optimizer):
     def _update(self, group: dict, keys: Tensor) -> None:
         parameters = group["params"]
         states = [self._state(parameter) for parameter in parameters]
-        # all parameters have made the same steps
+        # the same for all parameters
         steps = states[0]["step"]
         device = steps.device
         beta1, beta2 = group["betas"]
@@ -106,11 +106,11 @@ class MixedAdamW(torch.optim.Optimizer):
         if self.in_one_kernel:
             from tidar.kernels.adamw import update_all
 
-            firsts = [of_one.first for of_one in tensors]
+            firsts = [slices.first for slices in tensors]
             update_all(addressable(tensors), firsts, salts, scalars, group["betas"], group["eps"])
         else:
-            for of_one, salt in zip(tensors, salts):
-                _update_in_pieces(of_one, salt, scalars, group["betas"], group["eps"])
+            for slices, salt in zip(tensors, salts):
+                _update_in_pieces(slices, salt, scalars, group["betas"], group["eps"])
         torch._foreach_add_([state["step"] for state in states], 1 - self.found_inf.to(device))
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class MixedAdamW(torch.optim.Optimizer):
 
 
 class OfParameter(NamedTuple):
-    """This rank's part of a parameter and of what belongs to it, and the place of its first element in the whole."""
+    """This rank's shards of a parameter, its gradient, moments and copy. first: index of the first element."""
 
     parameter: Tensor
     gradient: Tensor
@@ -137,12 +137,13 @@ class OfParameter(NamedTuple):
 
 
 def addressable(tensors: list[OfParameter]) -> list[list[Tensor | None]]:
-    """Parameters, gradients, both moments and copies as a kernel can load them by their addresses alone.
+    """Columns of parameters, gradients, both moments and copies that a kernel can read through bare pointers:
+    contiguous, 16-byte aligned, one dtype for each column.
 
-    Gradients of a shard may begin anywhere in a buffer of FSDP2's, and are copied then. Raises ValueError for what else
-    would be read wrongly.
+    Gradients that are not aligned are copied: FSDP2 places them anywhere in a buffer. Raises ValueError for any other
+    tensor that is not as required.
     """
-    columns = [list(column) for column in zip(*(of_one[:-1] for of_one in tensors))]
+    columns = [list(column) for column in zip(*(slices[:-1] for slices in tensors))]
     columns[1] = [gradient if _is_aligned(gradient) else gradient.clone().contiguous() for gradient in columns[1]]
     for name, column in zip(OfParameter._fields, columns):
         if len({value if value is None else value.dtype for value in column}) > 1:
@@ -158,7 +159,7 @@ def _is_aligned(value: Tensor) -> bool:
 
 
 def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: int) -> Tensor | None:
-    """From which the rounding of each is derived, `[n]` int64."""
+    """Seeds of the rounding of each parameter, `[n]` int64."""
     keys = [derive_seed(seed, f"rounding/{names[parameter]}") % 2**31 for parameter in parameters]
     return torch.tensor(keys, device=parameters[0].device) if keys else None
 
@@ -171,7 +172,7 @@ def _update_in_pieces(tensors: OfParameter, *others) -> None:
 
 
 def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float) -> None:
-    """One parameter, flat. salt: of its rounding. scalars: as `MixedAdamW._update` has stacked them."""
+    """Updates one flat parameter. salt: of its rounding. scalars: see `MixedAdamW._update`."""
     parameter, gradient, exp_avg, exp_avg_sq, copy, first = tensors
     decay, rate, correction, grad_scale, found_inf = scalars
     beta1, beta2 = betas
@@ -184,8 +185,8 @@ def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[fl
     skip = found_inf > 0
     parameter.copy_(torch.where(skip, parameter, updated))
     if exp_avg.dtype == torch.bfloat16:
-        place = first + torch.arange(len(parameter), device=parameter.device)
-        bits = _mixed(place.int() ^ salt)
+        index = first + torch.arange(len(parameter), device=parameter.device)
+        bits = _mixed(index.int() ^ salt)
         first_moment, second_moment = _rounded(first_moment, bits & 0xFFFF), _rounded(second_moment, _shifted(bits))
     exp_avg.copy_(torch.where(skip, exp_avg, first_moment))
     exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, second_moment))
@@ -194,24 +195,24 @@ def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[fl
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Bits that look random, of int32: two rounds of xor-shift and multiplication, modulo 2^32."""
+    """Pseudo-random bits from int32: two rounds of xor-shift and multiplication, modulo 2^32."""
     for factor in (0x7FEB352D, 0x846CA68B - 2**32):
         x = (x ^ _shifted(x)) * factor
     return x ^ _shifted(x)
 
 
 def _shifted(x: Tensor) -> Tensor:
-    """The upper 16 bits of int32, without its sign."""
+    """Logical right shift of int32 by 16 bits."""
     return (x >> 16) & 0xFFFF
 
 
 def _rounded(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16: up or down, as likely as it is near. bits: 16 random ones."""
+    """float32 to bfloat16, rounded stochastically. bits: 16 random bits for each element."""
     return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32).bfloat16()
 
 
 def _first_element(parameter: nn.Parameter) -> int:
-    """Place of this rank's first element in the whole parameter, whose rows may be sharded."""
+    """Index of this rank's first element in the unsharded parameter; only rows can be sharded."""
     if not isinstance(parameter, DTensor):
         return 0
     _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -227,7 +228,7 @@ def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, to be saved or to be loaded into; made where there is none yet."""
+    """The optimizer's state by parameter name, to save or to load into; created where there is none yet."""
     dtype = optimizer.state_dtype if isinstance(optimizer, MixedAdamW) else torch.float32
     tensors = {}
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""The learning rate: a function of how many steps were not skipped."""
+"""The learning rate: a function of the number of steps that were not skipped."""
 
 import math
 
@@ -6,18 +6,19 @@ from tidar.config.options import LRScheduler
 
 
 def learning_rate(update: int, total: int, lr: float, options: LRScheduler) -> float:
-    """Rate of update 1, 2, … of a run of `total`, in the unit of `lr`, which is the highest.
+    """Learning rate of update 1, 2, … of a run of `total` updates, in the unit of `lr`, which is the highest.
 
-    schedule = "warmup": linear up to `lr` at warmup_steps, then down to min_lr_factor * lr at the end of the decay.
-    Others: DeepSpeed's of that name (deepspeed/runtime/lr_schedules.py). They start at -1 and are stepped after
-    the optimizer, so update n has the rate of iteration n - 2.
+    schedule = "warmup": linear up to `lr` at update warmup_steps, `lr` once more, then down. The decay would reach
+    min_lr_factor * lr one update after its last, as torchtitan's (components/lr_scheduler.py): no update is wasted on
+    a rate of 0. Others: DeepSpeed's of that name (deepspeed/runtime/lr_schedules.py). They start at -1 and are stepped
+    after the optimizer, so update n has the rate of iteration n - 2.
     """
     end = total if options.total_steps == -1 else options.total_steps
     if options.schedule != "warmup":
         return lr * _deepspeed_factor(update - 2, end, options)
     if update <= options.warmup_steps:
         return lr * update / options.warmup_steps
-    progress = min(1.0, (update - options.warmup_steps) / max(1, end - options.warmup_steps))
+    progress = min(1.0, (update - 1 - options.warmup_steps) / max(1, end - options.warmup_steps))
     shape = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,

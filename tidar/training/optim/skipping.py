@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they change nothing, and who caused them is told."""
+"""Steps whose loss or gradient is not finite: they change nothing, and the rows that caused them are logged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ NAMED = 8
 
 @dataclass
 class _Evidence:
-    """Of one micro-batch: whose loss, or gradient of the model's input, is not finite, `[rows]`; largest gradients."""
+    """Of one micro-batch: rows whose loss, or gradient of the embeddings, is not finite, bool `[rows]`; and the largest
+    gradient of each parameter.
+    """
 
     bad_losses: Tensor
     bad_gradients: Tensor
@@ -27,12 +29,12 @@ class _Evidence:
 
 
 class TooManySkipped(Exception):
-    """Steps were skipped in a row, as many as are allowed."""
+    """As many steps in a row were skipped as are allowed."""
 
 
 @dataclass
 class _Outcome:
-    """What is known of a step on the device; the host looks at it later, so that it need not wait."""
+    """Whether a step is skipped, decided on the device; the host reads it one step later and does not wait for it."""
 
     step: int
     found_inf: Tensor
@@ -42,13 +44,13 @@ class _Outcome:
 
 
 class SkippedSteps:
-    """Judges each step on the device, and lets the host know a step later.
+    """Decides on the device whether a step is skipped; the host reads the decision one step later.
 
-    `counts` holds the steps skipped in all and in a row, int64; it is saved with checkpoints.
+    `counts` holds the steps skipped in all and in a row, int64; it is saved in checkpoints.
     """
 
     def __init__(self, limit: int, group: dist.ProcessGroup, log: Callable[[str], None]):
-        """limit: of steps in a row. group: of all ranks, on the CPU."""
+        """limit: steps in a row that end the run. group: of all ranks, on the CPU."""
         self.limit = limit
         self.group = group
         self.log = log
@@ -64,10 +66,10 @@ class SkippedSteps:
         return int(self.counts[0])
 
     def watch(self, model: Decoder, weights: bool) -> None:
-        """From now on notes which rows the gradient of the model's input is not finite for.
+        """Registers hooks that record, for each row, whether the gradient of the embeddings is finite.
 
-        weights: notes the largest gradient of each parameter, too. In float16 one may overflow where tokens are added
-        up, which no row's own gradient shows.
+        weights: records the largest gradient of each parameter, too. In float16 a sum over tokens may overflow, which
+        no row's own gradient shows.
         """
 
         def note_input(gradient: Tensor) -> None:
@@ -83,7 +85,7 @@ class SkippedSteps:
         watched: set[nn.Parameter] = set()
 
         def before_module(module: nn.Module, inputs: tuple) -> None:
-            # gathered at this moment: before they are reduced, gradients are this rank's own
+            # the parameters are unsharded now: their gradients, before the reduction, are this rank's own
             for name, parameter in module.named_parameters():
                 if parameter not in watched and not (module is model and name.startswith("layers.")):
                     watched.add(parameter)
@@ -93,19 +95,19 @@ class SkippedSteps:
         for module in (model, *model.layers) if weights else ():
             module.register_forward_pre_hook(before_module)
 
-    def note(self, rows: ModelBatch, scores: dict[str, TokenScores]) -> None:
-        """Takes in a micro-batch after its backward pass."""
+    def record(self, rows: ModelBatch, scores: dict[str, TokenScores]) -> None:
+        """Records a micro-batch after its backward pass."""
         bad = torch.zeros(len(rows.input_ids), device=rows.input_ids.device)
         for loss, target in rows.targets.items():
             bad.index_add_(0, target.index // rows.input_ids.shape[1], (~scores[loss].nll.isfinite()).float())
         self.evidence.append(_Evidence(bad > 0, ~self.input_gradient.isfinite(), self.weight_gradients))
         self.weight_gradients = []
 
-    def judge(self, step: int, sums: LossSums, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
+    def decide(self, step: int, sums: LossSums, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
         """1 where a step is to be skipped and 0 otherwise, a scalar float32 that is the same on all ranks.
 
-        sums, grad_norm: of all ranks; rows: those of this rank's micro-batches, in order.
-        `settle` comes between two steps.
+        sums, grad_norm: of all ranks; rows: row numbers of this rank's micro-batches, in order. `read_decision` must be
+        called between two steps.
         """
         found_inf = (~(sums.is_finite() & grad_norm.isfinite())).float()
         seen_by_host, ready = found_inf, None
@@ -117,8 +119,8 @@ class SkippedSteps:
         self.evidence = []
         return found_inf
 
-    def settle(self) -> bool | None:
-        """Whether the last step was skipped, None where that was told before. All ranks call it."""
+    def read_decision(self) -> bool | None:
+        """Whether the last step was skipped, None where that was read before. All ranks call it. Synchronizes."""
         outcome, self.pending = self.pending, None
         if outcome is None:
             return None
@@ -133,16 +135,16 @@ class SkippedSteps:
         return True
 
     def check(self) -> None:
-        """Raises TooManySkipped where as many steps as are allowed were skipped in a row."""
+        """Raises TooManySkipped where the limit of steps skipped in a row is reached."""
         if self.counts[1] >= self.limit:
             raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last_skipped}")
 
-    def forgive(self) -> None:
-        """A run that goes on has all its tries again."""
+    def restart_count(self) -> None:
+        """For a resumed run: no steps have been skipped in a row."""
         self.counts[1] = 0
 
     def _cause(self, outcome: _Outcome) -> str:
-        """Names ranks and rows by the first that is known: loss, gradient of their input, gradients of parameters."""
+        """Names ranks and rows by the first known cause: their loss, gradient of their embeddings, or of parameters."""
         rows = iter(outcome.rows())
         mine: list[list[int]] = [[], [], []]
         for evidence in outcome.evidence:

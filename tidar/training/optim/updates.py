@@ -1,4 +1,4 @@
-"""From gradients to new parameters: clipping, learning rate, loss scale, and steps that are skipped."""
+"""An optimizer step: clipping, learning rate, loss scale, and skipped steps."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,9 +19,9 @@ from tidar.training.optim.skipping import SkippedSteps
 
 
 class Updates:
-    """The optimizer and all that decides how, and whether, it changes the parameters.
+    """The optimizer with clipping, learning rate, loss scale and skipping.
 
-    Whether a step is skipped is decided on the device, and seen by the host while the next step is computed.
+    Whether a step is skipped is decided on the device; the host reads it while the next step is computed.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Updates:
         kernels: Kernels,
         log: Callable[[str], None],
     ):
-        """copies: of parameters, in the type of the arithmetic, that are updated with them and have their gradients.
-        group: of all ranks, on the CPU. dtype: of the arithmetic; float16 wants the loss scaled.
+        """copies: parameters in the compute dtype, by master parameter; they hold the gradients.
+        group: of all ranks, on the CPU. dtype: the compute dtype; with float16 the loss is scaled.
         """
         self.config = config
         self.world = world
@@ -51,29 +51,29 @@ class Updates:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint restores in place, beside the optimizer."""
+        """Tensors that a checkpoint restores in place, beside those of the optimizer."""
         return {"skipped": self.skipped.counts, "loss_scale": self.scaler.state}
 
     def backward(self, loss: Tensor) -> None:
         if self.scales_loss:
-            # it hangs on the outcome of the step before; known by now unless this is a step's first micro-batch
-            self.settle()
+            # the scale depends on whether the last step overflowed; known unless this is a step's first micro-batch
+            self.finish_step()
             loss = loss * self.scaler.scale
         loss.backward()
 
     def apply(self, step: int, steps: int, sums: LossSums, rows: Callable[[], list[int]]) -> tuple[Tensor, float]:
-        """Updates the parameters with the gradients of step number `step` of a run of `steps`, which are then gone.
+        """Updates the parameters in step number `step` of a run of `steps`, and frees the gradients.
 
         sums: of all ranks' losses; nothing changes where one is not finite, or the norm of the gradients, or where the
-        step has no target. rows: of this rank's micro-batches in order, should they have to be named.
+        step has no target. rows: returns the row numbers of this rank's micro-batches in order, for the log.
         Returns the norm before clipping, scalar, and the learning rate. Raises TooManySkipped for the step before.
         """
         training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
         gradients = [local_gradient(parameter, self.copies) for parameter in self.parameters]
         norm = gradient_norm(gradients, self.world.shard_group, self.world.device) / scale
-        self.settle()
+        self.finish_step()
         self.skipped.check()
-        found_inf = self.skipped.judge(step, sums, norm, rows)
+        found_inf = self.skipped.decide(step, sums, norm, rows)
         changes_nothing = torch.maximum(found_inf, (~sums.has_targets()).float())
         lr = learning_rate(step - self.skipped.total, steps, self.config.optimizer.lr, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
@@ -87,9 +87,9 @@ class Updates:
         self.optimizer.zero_grad()
         return norm, lr
 
-    def settle(self) -> None:
-        """Takes in the outcome of the last step, if it is not known yet. All ranks call it."""
-        skipped = self.skipped.settle()
+    def finish_step(self) -> None:
+        """Reads once whether the last step was skipped, and updates the loss scale. All ranks call it."""
+        skipped = self.skipped.read_decision()
         if skipped is None or not self.scales_loss:
             return
         before = self.scaler.scale

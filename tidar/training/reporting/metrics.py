@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from tidar.config import UserError
+from tidar.config.files import open_regular, parse_json, write_atomically
 from tidar.patterns import LOSSES
+from tidar.training.reporting.events import EventFile
 
 
 class MetricWriter:
@@ -28,12 +29,12 @@ class MetricWriter:
         self.enabled = enabled
         self.log = log
         self.file: IO | None = None
-        self.tensorboard: SummaryWriter | None = None
+        self.tensorboard: EventFile | None = None
 
     @contextmanager
     def opened(self, first_step: int, validates_again: bool) -> Iterator[None]:
-        """first_step: what an interrupted run wrote of this step and later ones is dropped, since it is done again.
-        validates_again: so is the validation of the step before it.
+        """first_step: scalars that an interrupted run wrote of this step and later ones are dropped: they are repeated.
+        validates_again: so is the validation of the step before.
 
         Raises UserError where nothing can be written.
         """
@@ -41,9 +42,9 @@ class MetricWriter:
         try:
             if self.enabled:
                 self.file = _truncated(path, first_step, validates_again)
-                self.tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=first_step)
+                self.tensorboard = EventFile(self.folder / "tb", first_step)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{error.filename or path}: cannot be written ({error.strerror})") from None
         try:
             yield
         finally:
@@ -59,12 +60,11 @@ class MetricWriter:
                 self.file.write(json.dumps({"step": step} | finite) + "\n")
                 self.file.flush()
             with self._tolerant():
-                for name, value in scalars.items():
-                    self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.write(step, scalars)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """What cannot be written, on a full disk say, is no reason to end a run: it is logged."""
+        """Logs that metrics cannot be written, on a full disk for example: that is no reason to end a run."""
         try:
             yield
         except OSError as error:
@@ -72,21 +72,22 @@ class MetricWriter:
 
 
 def _truncated(path: Path, first_step: int, validates_again: bool):
-    """The file, open for appending, without the lines of what is done again and without torn ones."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    """Removes the lines of what is repeated, and torn ones. Returns the file, open for appending."""
+    kept, lines = [], []
+    if os.path.lexists(path):
+        with open_regular(path) as file:
+            lines = file.readlines()
+    for line in lines:
         try:
-            scalars = json.loads(line)
+            scalars = parse_json(line)
             before = line.endswith(b"\n") and scalars["step"] < first_step
             before = before and not (validates_again and scalars["step"] == first_step - 1 and "val/loss" in scalars)
         except (ValueError, TypeError, KeyError):
             before = False
         if before:
             kept.append(line)
-    shortened = path.with_suffix(".partial")
-    shortened.write_bytes(b"".join(kept))
-    os.replace(shortened, path)
-    return path.open("a")
+    write_atomically(path, b"".join(kept))
+    return open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 def peak_memory_gib(device: torch.device) -> float:

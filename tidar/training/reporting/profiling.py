@@ -45,4 +45,6 @@ class StepTraces:
     def _write(self, profiler: profile) -> None:
         # also called by the profiler's stop, in the middle of a cycle, with nothing traced
         if profiler.events():
-            profiler.export_chrome_trace(str(self.folder / f"step-{self.steps}-rank-{self.rank}.json.gz"))
+            path = self.folder / f"step-{self.steps}-rank-{self.rank}.json.gz"
+            path.unlink(missing_ok=True)  # a link would be followed
+            profiler.export_chrome_trace(str(path))

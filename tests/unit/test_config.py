@@ -47,6 +47,8 @@ def test_help_lists_every_option_with_meaning_and_default(capsys):
 
 
 BAD_FILES = {
+    "a = " + "[" * 100_000: ["nested too deeply"],
+    "[data]\npaths = " + "[" * 100_000 + "]" * 100_000: ["nested too deeply"],
     "[trainig]\nsteps = 1": ["unknown section [trainig]", "did you mean training?"],
     "[training]\nstep = 1": ["unknown option training.step", "did you mean training.steps?"],
     '[training]\nsteps = "many"': ['training.steps = "many": must be integer >= 0'],

@@ -25,7 +25,8 @@ else:
 def load_config(args: list[str], prog: str = "python -m tidar.train") -> Config:
     """Options of the TOML file named by --job.config_file, overridden by the command line, checked.
 
-    `--help` prints every option and exits. Raises UserError, naming the option, the value and what is allowed.
+    `--help` prints every option and exits. The config.toml in a run's folder belongs to the run in that folder, even
+    where the folder was moved. Raises UserError, naming the option, the value and what is allowed.
     """
     config = Config()
     given, leftover = _parser(prog).parse_known_args(_join_negative_numbers(args))
@@ -37,6 +38,8 @@ def load_config(args: list[str], prog: str = "python -m tidar.train") -> Config:
         _apply_file(config, config.job.config_file)
     for name, text in overrides.items():
         set_option(config, name, text, origin="", from_text=True)
+    if "job.dump_folder" not in overrides and _is_moved_run(config):
+        config.job.dump_folder = str(Path(config.job.config_file).parent)
     if not config.job.dump_folder:
         config.job.dump_folder = os.path.join("runs", Path(config.job.config_file or "default").stem)
     _check_together(config)
@@ -134,6 +137,8 @@ def _apply_file(config: Config, path: str) -> None:
         raise UserError(f"job.config_file = {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is not TOML that can be read: it is nested too deeply") from None
     for section, options in sections.items():
         if section not in vars(config):
             raise UserError(f"{path}: unknown section [{section}]{_nearest(section, vars(config))}")
@@ -141,6 +146,16 @@ def _apply_file(config: Config, path: str) -> None:
             raise UserError(f"{path}: {section} = {_quote(options)}: must be a section, [{section}]")
         for name, value in options.items():
             set_option(config, f"{section}.{name}", value, origin=f"{path}: ")
+
+
+def _is_moved_run(config: Config) -> bool:
+    """Whether the config file lies in the folder of a run, but names another one: the folder was moved or copied."""
+    path = Path(config.job.config_file)
+    if path.name != "config.toml" or not config.job.dump_folder:
+        return False
+    folder = path.parent
+    holds_run = (folder / "outcome.json").exists() or any(folder.glob("checkpoint/step-*"))
+    return holds_run and os.path.realpath(folder) != os.path.realpath(config.job.dump_folder)
 
 
 def set_option(config: Config, full_name: str, value: Any, origin: str, from_text: bool = False) -> None:

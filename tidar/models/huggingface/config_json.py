@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError
+from tidar.config.files import parse_json
 from tidar.kernels.rotary import RopeScaling
 from tidar.models.decoder import DecoderConfig
 
@@ -23,7 +24,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: must be a local folder with a Hugging Face model")
     refuse_other_folders(folder)
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -30,9 +30,9 @@ from results import read_metrics
 
 from tidar import train
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
-from tidar.training.checkpoint import writer as checkpoint_writer
+from tidar.models.huggingface.manifest import saved_steps
+from tidar.training.checkpoint import writer
 from tidar.training.checkpoint.checkpointer import Checkpointer
-from tidar.training.checkpoint.manifest import saved_steps
 
 STEPS, INTERVAL, TIMEOUT = 8, 2, 90
 PHASES = ("elsewhere", "staging", "writing", "committing", "cleaning up")
@@ -103,7 +103,7 @@ def watch_phases(board: Board, rank: int, slowness: float) -> None:
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    create_stream = checkpoint_writer._FileSystem.create_stream
+    create_stream = writer._FileSystem.create_stream
 
     @contextmanager
     def slow_stream(self, path, mode):
@@ -111,7 +111,7 @@ def watch_phases(board: Board, rank: int, slowness: float) -> None:
             yield SlowStream(stream)
 
     if slowness:
-        checkpoint_writer._FileSystem.create_stream = slow_stream
+        writer._FileSystem.create_stream = slow_stream
 
 
 class Run:
@@ -204,10 +204,10 @@ def trial(number: int, seed: int, data: str, expected: dict, folder: Path) -> tu
             return phases[0], "a rank outlived the other"
         committed = max(committed, run.board.committed)
         steps = saved_steps(folder)
-        if steps and random.random() < 0.2:  # the newest is altered, too, and will be written again
+        if len(steps) > 1 and random.random() < 0.2:  # the newest is altered, too, and will be written again
             with open(steps[max(steps)] / "__0_0.distcp", "r+b") as file:
                 file.truncate(1000)
-            committed = max([0, *sorted(steps)[:-1]])
+            committed = sorted(steps)[-2]
     final = Run(ranks, options, log)
     if not final.wait(TIMEOUT):
         for rank in range(ranks):

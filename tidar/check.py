@@ -26,7 +26,7 @@ from tidar.config import (
 from tidar.distributed import check_device_count, logging_ranks
 from tidar.models import Decoder
 from tidar.models.huggingface import check_weights, open_weights
-from tidar.training.checkpoint.manifest import saved_steps
+from tidar.models.huggingface.manifest import saved_steps
 from tidar.training.inputs import load_inputs
 from tidar.training.plan import plan_run
 from tidar.training.run_lock import RunLock

@@ -25,7 +25,7 @@ from tidar.models.huggingface import (
     read_metadata,
     write_huggingface_folder,
 )
-from tidar.training.checkpoint.manifest import check_files, check_whole, read_manifest, saved_steps
+from tidar.models.huggingface.manifest import check_whole, find_problem, read_manifest, saved_steps
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -70,11 +70,11 @@ def list_checkpoints(run: Path) -> list[str]:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
         except FileNotFoundError:
             continue  # the run, still running, has removed it
+        problem = find_problem(path)
         try:
-            manifest = read_manifest(path)
-            problem, about = check_files(path, manifest["files"]), manifest["about"]
-        except ValueError as error:
-            problem, about = str(error), {}
+            about = read_manifest(path)["about"]
+        except ValueError:
+            about = {}
         whole = f"NOT WHOLE: {problem}" if problem else "whole"
         lines.append("  ".join([f"step {step:>8}", f"{size:9.3f} GiB", whole, *_contents(path, about)]))
     return lines

@@ -1,4 +1,4 @@
-"""Saving while training goes on, and what comes of saves that fail."""
+"""Saves during training, and saves that fail."""
 
 import errno
 import gc
@@ -19,8 +19,8 @@ from results import read_metrics
 from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
+from tidar.models.huggingface.manifest import find_problem, read_manifest, saved_steps
 from tidar.training.checkpoint.checkpointer import Checkpointer
-from tidar.training.checkpoint.manifest import check_files, read_manifest, saved_steps
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
@@ -43,7 +43,7 @@ def tensors_of(step: Path) -> dict[str, torch.Tensor]:
 
 
 def is_whole(step: Path) -> bool:
-    return check_files(step, read_manifest(step)["files"]) is None
+    return find_problem(step) is None
 
 
 @pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
@@ -122,7 +122,7 @@ def test_a_full_disk(tmp_path, uneven_data, capsys, monkeypatch, mode, on_error)
     if on_error == "stop":
         with pytest.raises(UserError) as error:
             train(tmp_path, *options)
-        assert str(error.value) == f"{message}\nthe last whole one is {tmp_path / 'checkpoint' / 'step-2'}"
+        assert str(error.value) == f"{message}\nthe newest whole one is {tmp_path / 'checkpoint' / 'step-2'}"
         assert f'"reason": "rank 0: {message}' in (tmp_path / "outcome.json").read_text()
         assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-2"]
         monkeypatch.setattr(Checkpointer, "save", save)
@@ -149,7 +149,7 @@ def test_what_cannot_be_removed_stays(tmp_path, uneven_data, capsys, monkeypatch
     def refuse(path):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
 
-    monkeypatch.setattr("tidar.training.checkpoint.checkpointer.remove_folder", refuse)
+    monkeypatch.setattr("tidar.training.checkpoint.retention.remove_folder", refuse)
     options = [*uneven_data.split(), "--training.steps", "3", "--checkpoint.interval", "1"]
     train(tmp_path, *options, "--checkpoint.keep_latest_k", "2")
     assert f"warning: {tmp_path / 'checkpoint' / 'step-1'}: cannot be removed (Device or" in capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_a_sum_over_tokens_that_overflows_is_named():
         rows = ModelBatch(tokens, tokens, None, {})
         for scale in (0.1, 100):
             (model(tokens).sum() * scale).backward()
-            skipped.note(rows, {})
+            skipped.record(rows, {})
             finite = LossSums(torch.ones(3, 2))
             norm = model.layers[0].weight.grad.float().norm()
             skipped.decide(1, finite, norm, lambda: [17, 23])

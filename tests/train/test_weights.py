@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,10 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
     tensors = metadata.state_dict_metadata
     for name in [name for name in tensors if name.endswith("qkv_proj.weight")]:
         tensors[name.replace("qkv_proj", "q_proj")] = tensors.pop(name)
+    stored = metadata.storage_data.items()
+    metadata.storage_data = {
+        replace(index, fqn=index.fqn.replace("qkv_proj", "q_proj")): info for index, info in stored
+    }
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
     write_manifest(step, describe(step, file_names(step)), {"step": 0})
     for act in (
@@ -329,7 +334,7 @@ def test_metadata_of_a_checkpoint_runs_no_code(tmp_path):
         ):
             with pytest.raises(UserError, match="is not the metadata of a checkpoint") as error:
                 act()
-            assert "\n" not in str(error.value)
+            assert len(str(error.value).splitlines()) <= 2
     make_model("qwen3").save_pretrained(tmp_path / "folder")
     (tmp_path / "folder" / ".metadata").write_bytes(pickle.dumps(Malicious(trap)))
     from_pretrained(tmp_path / "folder")
@@ -381,7 +386,8 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
         with pytest.raises(UserError, match="is not whole"):
             export(step, tmp_path / "out", torch.bfloat16)
         write_manifest(step, describe(step, file_names(step)), {"step": 0})
-        with pytest.raises(UserError, match="cannot be read from it"):
+        words = "is not in manifest.json" if content is None else "cannot be read from it"
+        with pytest.raises(UserError, match=words):
             export(step, tmp_path / "out", torch.bfloat16)
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(UserError, match="must be a checkpoint of a run"):

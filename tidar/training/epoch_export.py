@@ -1,6 +1,5 @@
-"""Exports of the model while it is trained."""
+"""Exports of the model during training."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tidar.config import UserError
 from tidar.models import DecoderConfig
 from tidar.models.huggingface import published_ranges, published_shapes, write_huggingface_folder
+from tidar.training.checkpoint.retention import remove_tree
 
 
 def export_parameters(
@@ -25,7 +25,7 @@ def export_parameters(
     """Writes parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
 
     before_each: called by all ranks before each parameter; what it raises interrupts the export.
-    What an earlier try has left of the folder is replaced. Raises UserError where it cannot be written.
+    Replaces what an earlier attempt has left of the folder. Raises UserError where it cannot be written.
     """
 
     # the published tensors of a fused parameter follow each other, so it is gathered once
@@ -40,7 +40,7 @@ def export_parameters(
             gather(name)
         return
     for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     parts = published_ranges(shapes, config)
 

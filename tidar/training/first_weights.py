@@ -5,21 +5,22 @@ from pathlib import Path
 
 from tidar.config import Config, UserError
 from tidar.models import Decoder, initialize
-from tidar.models.huggingface import ModelSpec, fill_new_rows, load_weights, open_weights
-from tidar.training.checkpoint.manifest import check_whole
+from tidar.models.huggingface import ModelSpec, StepFolder, fill_new_rows, load_weights, open_weights
+from tidar.models.huggingface.manifest import check_whole
 
 
 def check_first_weights(config: Config) -> None:
     """Raises UserError where checkpoint.initial_load_path is a checkpoint's folder that is not whole."""
-    path = Path(config.checkpoint.initial_load_path)
-    if config.checkpoint.initial_load_path and (path / ".metadata").exists():
-        check_whole(path, f"checkpoint.initial_load_path = {path}")
+    path = config.checkpoint.initial_load_path
+    if path and isinstance(open_weights(path), StepFolder):
+        check_whole(Path(path), f"checkpoint.initial_load_path = {path}")
 
 
 def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[str]:
-    """Loads them, from checkpoint.initial_load_path or else model.hf_path, or draws them. Returns lines for the log.
+    """Loads the weights of checkpoint.initial_load_path or else model.hf_path, or initializes them at random.
 
-    Raises UserError for weights that are not the model's, and where initial_load_path holds none.
+    Returns what to log about them. Raises UserError for weights that are not the model's, and where initial_load_path
+    holds none.
     """
     path = config.checkpoint.initial_load_path or config.model.hf_path
     weights = open_weights(path) if path else None

@@ -12,7 +12,7 @@ from tidar.distributed import OneDevice, Sharded, World, rank_zero_first
 from tidar.models import Decoder
 from tidar.models.huggingface import ModelSpec
 from tidar.training.checkpoint.checkpointer import Checkpointer
-from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options
+from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options, rate_jump
 from tidar.training.first_weights import check_first_weights, set_first_weights
 from tidar.training.optim.updates import Updates
 from tidar.training.plan import RunPlan
@@ -95,7 +95,7 @@ class RunState:
         return [f"resumed from step {step}: {self.resumed_from}, checked and restored in {seconds:.1f} s"]
 
     def _restore(self, checkpoint: Path) -> None:
-        check_model(self.folder, checkpoint, self.spec.decoder.vocab_size, self.spec.mask_token_id)
+        check_model(self.folder, checkpoint, self.spec.decoder, self.spec.mask_token_id)
         found = check_options(checkpoint, compared_options(self.config, self.plan.global_batch_size))
         self.checkpointer.load(checkpoint)
         found += self.progress.differences()
@@ -106,17 +106,20 @@ class RunState:
             )
         for difference in found:
             self.log(f"warning: resumes with other options: {difference}")
-        self.updates.skipped.forgive()
+        self.updates.skipped.restart_count()
+        done, skipped = self.progress.step, self.updates.skipped.total
+        for warning in rate_jump(checkpoint, self.config, self._steps(), done, skipped):
+            self.log(warning)
 
     def save(self) -> None:
         """All ranks call it. Returns once training may continue (see `Checkpointer.save`)."""
-        self.updates.settle()
+        self.updates.finish_step()
         self.progress.count_time()
         # any rank's count may be the one that is saved, and some have started sooner
         dist.all_reduce(self.progress.state["seconds"], op=dist.ReduceOp.MAX, group=self.cpu_group)
         step, counts = self.progress.step, self.progress.counts()
         about = about_checkpoint(
-            self.config, self.plan.global_batch_size, counts, self.world.size, self.val_losses.get(step)
+            self.config, self.plan.global_batch_size, counts, self.world.size, self.val_losses.get(step), self._steps()
         )
         self.checkpointer.save(step, about)
 
@@ -135,10 +138,18 @@ class RunState:
         self.checkpointer.finish()
         return self.checkpointer.saved_step == self.progress.step
 
+    def _steps(self) -> int:
+        """Steps of the whole run."""
+        return self.progress.steps_of(self.config.training, self.plan.global_batch_size)
+
     def write_options(self) -> None:
-        """config.toml of the run's folder."""
+        """config.toml of the run's folder. Raises UserError where it cannot be written."""
         if self.world.rank == 0:
-            write_atomically(self.folder / "config.toml", to_toml(self.config))
+            path = self.folder / "config.toml"
+            try:
+                write_atomically(path, to_toml(self.config))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
     def write_assets(self, folder: Path) -> None:
         """All of a Hugging Face model but its weights: config.json, tokenizer."""

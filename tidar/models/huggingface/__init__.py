@@ -4,7 +4,14 @@ from tidar.models.huggingface.checkpoint_files import CheckpointReader, read_met
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
 from tidar.models.huggingface.export import write_huggingface_folder
 from tidar.models.huggingface.layout import published_ranges, published_shapes
-from tidar.models.huggingface.spec import ASSETS, ModelSpec, read_model, recorded_model, resolve_model
+from tidar.models.huggingface.spec import (
+    ASSETS,
+    ModelSpec,
+    model_differences,
+    read_model,
+    recorded_model,
+    resolve_model,
+)
 from tidar.models.huggingface.weights import (
     StepFolder,
     check_weights,
@@ -24,6 +31,7 @@ __all__ = [
     "fill_new_rows",
     "from_pretrained",
     "load_weights",
+    "model_differences",
     "open_weights",
     "published_ranges",
     "published_shapes",

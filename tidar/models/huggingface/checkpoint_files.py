@@ -3,22 +3,29 @@
 import io
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
 from tidar import __version__
 from tidar.config import UserError
+from tidar.config.files import open_regular
+
+METADATA = ".metadata"
 
 # the classes in DCP's metadata of tensors; not those of byte items, which DCP unpickles without a check
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -62,30 +69,82 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
 
 
+def parse_metadata(folder: Path) -> Metadata:
+    """The metadata of a checkpoint's folder. Executes nothing that it names, and admits tensors only, whose parts lie
+    inside them and in files of the folder itself.
+
+    Raises OSError where it cannot be read, and ValueError where it is anything else.
+    """
+    try:
+        with open_regular(folder / METADATA) as file:
+            metadata = _Unpickler(file).load()
+        if not _describes_tensors(metadata):
+            raise pickle.UnpicklingError("it does not describe tensors")
+    except OSError:
+        raise
+    except Exception as error:  # damaged or malicious bytes may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"is not the metadata of a checkpoint ({reason})") from None
+    return metadata
+
+
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of a checkpoint's folder. Executes nothing that it names, and admits tensors only.
+    """The metadata of a checkpoint's folder, as `parse_metadata`.
 
     Raises UserError where it cannot be read, and for a checkpoint of tidar 0.1, whose parameters were not fused.
     """
-    path = folder / ".metadata"
+    path = folder / METADATA
     try:
-        with open(path, "rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata) or not all(
-            isinstance(value, TensorStorageMetadata) for value in metadata.state_dict_metadata.values()
-        ):
-            raise pickle.UnpicklingError("it does not describe tensors")
+        metadata = parse_metadata(folder)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # damaged or malicious bytes may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: is not the metadata of a checkpoint ({reason})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if any(name.endswith("self_attn.q_proj.weight") for name in metadata.state_dict_metadata):
         raise UserError(
             f"{folder}: was saved by tidar 0.1, whose checkpoints hold q_proj, k_proj and v_proj; tidar {__version__} "
             "reads qkv_proj: export it with tidar 0.1, and start from the exported folder (model.hf_path)"
         )
     return metadata
+
+
+def _describes_tensors(metadata: Any) -> bool:
+    """Whether all of it has the types and ranges that DCP writes: what was unpickled may hold anything anywhere."""
+    if type(metadata) is not Metadata or not all(
+        type(value) is dict for value in (metadata.state_dict_metadata, metadata.storage_data)
+    ):
+        return False
+    stored = metadata.storage_data
+    for index, info in stored.items():
+        if type(index) is not MetadataIndex or type(info) is not _StorageInfo:
+            return False
+        name = info.relative_path
+        if type(name) is not str or name in ("", ".", "..") or "/" in name or "\0" in name:
+            return False
+        if not _are_sizes((info.offset, info.length)) or getattr(info, "transform_descriptors", None):
+            return False
+    for name, saved in metadata.state_dict_metadata.items():
+        if type(name) is not str or type(saved) is not TensorStorageMetadata or type(saved.chunks) is not list:
+            return False
+        if type(saved.properties) is not TensorProperties or type(saved.properties.dtype) is not torch.dtype:
+            return False
+        if type(saved.size) is not torch.Size or not _are_sizes(saved.size):
+            return False
+        for chunk in saved.chunks:
+            if type(chunk) is not ChunkStorageMetadata:
+                return False
+            for part in (chunk.offsets, chunk.sizes):
+                if type(part) is not torch.Size or len(part) != len(saved.size) or not _are_sizes(part):
+                    return False
+            if any(offset + size > whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, saved.size)):
+                return False
+            if MetadataIndex(name, chunk.offsets) not in stored:
+                return False
+    return True
+
+
+def _are_sizes(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 class CheckpointReader(dcp.FileSystemReader):
@@ -124,7 +183,7 @@ class CheckpointTensors:
             path = self.path / info.relative_path
             into = memoryview(rows[begin - start : end - start].flatten().view(torch.uint8).numpy())
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
                     values = _tensor_start(file, info.offset, info.length, length * row_bytes)
                     file.seek(values + (begin - first) * row_bytes)
                     if file.readinto(into) != len(into):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,17 @@ def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenize
     )
 
 
-def recorded_model(step: Path) -> tuple[int, int]:
-    """Vocabulary and mask token of the model in a step's folder. Raises UserError where its config.json is damaged."""
+def recorded_model(step: Path) -> tuple[DecoderConfig, int | None]:
+    """Decoder and mask token of the model in a step's folder. Raises UserError where its config.json is damaged."""
     options = read_config_json(step / ASSETS)
     origin = str(step / ASSETS / "config.json")
-    return decoder_config(options, origin).vocab_size, _recorded_mask_token(options, origin)
+    return decoder_config(options, origin), _recorded_mask_token(options, origin)
+
+
+def model_differences(before: DecoderConfig, now: DecoderConfig, ignored: Collection[str] = ()) -> list[str]:
+    """The options in which two decoders differ, each as "name: before -> now"."""
+    pairs = {name: (value, getattr(now, name)) for name, value in vars(before).items() if name not in ignored}
+    return [f"{name}: {first} -> {second}" for name, (first, second) in pairs.items() if first != second]
 
 
 def _recorded_mask_token(options: dict[str, Any], origin: str) -> int | None:
@@ -191,12 +198,12 @@ def _tokenizer_files(folder: Path) -> bool:
 
 
 def _check_same_model(decoder: DecoderConfig, start_options: dict[str, Any], folder: Path) -> None:
-    """The weights' own config.json must say what the model's does, where shapes do not show it too."""
+    """Raises UserError unless the config.json beside the first weights describes the same decoder."""
     start = decoder_config(start_options, str(folder / "config.json"))
-    for name, value in dataclasses.asdict(start).items():
-        ours = dataclasses.asdict(decoder)[name]
-        if ours != value and name not in ("vocab_size", "initializer_range"):
-            raise UserError(
-                f"checkpoint.initial_load_path: {folder / 'config.json'}: {name} is {value}, but the model's is "
-                f"{ours}; name the model with model.hf_path = {folder}"
-            )
+    # the vocabulary may grow, and loaded weights are not initialized
+    if found := model_differences(start, decoder, ignored=("vocab_size", "initializer_range")):
+        raise UserError(
+            f"checkpoint.initial_load_path: {folder / 'config.json'} is of another model than the run's: "
+            f"{'; '.join(found)}",
+            f"name the model of the weights with model.hf_path = {folder}",
+        )

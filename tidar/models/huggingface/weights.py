@@ -1,6 +1,5 @@
 """Weights in: from Hugging Face folders, 16-bit state dicts and distributed checkpoints, straight into shards."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from tidar.config import UserError
+from tidar.config.files import parse_json
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
@@ -21,6 +21,7 @@ from tidar.models.huggingface.layout import (
     published_shapes,
     row_ranges,
 )
+from tidar.models.huggingface.manifest import check_whole
 from tidar.models.huggingface.spec import ASSETS, ModelSpec
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -251,8 +252,8 @@ def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str |
     """The model in a Hugging Face folder, or in a checkpoint's step-<n>, as one module on `device`.
 
     Its `forward(input_ids, position_ids=None, mask=None)` returns logits `[batch, positions, vocab]`; no mask is
-    causal. Raises UserError for a folder without a config.json or weights, and for an architecture or weights that
-    are not supported.
+    causal. Raises UserError for a folder without a config.json or weights, for a checkpoint that is not whole, and for
+    an architecture or weights that are not supported.
     """
     folder = Path(path)
     config_folder = folder / ASSETS if (folder / ASSETS).is_dir() else folder
@@ -260,6 +261,8 @@ def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str |
     weights = open_weights(path)
     if weights is None:
         raise UserError(f"{folder}: holds no weights: no model.safetensors, no index and no pytorch_model.bin")
+    if isinstance(weights, StepFolder):
+        check_whole(folder, str(folder))
     with torch.device("meta"):
         model = Decoder(config)
     model.to(dtype).to_empty(device=device)
@@ -269,7 +272,7 @@ def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str |
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("a file's name is not a text")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

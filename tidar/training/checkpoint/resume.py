@@ -1,6 +1,7 @@
-"""What a run that goes on must have in common with what it was."""
+"""What a resumed run must have in common with the run that has saved the checkpoint."""
 
 import dataclasses
+import math
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 
 from tidar import __version__
-from tidar.config import Config, UserError
-from tidar.models.huggingface import recorded_model
+from tidar.config import Config, UserError, set_option
+from tidar.models import DecoderConfig
+from tidar.models.huggingface import model_differences, recorded_model
+from tidar.models.huggingface.manifest import read_manifest
 from tidar.patterns import EXPERIMENTS
-from tidar.training.checkpoint.manifest import read_manifest
+from tidar.training.optim.schedule import learning_rate
 
-# options without which the same steps mean something else; the data is compared by what it holds (see Progress)
+# options that change what a step computes; the data is compared by its content (see Progress)
 COMPARED = (
     "tidar.pattern",
     "tidar.block_size",
@@ -28,7 +31,7 @@ COMPARED = (
 
 
 def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:
-    """Those of COMPARED, by name; global_batch_size: as it was resolved."""
+    """The options of COMPARED by name. global_batch_size: the resolved one."""
     values = {}
     for name in COMPARED:
         section, option = name.split(".")
@@ -37,14 +40,15 @@ def compared_options(config: Config, global_batch_size: int) -> dict[str, Any]:
 
 
 def about_checkpoint(
-    config: Config, global_batch_size: int, counts: dict[str, float], devices: int, val_loss: float | None
+    config: Config, global_batch_size: int, counts: dict[str, float], devices: int, val_loss: float | None, steps: int
 ) -> dict:
-    """What the manifest of a checkpoint says of the run that saves it. counts: see `Progress.counts`."""
+    """The manifest's description of the run that saves it. counts: see `Progress.counts`. steps: of the whole run."""
     return {
         "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **counts,
         "devices": devices,
         "val_loss": val_loss,
+        "steps": steps,
         "compared": compared_options(config, global_batch_size),
         "options": dataclasses.asdict(config),
         "torch": torch.__version__,
@@ -53,16 +57,50 @@ def about_checkpoint(
 
 
 def check_options(checkpoint: Path, now: dict[str, Any]) -> list[str]:
-    """How the options differ from those of a whole checkpoint: "name: before -> now"."""
+    """The options that differ from those of a whole checkpoint, each as "name: before -> now"."""
     before = read_manifest(checkpoint)["about"].get("compared", {})
     return [f"{name}: {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]]
 
 
-def check_model(folder: Path, checkpoint: Path, vocab_size: int, mask_token_id: int) -> None:
-    """Raises UserError where the checkpoint is of a model with other tokens. folder: of the run."""
-    before, now = recorded_model(checkpoint), (vocab_size, mask_token_id)
-    if before != now:
+def check_model(folder: Path, checkpoint: Path, decoder: DecoderConfig, mask_token_id: int) -> None:
+    """Raises UserError where the checkpoint is of another model, or of one with other tokens. folder: of the run.
+
+    The one place that compares a run's model with that of the checkpoint it resumes from.
+    """
+    before, mask_before = recorded_model(checkpoint)
+    found = model_differences(before, decoder)
+    if mask_before != mask_token_id:
+        found.append(f"mask_token_id: {mask_before} -> {mask_token_id}")
+    if found:
         raise UserError(
-            f"{folder} was trained with a vocabulary of {before[0]} and mask token {before[1]}, and now they "
-            f"are {now[0]} and {now[1]}: go on with the same model and tokens, or choose another job.dump_folder"
+            f"{folder} was trained with another model: {'; '.join(found)}",
+            "resume with the same model and tokens, or choose another job.dump_folder",
         )
+
+
+def rate_jump(checkpoint: Path, config: Config, steps: int, step: int, skipped: int) -> list[str]:
+    """A warning where the next step has another learning rate than it would have had in the run that was saved.
+
+    steps: of the whole run. step, skipped: steps done, and how many of them were skipped.
+    """
+    about, before = read_manifest(checkpoint)["about"], Config()
+    schedule = [f"lr_scheduler.{field.name}" for field in dataclasses.fields(config.lr_scheduler)]
+    changes = []
+    try:
+        for name in ("optimizer.lr", *schedule):
+            section, option = name.split(".")
+            set_option(before, name, about["options"][section][option], origin="")
+            old, new = (getattr(getattr(options, section), option) for options in (before, config))
+            changes += [f"{name}: {old} -> {new}"] if old != new else []
+        steps_before = about["steps"]
+    except (KeyError, TypeError, UserError):  # an older checkpoint
+        return []
+    changes += [f"steps: {steps_before} -> {steps}"] if steps_before != steps else []
+    done = step - skipped
+    last, planned = (
+        learning_rate(update, steps_before, before.optimizer.lr, before.lr_scheduler) for update in (done, done + 1)
+    )
+    now = learning_rate(done + 1, steps, config.optimizer.lr, config.lr_scheduler)
+    if done < 1 or step >= steps or math.isclose(planned, now, rel_tol=0.01, abs_tol=1e-6 * config.optimizer.lr):
+        return []
+    return [f"warning: the learning rate jumps from {last:.2e} to {now:.2e} at step {step + 1} ({'; '.join(changes)})"]

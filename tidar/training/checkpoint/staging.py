@@ -1,4 +1,4 @@
-"""Copies of a run's state in the host's memory, which are written while training changes the state."""
+"""Copies a run's state to host memory, from which it is written while training continues."""
 
 import mmap
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from tidar.config import UserError
 
-# each tensor's place in the pinned buffer begins at a multiple of this
+# alignment of each tensor in the pinned buffer, bytes
 ALIGNMENT = 64
 
 
 class Staging:
-    """Takes copies of tensors on this rank: how, checkpoint.async_mode says.
+    """Copies tensors of this rank as checkpoint.async_mode says.
 
-    "disabled" takes none: the tensors themselves are written, before training goes on. "async" copies at once.
-    "async_with_pinned_mem" keeps a page-locked buffer and copies on a stream of its own, beside the next forward and
-    backward passes; `before_update` then holds the device, not the host, until all is copied.
+    "disabled" makes no copy: the tensors themselves are written before training continues. "async" copies at once.
+    "async_with_pinned_mem" keeps a page-locked buffer and copies on its own stream during the next forward and
+    backward passes; `before_update` makes the device, not the host, wait for the copy.
     """
 
     def __init__(self, mode: str, device: torch.device):
@@ -29,7 +29,7 @@ class Staging:
             self.stream = torch.cuda.Stream()
 
     def reserve(self, tensors: dict[str, Tensor]) -> None:
-        """Makes the buffer for such tensors. Raises UserError where the host has no memory for it."""
+        """Allocates the buffer for these tensors. Raises UserError where the host has too little memory."""
         if self.overlaps:
             try:
                 self.buffers, self.whole = _pinned_like(tensors)
@@ -41,8 +41,8 @@ class Staging:
                 ) from None
 
     def take(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """The tensors as they are now, by name, and the event after which they may be read, by any thread; None for at
-        once. What the call before has returned is overwritten.
+        """Returns the current values by name, and the event after which any thread may read them (None: at once).
+        Overwrites the tensors that the call before has returned.
         """
         if self.mode == "disabled":
             return tensors, None
@@ -56,7 +56,7 @@ class Staging:
         return self.buffers, self.copied
 
     def before_update(self) -> None:
-        """On the thread that took them, before any of the tensors changes on the device."""
+        """Called on the thread that called `take`, before any of the tensors changes on the device."""
         if self.copied:
             self.waits = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.waits[0].record()
@@ -65,7 +65,7 @@ class Staging:
             self.copied = None
 
     def device_wait(self) -> float:
-        """Seconds for which `before_update` held the device since this was last asked. Waits for the device."""
+        """Seconds that the device has waited in `before_update` since the last call. Synchronizes the device."""
         waits, self.waits = self.waits, None
         if not waits:
             return 0.0
@@ -73,16 +73,16 @@ class Staging:
         return waits[0].elapsed_time(waits[1]) / 1000
 
     def close(self) -> None:
-        """Gives the buffer back."""
+        """Frees the buffer."""
         if self.buffers:
-            # whatever it answers: an error of the device's is told where it occurred
+            # its result is ignored: an error of the device is reported where it occurred
             torch.cuda.cudart().cudaHostUnregister(self.whole.data_ptr())
             self.buffers = {}
 
 
 def _pinned_like(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Page-locked tensors of these shapes and types, and the buffer that holds them all: torch's own allocator would
-    round each up to a power of two.
+    """Page-locked tensors of these shapes and dtypes, and the one buffer that holds them: torch's allocator of pinned
+    memory would round each up to a power of two.
     """
     offsets, end = {}, 0
     for name, tensor in tensors.items():

@@ -1,7 +1,6 @@
-"""The files of a checkpoint, written by all ranks together: tensors in DCP's format, the manifest, the name."""
+"""Writes the files of a checkpoint on all ranks: tensors in DCP's format, the manifest, the final name."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +13,21 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tidar.models.huggingface import ASSETS
 from tidar.training.checkpoint.manifest import describe, file_names, flush_folder, write_manifest
+from tidar.training.checkpoint.retention import remove_tree
 
 T = TypeVar("T")
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; all ranks raise it. Its text is the cause."""
+    """A checkpoint could not be written. All ranks raise it; its text is the cause."""
 
 
 class CheckpointWriter:
     """Writes step folders: `write` beside the final name, then `commit` under it. All ranks call both."""
 
     def __init__(self, folder: Path, rank: int, group: dist.ProcessGroup, threads: int):
-        """folder: of the checkpoints. group: of all ranks, on the CPU, used by one thread at a time. threads: that
-        write and read at one time on this rank.
+        """folder: that holds the checkpoints. group: of all ranks, on the CPU, used by one thread at a time. threads:
+        number of threads that read and write on this rank.
         """
         self.folder = folder
         self.rank = rank
@@ -37,12 +37,12 @@ class CheckpointWriter:
     def write(
         self, step: int, live: dict[str, Tensor], staged: dict[str, Tensor], write_assets: Callable[[Path], None]
     ) -> dict[str, list]:
-        """Writes step-<step>.partial and flushes it. What `describe` says of its files, of all ranks.
+        """Writes step-<step>.partial and flushes it. Returns `describe` of the files of all ranks.
 
-        live: the tensors by name, as they are sharded; staged: this rank's values of them. Raises SaveError.
+        live: the tensors by name, sharded; staged: the values of this rank's shards. Raises SaveError.
         """
         partial = self._partial(step)
-        self.together(lambda: self.rank == 0 and self._make_room(partial))
+        self._on_all_ranks(lambda: self.rank == 0 and self._make_room(partial))
         writer = _Writer(partial, self.threads, on_host=not any(tensor.is_cuda for tensor in staged.values()))
         try:
             dcp.save(live, storage_writer=writer, planner=_StagedPlanner(staged), process_group=self.group)
@@ -55,7 +55,7 @@ class CheckpointWriter:
         def finish() -> dict[str, list]:
             if self.rank == 0:
                 write_assets(partial / ASSETS)
-            # each rank vouches for the files that DCP has let it write, rank 0 for the others too
+            # each rank describes the files that DCP has let it write, rank 0 the other files too
             names = [
                 name
                 for name in file_names(partial)
@@ -63,47 +63,47 @@ class CheckpointWriter:
             ]
             return describe(partial, names, self.threads)
 
-        return {name: found for part in self.together(finish) for name, found in part.items()}
+        return {name: found for part in self._on_all_ranks(finish) for name, found in part.items()}
 
     def commit(self, step: int, files: dict[str, list], about: dict[str, Any]) -> None:
         """Writes the manifest, then gives the folder its name. Raises SaveError."""
         partial, final = self._partial(step), self.folder / f"step-{step}"
 
-        def name_it() -> None:
+        def rename() -> None:
             if self.rank == 0:
                 write_manifest(partial, files, {"step": step} | about)
-                # one of that step is there where it was not whole, or was gone on from no more
+                # a folder of that step exists where it was damaged, or where the run has resumed from an earlier one
                 replaced = final.with_name(f"{final.name}.replaced")
                 if final.exists():
-                    shutil.rmtree(replaced, ignore_errors=True)
+                    remove_tree(replaced)
                     os.replace(final, replaced)
                 os.replace(partial, final)
                 flush_folder(self.folder)
-                shutil.rmtree(replaced, ignore_errors=True)
+                remove_tree(replaced)
 
-        self.together(name_it)
+        self._on_all_ranks(rename)
 
     def clean_up(self) -> None:
-        """Removes what a killed run has left half written or half removed, and gives back a name that one had taken
-        away to replace what bore it. For rank 0.
+        """Removes what a killed run has left half written or half removed. A checkpoint that was about to be replaced
+        gets its name back. For rank 0.
         """
         for path in self.folder.glob("step-*.replaced"):
             if not path.with_suffix("").exists():
                 os.replace(path, path.with_suffix(""))
         for pattern in ("step-*.partial", "step-*.removed", "step-*.replaced"):
             for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
 
-    def give_up(self, step: int) -> None:
-        """Frees the space of what could not be written."""
+    def discard(self, step: int) -> None:
+        """Removes a checkpoint that could not be written."""
         if self.rank == 0:
-            shutil.rmtree(self._partial(step), ignore_errors=True)
+            remove_tree(self._partial(step))
 
-    def together(self, action: Callable[[], T]) -> list[T]:
-        """What the action returns, of each rank. Raises SaveError on all of them where it cannot be done on one."""
+    def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
+        """Runs an action on each rank and returns all results. Raises SaveError on all ranks where one fails."""
         try:
             mine = (action(), None)
-        except Exception as error:  # of whatever kind: the other ranks wait
+        except Exception as error:  # any: the other ranks wait for this one's result
             mine = (None, error_text(error))
         parts: list = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(parts, mine, group=self.group)
@@ -113,7 +113,7 @@ class CheckpointWriter:
         return [value for value, _ in parts]
 
     def _make_room(self, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         partial.mkdir(parents=True)
         for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
             flush_folder(folder)
@@ -122,16 +122,8 @@ class CheckpointWriter:
         return self.folder / f"step-{step}.partial"
 
 
-def remove_folder(path: Path) -> None:
-    """Takes the name away first, so that what bears it is never half removed. Raises OSError where that fails."""
-    doomed = path.with_name(f"{path.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans by the tensors as they are sharded, and writes the values that were staged."""
+    """Plans with the sharded tensors, and writes the staged values."""
 
     def __init__(self, staged: dict[str, Tensor]):
         super().__init__()
@@ -142,7 +134,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Stream:
-    """A file that keeps the errors of its writes: torch.save raises others in their place."""
+    """A file that records the errors of its writes: torch.save replaces them by others."""
 
     def __init__(self, file: Any, errors: list[Exception]):
         self.file, self.errors = file, errors
@@ -159,7 +151,7 @@ class _Stream:
 
 
 class _FileSystem(FileSystem):
-    """Keeps the errors of streams: DCP's own writing threads drop theirs, and the checkpoint seems to be whole."""
+    """Records the errors of streams: DCP's writing threads drop them, and the checkpoint would seem to be whole."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +168,7 @@ class _FileSystem(FileSystem):
 
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path, threads: int, on_host: bool):
-        """on_host: nothing is on a GPU, where the writing thread would have streams to choose."""
+        """on_host: no tensor is on a GPU, so DCP needs no CUDA stream to copy from."""
         super().__init__(path, thread_count=threads, **({"per_thread_copy_ahead": 0} if on_host else {}))
         self.fs = _FileSystem()
 
@@ -195,7 +187,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def error_text(error: BaseException) -> str:
-    """The cause of an error in one line: what the operating system says, where it had a part in it."""
+    """The cause of an error in one line: the operating system's error where there is one in its chain."""
     cause: BaseException | None = error
     while cause and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

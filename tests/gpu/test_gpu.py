@@ -290,7 +290,7 @@ def test_the_fast_way_follows_plain_float32(tmp_path):
     plain = losses_of(
         tmp_path / "plain",
         f"{common} --training.mixed_precision_param float32 --model.attention_backend sdpa --compile.enable false",
-        FirstGradients,
+        FirstGradients(),
     )
     errors = [abs(a / b - 1) for a, b in zip(fast, plain)]
     gradient_error = relative(gradients, losses_of.trainer.hooks.gradients)

@@ -1,7 +1,7 @@
-"""Where benchmarks and tests look into a run, and step in."""
+"""Callbacks by which benchmarks and tests observe and change a run."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
@@ -9,32 +9,27 @@ from tidar.data import Batch
 from tidar.losses.objective import TokenScores
 from tidar.patterns import ModelBatch
 
-if TYPE_CHECKING:
-    from tidar.training.trainer import Trainer
-
 
 class Hooks:
-    """Called by a Trainer at these moments, on each rank. Here they do nothing: a subclass says what to do.
+    """Called by a Trainer on each rank; these do nothing, a subclass overrides what it needs.
 
-    `trainer.step` is the number of steps done.
+    trainer: the `tidar.training.trainer.Trainer`. `trainer.step` is the number of completed steps.
     """
 
-    def batches(self, trainer: "Trainer", batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The micro-batches to train on, in place of these."""
+    def batches(self, trainer: Any, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Returns the micro-batches to train on. batches: those of the data."""
         return batches
 
-    def on_micro_batch(
-        self, trainer: "Trainer", rows: ModelBatch, loss: Tensor, scores: dict[str, TokenScores]
-    ) -> Tensor:
+    def on_micro_batch(self, trainer: Any, rows: ModelBatch, loss: Tensor, scores: dict[str, TokenScores]) -> Tensor:
         """After the forward pass of a micro-batch, in training and, without gradients, in validation.
 
         loss: the micro-batch's share of the step's loss, a scalar. Returns the loss to differentiate.
         """
         return loss
 
-    def after_step(self, trainer: "Trainer") -> None:
-        """After the update of the parameters, before what else is due: validation, export, checkpoint."""
+    def after_step(self, trainer: Any) -> None:
+        """After the update of the parameters, before validation, export and checkpoint."""
 
-    def reports_step(self, trainer: "Trainer") -> bool:
-        """Whether to report a step that metrics.log_freq wants reported."""
+    def reports_step(self, trainer: Any) -> bool:
+        """Whether to report a step that is due by metrics.log_freq."""
         return True

@@ -126,11 +126,11 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
     step = run / "checkpoint" / "step-0"
     metadata = pickle.loads((step / ".metadata").read_bytes())
     tensors = metadata.state_dict_metadata
-    for name in [name for name in tensors if name.endswith("qkv_proj.weight")]:
+    for name in [name for name in tensors if "qkv_proj" in name]:
         tensors[name.replace("qkv_proj", "q_proj")] = tensors.pop(name)
-    stored = metadata.storage_data.items()
     metadata.storage_data = {
-        replace(index, fqn=index.fqn.replace("qkv_proj", "q_proj")): info for index, info in stored
+        replace(index, fqn=index.fqn.replace("qkv_proj", "q_proj")): info
+        for index, info in metadata.storage_data.items()
     }
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
     write_manifest(step, describe(step, file_names(step)), {"step": 0})

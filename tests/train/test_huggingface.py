@@ -313,8 +313,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_epochs_are_exported(tmp_path):
     """Every second epoch, as the run goes; rows of the uneven source make an epoch of several steps."""
+    make_model("qwen2").save_pretrained(tmp_path / "in")
     options = "--training.global_batch_size 128 --training.local_batch_size 64 --training.steps 14".split()
-    trainer = train(tmp_path, *options, "--checkpoint.export_epochs", "2")
+    trainer = train(tmp_path, *options, "--model.hf_path", str(tmp_path / "in"), "--checkpoint.export_epochs", "2")
     steps = -(-len(trainer.batches.training_rows) * 2 // 128)
     numbers = sorted(int(path.name.removeprefix("epoch_")) for path in (tmp_path / "export").iterdir())
     assert numbers == [2 * n for n in range(1, 14 // steps + 1)] and len(numbers) >= 1

@@ -12,7 +12,7 @@ def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
     epoch's end: all samples of all steps are those of the run that was not interrupted, in its order.
     """
     rng = random.Random(0)
-    make_model("qwen3").save_pretrained(tmp_path / "model")
+    make_model("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "model")
     steps, batch = 8, 36
     common = f"{uneven_data} --training.seq_len 64 --training.global_batch_size {batch}"
     common += f" --model.hf_path {tmp_path / 'model'} --metrics.log_freq 1 --validation.enable false"

@@ -39,31 +39,31 @@ def test_useful_flops_by_hand():
 
 
 def test_metrics_that_cannot_be_written_end_nothing(tmp_path, capsys):
-    writer = MetricWriter(tmp_path, first_step=1, enabled=True, log=print)
+    writer = MetricWriter(tmp_path, enabled=True, log=print)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writer.write(1, {"a": 1.0})
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, hard))
-    try:
-        writer.write(2, {"a": 2.0})
-        assert "warning: metrics cannot be written (File too large)" in capsys.readouterr().out
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    writer.write(3, {"a": 3.0})
-    writer.close()
+    with writer.opened(1, validates_again=False):
+        writer.write(1, {"a": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, hard))
+        try:
+            writer.write(2, {"a": 2.0})
+            assert "warning: metrics cannot be written (File too large)" in capsys.readouterr().out
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.write(3, {"a": 3.0})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
 def test_metrics_of_repeated_steps_are_written_once(tmp_path):
-    writer = MetricWriter(tmp_path, first_step=1, enabled=True, log=print)
-    for step in range(1, 6):
-        writer.write(step, {"train/batch_loss": step / 3})
-    writer.close()
+    writer = MetricWriter(tmp_path, enabled=True, log=print)
+    with writer.opened(1, validates_again=False):
+        for step in range(1, 6):
+            writer.write(step, {"train/batch_loss": step / 3})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('garbage\n\0\0\n3\n{"loss": 1}\n{"step": 6, "train/ba')  # killed while writing
-    writer = MetricWriter(tmp_path, first_step=4, enabled=True, log=print)
-    writer.write(4, {"train/batch_loss": 0.5, "train/grad_norm": math.nan})
-    writer.close()
+    writer = MetricWriter(tmp_path, enabled=True, log=print)
+    with writer.opened(4, validates_again=False):
+        writer.write(4, {"train/batch_loss": 0.5, "train/grad_norm": math.nan})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "train/batch_loss": step / 3} for step in (1, 2, 3)] + [
         {"step": 4, "train/batch_loss": 0.5, "train/grad_norm": None}

@@ -84,7 +84,7 @@ def test_profile_tells_every_kind_and_its_floor(run):
     output = run(profile, *SMALL, "--steps", "2")
     table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
     times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}
-    assert min(*times["products"], *times["attention forward"], *times["norm and elementwise"]) > 0
+    assert min(*times["matmuls"], *times["attention forward"], *times["norm and elementwise"]) > 0
     *parts, whole = times.values()
     assert sum(floor for _, floor in parts) - whole[1] < 0.1
     assert "aten::mm" in output
@@ -103,7 +103,7 @@ def test_training_writes_traces(tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_products_are_those_of_the_decoder(run):
+def test_matmuls_are_those_of_the_decoder(run):
     _, _, *lines = run(matmul, *SMALL, "--only", "down", "d_gate_up").splitlines()
     assert [line.split()[:6] for line in lines] == [
         ["down", "128", "x", "512", "x", "192"],

@@ -1,7 +1,7 @@
 """Where a step's time goes: python -m tidar.benchmarks.profile [--case NAME] [--section.option value ...]
 
 Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the time of each kind of kernel in a step
-beside its floor: useful FLOPs at the rate of a large matrix product, bytes that must move at the rate of a large copy,
+beside its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
 both measured first. Further options go to the trainer.
 """
 
@@ -33,7 +33,7 @@ KINDS = {
     "attention forward": r"(?i)flex_attention|flash|fmha|attention",
     "loss": r"cross_entropy|log_softmax",
     "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply",
-    "products": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
+    "matmuls": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
     "memory movement": r"Memcpy|Memset|^(?!triton).*(copy|chunk_cat|CatArray|[Ff]ill|split_with_sizes)",
     "norm and elementwise": "",
 }
@@ -100,14 +100,14 @@ def kind_of(name: str) -> str:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large product, and bytes/s, read and written, of a large copy, both sustained."""
+    """FLOP/s of a large GEMM, and bytes/s, read and written, of a large copy, both sustained."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     y = torch.empty_like(x)
-    product = sustained_seconds(lambda: a @ b, device)
+    gemm = sustained_seconds(lambda: a @ b, device)
     copy = sustained_seconds(lambda: y.copy_(x), device)
-    return 2 * n**3 / product, 8 * x.numel() / copy
+    return 2 * n**3 / gemm, 8 * x.numel() / copy
 
 
 def floors_ms(
@@ -128,15 +128,15 @@ def floors_ms(
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
     weights = decoder.n_layers * (decoder.dim * heads + 3 * decoder.dim * decoder.hidden_dim)
-    products = 6 * weights * positions + 6 * decoder.vocab_size * decoder.dim * scored
-    # a layer reads its input and each result of a product once, and writes the next product's operand; as much back,
+    matmuls = 6 * weights * positions + 6 * decoder.vocab_size * decoder.dim * scored
+    # a layer reads its input and each result of a matmul once, and writes the next matmul's operand; as much back,
     # with what the forward pass has kept read again
     width = 6 * decoder.dim + 2 * heads + 3 * decoder.hidden_dim
     elementwise = decoder.n_layers * positions * 2 * width * 2.5
     return {
-        "products": products / rate * 1e3,
-        "attention forward": (flops - products) / 3 / rate * 1e3,
-        "attention backward": (flops - products) * 2 / 3 / rate * 1e3,
+        "matmuls": matmuls / rate * 1e3,
+        "attention forward": (flops - matmuls) / 3 / rate * 1e3,
+        "attention backward": (flops - matmuls) * 2 / 3 / rate * 1e3,
         "loss": with_logits * 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
         "norm and elementwise": elementwise / bandwidth * 1e3,
         # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4; or 14, 14 and 2

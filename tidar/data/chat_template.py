@@ -72,7 +72,7 @@ def encode_chats(tokenizer: Any, conversations: list[Conversation]) -> list[tupl
 def _join(
     pieces: list[list[int]], end_of_turn: int, is_target: list[bool]
 ) -> tuple[list[int], list[bool]] | BadDocument:
-    """pieces: tokens of the template's and of the assistant's text by turns. is_target: for each of the assistant's."""
+    """pieces: tokens of the template's and the assistant's text, alternately. is_target: of each assistant text."""
     if any(piece[-1:] != [end_of_turn] for piece in pieces[1::2]):
         return BadDocument("the tokenizer does not keep the chat template's end-of-turn token in one")
     flags = [False] * len(pieces)

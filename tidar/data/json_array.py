@@ -41,7 +41,7 @@ def split_array(stream: BinaryIO, position: int = 0) -> Iterator[tuple[int, byte
             if character == b'"':
                 end = _end_of_string(text, scanned)
                 if not end:
-                    scanned = token.start()  # the string goes on behind what has been read
+                    scanned = token.start()  # the string continues behind what has been read
                     break
                 scanned = end
             elif character in b"[{":

@@ -76,13 +76,12 @@ def _stamp(file: str) -> list[int]:
         stat = os.stat(file)
         return [stat.st_size, stat.st_mtime_ns]
     except OSError:
-        return []  # who reads it says so
+        return []  # reading it raises the error
 
 
 def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
-    """Whether `folder` is whole and made by this plan.
-
-    Raises UserError where it is whole and made by another, or without documents that data.on_error does not forgive.
+    """Whether `folder` is whole and made by this plan. Raises UserError if another plan made it, or it dropped
+    documents and data.on_error = fail.
     """
     try:
         with open_regular(folder / "meta.json") as file:
@@ -220,7 +219,7 @@ def _start_worker(
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would go on beside those of the next call."""
+    """Otherwise a worker whose parent was killed would continue beside those of the next call."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

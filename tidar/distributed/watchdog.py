@@ -45,7 +45,7 @@ class Watchdog:
         self.looks = 0
         self.stopped = threading.Event()
         if world.size > 1:
-            # a connection of its own: the other is held by whoever waits at it
+            # a connection of its own: a rank that waits holds the other one
             default_store = dist.distributed_c10d._get_default_store()
             self.store = dist.PrefixStore("watchdog", default_store.clone())  # type: ignore[attr-defined]
             self.store.set_timeout(timedelta(seconds=STORE_TIMEOUT))

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,10 +20,12 @@ Names follow torchtitan where it has them. This page is generated: `python3 scri
 def page() -> str:
     lines = [HEAD]
     for section in dataclasses.fields(Config):
-        lines += [f"## [{section.name}]", "", section.type.__doc__, ""]
+        kind: Any = section.type
+        lines += [f"## [{section.name}]", "", kind.__doc__, ""]
         lines += ["| option | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-        for field in dataclasses.fields(section.type):
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind):
+            make: Any = field.default_factory
+            default = make() if field.default is dataclasses.MISSING else field.default
             shown = "" if default == "" else f"`{_show(default)}`"
             cells = f"`{field.name}`", shown, _allowed(field), field.metadata["help"]
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")

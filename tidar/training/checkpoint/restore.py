@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ def load(
     files cannot be read.
     """
     reader = CheckpointReader(path)
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     random_state = {name: tensor for name, tensor in random_state.items() if name in saved}
     state = {name: tensor for name, tensor in state.items() if name in saved or not name.startswith("progress.")}
     _check_names(path, [name for name in saved if name.startswith(("model.", "optimizer."))], state)

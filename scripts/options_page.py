@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,13 +18,11 @@ Names follow torchtitan where it has them. This page is generated: `python3 scri
 
 def page() -> str:
     lines = [HEAD]
-    for section in dataclasses.fields(Config):
-        kind: Any = section.type
-        lines += [f"## [{section.name}]", "", kind.__doc__, ""]
+    for name, section in vars(Config()).items():
+        lines += [f"## [{name}]", "", section.__doc__, ""]
         lines += ["| option | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-        for field in dataclasses.fields(kind):
-            make: Any = field.default_factory
-            default = make() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(section):
+            default = getattr(section, field.name)
             shown = "" if default == "" else f"`{_show(default)}`"
             cells = f"`{field.name}`", shown, _allowed(field), field.metadata["help"]
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")

@@ -42,7 +42,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
         model = Decoder(decoder_config(read_config_json(checkpoint / ASSETS), str(checkpoint / ASSETS / "config.json")))
     weights = StepFolder(checkpoint)
     check_weights(weights, model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parts = published_ranges(shapes, model.config)
     try:
         write_huggingface_folder(
@@ -86,7 +86,7 @@ def _contents(step: Path, about: dict[str, Any]) -> list[str]:
     known += [f"{about[name]:,} {name}" for name in ("samples", "tokens") if name in about]
     known += [f"val/loss {about['val_loss']:.4f}"] if about.get("val_loss") is not None else []
     try:
-        tensors = read_metadata(step).state_dict_metadata
+        tensors: dict[str, Any] = read_metadata(step).state_dict_metadata
     except UserError:
         return known
     counts: dict[tuple[str, str], int] = {}

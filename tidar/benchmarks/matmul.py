@@ -45,13 +45,17 @@ def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(shape, device=device)).to(dtype)
 
-    def of(name: str, a: torch.Tensor, b: torch.Tensor, *c: torch.Tensor, concatenated: tuple = ()) -> Matmul:
+    def of(
+        name: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, concatenated: tuple = ()
+    ) -> Matmul:
+        m, k = a.shape
         return Matmul(
             name,
-            *a.shape,
+            m,
+            k,
             b.shape[1],
-            lambda: torch.addmm(*c, a, b) if c else a @ b,
-            lambda tile: quack_matmul(a, b, tile, *c, concatenated=concatenated),
+            lambda: a @ b if c is None else torch.addmm(c, a, b),
+            lambda tile: quack_matmul(a, b, tile, c, concatenated=concatenated),
         )
 
     x, d_out, gate_up, down = (
@@ -66,7 +70,8 @@ def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
     d_preactivation = 1e-4 * preactivation
     yield Matmul(
         "gate_up",
-        *x.shape,
+        positions,
+        dim,
         2 * hidden,
         lambda: (x @ gate.T, x @ up.T),
         lambda tile: quack_gated_matmul(x, gate_up, tile),
@@ -74,7 +79,8 @@ def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
     yield of("down", activation, down.T, x)
     yield Matmul(
         "d_preactivation",
-        *d_out.shape,
+        positions,
+        dim,
         hidden,
         lambda: d_out @ down,
         lambda tile: quack_gated_matmul_backward(d_out, down, preactivation, tile),

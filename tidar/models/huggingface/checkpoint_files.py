@@ -163,8 +163,9 @@ class CheckpointTensors:
     def __init__(self, folder: Path):
         """Raises UserError where the folder cannot be read."""
         self.path = folder
-        self.metadata = read_metadata(folder)
-        self.shapes = {name: tuple(value.size) for name, value in self.metadata.state_dict_metadata.items()}
+        self.metadata: Any = read_metadata(folder)
+        saved: dict[str, Any] = self.metadata.state_dict_metadata
+        self.shapes = {name: tuple(value.size) for name, value in saved.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor. Raises UserError for a file that is missing or damaged."""
@@ -181,8 +182,9 @@ class CheckpointTensors:
             info = self.metadata.storage_data[MetadataIndex(name, chunk.offsets, number)]
             row_bytes = rows[0].nbytes
             path = self.path / info.relative_path
-            into = memoryview(rows[begin - start : end - start].flatten().view(torch.uint8).numpy())
+            into: Any = rows[begin - start : end - start].flatten().view(torch.uint8).numpy()
             try:
+                file: Any
                 with open_regular(path) as file:
                     values = _tensor_start(file, info.offset, info.length, length * row_bytes)
                     file.seek(values + (begin - first) * row_bytes)

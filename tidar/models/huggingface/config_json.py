@@ -204,7 +204,7 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
         usual = _magnitude(factor, 1.0)
     name = "original_max_position_embeddings"
     length = options.get(name) or parameters.get(name) or options.get("max_position_embeddings") or 32768
-    scaling = RopeScaling(
+    yarn = RopeScaling(
         "yarn",
         factor,
         original_max_position_embeddings=_Reader({name: length}, origin).integer(name),
@@ -213,7 +213,7 @@ def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, R
         beta_slow=read.number("beta_slow", 1.0),
         truncate=read.boolean("truncate", True),
     )
-    return theta, scaling
+    return theta, yarn
 
 
 def _rope_parameters(options: dict[str, Any]) -> tuple[str, dict[str, Any], str, dict[str, Any]]:

@@ -25,7 +25,7 @@ def write_huggingface_folder(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     read: Callable[[str], Iterable[Tensor]],
-    write_assets: Callable[[Path], None],
+    write_assets: Callable[[Path], object],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes an exported model to `folder`, which must be empty or not exist. Files get their final names once whole.

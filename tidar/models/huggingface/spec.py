@@ -127,8 +127,8 @@ def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenize
     decoder = decoder_config({**files.options, "vocab_size": vocab_size}, files.origin)
     if files.start_folder:
         _check_same_model(decoder, files.start_options, files.start_folder)
-    recorded = [_recorded_mask_token(place, "") for place in (files.start_options, files.options)]
-    recorded = [number for number in recorded if number is not None]
+    found = (_recorded_mask_token(place, "") for place in (files.start_options, files.options))
+    recorded = [number for number in found if number is not None]
     if mask_token_id == -1:
         mask_token_id = recorded[0] if recorded else used_rows
         if mask_token_id >= vocab_size:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +57,7 @@ class SafetensorsFolder:
         # as in transformers, a single file takes precedence over an index
         weight_map = _read_index(index) if index.is_file() and not (folder / "model.safetensors").is_file() else None
         files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
-        self.slices = {}
+        self.slices: dict[str, Any] = {}
         held: dict[str, str] = {}
         for file in files:
             if not (folder / file).is_file():
@@ -186,7 +187,9 @@ def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = Non
         expected = published_shapes(expected, model.config)
     found = weights.shapes
     embedding = published_name("embed_tokens.weight")
-    rows = vocab_size if found.get(embedding) == (vocab_size, model.config.dim) else model.config.vocab_size
+    rows = model.config.vocab_size
+    if vocab_size is not None and found.get(embedding) == (vocab_size, model.config.dim):
+        rows = vocab_size
     expected[embedding] = (rows, model.config.dim)
     if "lm_head.weight" in expected or (model.config.tie_embeddings and "lm_head.weight" in found):
         # tied, it may be saved a second time
@@ -303,7 +306,7 @@ def _sum_over_shards(value: Tensor, parameter: nn.Parameter) -> Tensor:
     return DTensor.from_local(value, parameter.device_mesh, placements, run_check=False).full_tensor()
 
 
-def _check_tied(embedding: nn.Parameter, weights: SafetensorsFolder | StateDictFile, vocab_size: int) -> None:
+def _check_tied(embedding: Any, weights: Any, vocab_size: int) -> None:
     """The output weight that a file holds beside the embedding must be the same. Ranks agree on the answer."""
     names = published_name("embed_tokens.weight"), "lm_head.weight"
     different = torch.zeros((), device=embedding.device)

@@ -45,7 +45,7 @@ class Checkpointer:
         group: dist.ProcessGroup,
         save_group: dist.ProcessGroup,
         write_assets: Callable[[Path], None],
-        log: Callable[[str], None],
+        log: Callable[..., None],
     ):
         """group, save_group: of all ranks, on the CPU. Their timeout bounds the wait for the slowest reader or writer.
         save_group belongs to the thread that saves.

@@ -58,10 +58,11 @@ class Staging:
     def before_update(self) -> None:
         """Called on the thread that called `take`, before any of the tensors changes on the device."""
         if self.copied:
-            self.waits = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.waits[0].record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             torch.cuda.current_stream().wait_event(self.copied)
-            self.waits[1].record()
+            end.record()
+            self.waits = (start, end)
             self.copied = None
 
     def device_wait(self) -> float:

@@ -42,7 +42,7 @@ class CheckpointWriter:
         live: the tensors by name, sharded; staged: the values of this rank's shards. Raises SaveError.
         """
         partial = self._partial(step)
-        self._on_all_ranks(lambda: self.rank == 0 and self._make_room(partial))
+        self._on_all_ranks(lambda: self._make_room(partial) if self.rank == 0 else None)
         writer = _Writer(partial, self.threads, on_host=not any(tensor.is_cuda for tensor in staged.values()))
         try:
             dcp.save(live, storage_writer=writer, planner=_StagedPlanner(staged), process_group=self.group)
@@ -102,7 +102,7 @@ class CheckpointWriter:
     def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
         """Runs an action on each rank and returns all results. Raises SaveError on all ranks where one fails."""
         try:
-            mine = (action(), None)
+            mine: tuple[Any, str | None] = (action(), None)
         except Exception as error:  # any: the other ranks wait for this one's result
             mine = (None, error_text(error))
         parts: list = [None] * dist.get_world_size(self.group)
@@ -169,8 +169,9 @@ class _FileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path, threads: int, on_host: bool):
         """on_host: no tensor is on a GPU, so DCP needs no CUDA stream to copy from."""
-        super().__init__(path, thread_count=threads, **({"per_thread_copy_ahead": 0} if on_host else {}))
-        self.fs = _FileSystem()
+        options: dict[str, Any] = {"per_thread_copy_ahead": 0} if on_host else {}
+        super().__init__(path, thread_count=threads, **options)
+        self.fs: Any = _FileSystem()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         return self._checked(super().write_data, plan, planner)

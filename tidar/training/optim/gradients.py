@@ -1,6 +1,7 @@
 """Local gradients and their global norm."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ def local_gradient(parameter: nn.Parameter, copies: Mapping[nn.Parameter, nn.Par
     copies: parameters in the compute dtype, by master parameter. The gradient of one micro-batch is the copy's, in its
     dtype; one accumulated over several is the master parameter's, in float32.
     """
-    gradient = parameter.grad
+    gradient: Any = parameter.grad
     if gradient is None and parameter in copies:
         gradient = copies[parameter].grad
     return local_part(gradient)

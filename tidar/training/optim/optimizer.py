@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ def make_optimizer(
     Its `step` divides gradients by the attribute `grad_scale`, and changes nothing where the attribute `found_inf` is
     1; both are scalar float32 tensors. seed, copies, in_one_kernel: see `MixedAdamW`.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         decays = options.decay_params == "all" or parameter.ndim >= 2
         (decayed if decays else plain).append(parameter)
@@ -37,7 +38,7 @@ def make_optimizer(
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    common = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
+    common: dict[str, Any] = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
     if options.state_dtype == "float32" and not copies and not in_one_kernel:
         return torch.optim.AdamW(groups, **common, fused=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -69,12 +70,15 @@ class MixedAdamW(torch.optim.Optimizer):
         self.copies = copies
         self.state_dtype = state_dtype
         # created once: a copy from pageable host memory would synchronize with the device in every step
-        self.keys = [_keys(group["params"], names, seed) for group in self.param_groups]
+        self.keys: list[Any] = [_keys(group["params"], names, seed) for group in self.param_groups]
         self.first_elements = {parameter: _first_element(parameter) for parameter in names}
         self.in_one_kernel = in_one_kernel
+        # set before each step: a factor of the gradients, and 1 where the step is to change nothing; float32 scalars
+        self.grad_scale: Tensor
+        self.found_inf: Tensor
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group, keys in zip(self.param_groups, self.keys):
             if group["params"]:
                 self._update(group, keys)
@@ -168,7 +172,8 @@ def _update_in_pieces(tensors: OfParameter, *others) -> None:
     *values, first = tensors
     pieces = ([None] if value is None else value.view(-1).split(EAGER_ELEMENTS) for value in values)
     for number, piece in enumerate(zip_longest(*pieces)):
-        _update(OfParameter(*piece, first + number * EAGER_ELEMENTS), *others)
+        tensors = OfParameter(*piece, first + number * EAGER_ELEMENTS)  # type: ignore[call-arg]
+        _update(tensors, *others)
 
 
 def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float) -> None:
@@ -230,7 +235,7 @@ def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]
 def state_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, to save or to load into; created where there is none yet."""
     dtype = optimizer.state_dtype if isinstance(optimizer, MixedAdamW) else torch.float32
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:

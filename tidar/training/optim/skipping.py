@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -150,7 +151,8 @@ class SkippedSteps:
         for evidence in outcome.evidence:
             its_rows = list(islice(rows, len(evidence.bad_losses)))
             bad_weights = not all(gradient.isfinite() for gradient in evidence.weight_gradients)
-            for found, flags in zip(mine, (evidence.bad_losses, evidence.bad_gradients, [bad_weights] * len(its_rows))):
+            causes: list[Any] = [evidence.bad_losses, evidence.bad_gradients, [bad_weights] * len(its_rows)]
+            for found, flags in zip(mine, causes):
                 found += [row for row, is_bad in zip(its_rows, flags) if is_bad]
         all_ranks: list = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(all_ranks, mine, group=self.group)

@@ -1,6 +1,7 @@
 """An optimizer step: clipping, learning rate, loss scale, and skipped steps."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ class Updates:
         self.log = log
         self.parameters = list(model.parameters())
         self.copies = copies
-        self.optimizer = make_optimizer(model, config.optimizer, config.training.seed, copies, kernels.adamw)
+        self.optimizer: Any = make_optimizer(model, config.optimizer, config.training.seed, copies, kernels.adamw)
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16
         self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)

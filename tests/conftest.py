@@ -1,4 +1,5 @@
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when imported; the suite has a core for each worker
 
@@ -21,6 +22,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed():
+    random.seed(0)
     torch.manual_seed(0)
 
 

@@ -86,7 +86,7 @@ def test_mutated_manifests(step):
     assert accepted < 250
 
 
-@pytest.mark.parametrize("root", [None, True, 3, "x", [], [[]], {}, {"files": [], "about": {}}, odd_value()])
+@pytest.mark.parametrize("root", [None, True, 3, "x", [], [[]], {}, {"files": [], "about": {}}])
 def test_other_roots(step, root):
     (step / NAME).write_text(json.dumps(root))
     assert NAME in find_problem(step)

@@ -1,4 +1,4 @@
-"""What the benchmarks train: cases by name, and hooks that measure the time of each step."""
+"""Training cases of the benchmarks by name, and hooks that measure the time of each step."""
 
 import gc
 import statistics

@@ -1,4 +1,4 @@
-"""What saving costs training, and how long a start takes: python -m tidar.benchmarks.checkpoints [options]
+"""Measures the cost of saving during training, and start-up time: python -m tidar.benchmarks.checkpoints [options]
 
 Trains with each checkpoint.async_mode, saving twice on the way, and then resumes from the last checkpoint. Further
 arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most.

@@ -1,4 +1,4 @@
-"""What data costs: python -m tidar.benchmarks.data [--documents N] [--ckpt_files N] [--folder DIR]
+"""Measures the data pipeline: python -m tidar.benchmarks.data [--documents N] [--ckpt_files N] [--folder DIR]
 
 Starts training's data side on a prepared folder of N documents, made without tokenising, up to the first batch of an
 epoch in random order; and prepares N files of the replaced script's kind, each with a sparse hidden state of 6 MB.

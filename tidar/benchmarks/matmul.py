@@ -1,4 +1,4 @@
-"""How fast matmuls are, by their tiles: python -m tidar.benchmarks.matmul [--case NAME] [--only MATMUL ...] [...]
+"""Measures matmuls by tile shape: python -m tidar.benchmarks.matmul [--case NAME] [--only MATMUL ...] [...]
 
 The matmuls of a layer's MLP and of a chunk of the loss by logits, of the shapes of a case of
 tidar.benchmarks.train_step: by torch, without activation, and by each tile of QuACK's kernels where they run. Times are

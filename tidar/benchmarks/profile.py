@@ -1,4 +1,4 @@
-"""Where a step's time goes: python -m tidar.benchmarks.profile [--case NAME] [--section.option value ...]
+"""Breaks down the time of a step: python -m tidar.benchmarks.profile [--case NAME] [--section.option value ...]
 
 Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the time of each kind of kernel in a step
 beside its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
@@ -123,7 +123,7 @@ def floors_ms(
     """The least time of each kind in a step of one micro-batch, float32 states, a plain MLP, nothing recomputed.
 
     one_device: without FSDP2, whose weights are rounded to bfloat16, and gradients widened to float32, by themselves.
-    with_logits: the loss passes over them.
+    with_logits: include the loss's reads and writes of the logits.
     """
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim

@@ -1,4 +1,4 @@
-"""How fast the trainer trains: python -m tidar.benchmarks.train_step [--case NAME ...] [--section.option value ...]
+"""Measures training throughput: python -m tidar.benchmarks.train_step [--case NAME ...] [--section.option value ...]
 
 Runs tidar.train's Trainer on packed rows of the embedded corpus, with metrics, and prints one JSON line for each case
 and then a table. Further options go to the trainer. MFU is of useful FLOPs (tidar/models/flops.py).
@@ -83,7 +83,7 @@ class Alternating(StepTimes):
         return self.turn_of(trainer.step) % 2 == 1
 
     def overhead(self) -> float:
-        """How much longer a turn takes than the bare one after it, as a share of that: the median."""
+        """Median over turns of the extra time, relative to the bare turn that follows."""
         seconds: defaultdict[int, float] = defaultdict(float)
         for number, step in enumerate(self.measured(), start=WARM_UP + 1):
             seconds[self.turn_of(number)] += step.seconds
@@ -119,7 +119,7 @@ def measure_overhead(options: list[str]) -> float:
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
-    """What the replaced script's way reaches on the same rows: at one time all, half of them …, until there is room."""
+    """Measures the replaced script's method on the same rows: all at once, or half, a quarter …, until they fit."""
     with running(options) as trainer:
         batches = first_batches(trainer, steps)
         size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.plan.pattern

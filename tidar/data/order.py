@@ -17,8 +17,8 @@ class TrainingOrder:
     """The endless order of samples: every epoch holds each row once, shuffled by (seed, epoch).
 
     Yields epoch and row of each sample of this rank's micro-batches, from sample number `first_sample` of the run on.
-    An optimizer step takes the next `local_batch_size * world_size * micro_batches` samples, and which they are does
-    not depend on how these three make up their product: micro-batch m of rank r takes slice m * world_size + r. The row
+    An optimizer step takes the next `local_batch_size * world_size * micro_batches` samples. They depend only on
+    this number, not on its three factors: micro-batch m of rank r takes slice m * world_size + r. The row
     of a sample is computed from its number, so there is no list of them to hold or to save.
     """
 
@@ -37,7 +37,7 @@ class TrainingOrder:
             sample += self.local_batch_size * self.world_size
 
     def first_rows(self, micro_batches: int) -> list[int]:
-        """The rows of the first so many micro-batches, in order."""
+        """The rows of the first `micro_batches` micro-batches, in order."""
         return [row for samples in islice(self, micro_batches) for _, row in samples]
 
     def sample(self, number: int) -> Sample:
@@ -47,7 +47,7 @@ class TrainingOrder:
 
 
 def shuffled(position: int, n: int, key: str) -> int:
-    """Where a permutation of 0 to n - 1, chosen by `key`, takes `position`.
+    """The image of `position` under a permutation of 0 to n - 1 that `key` selects.
 
     A Feistel network over pairs (left, right) of the least square that holds n, walked until it falls below n
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).

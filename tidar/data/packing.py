@@ -14,7 +14,7 @@ from tidar.data.corpus import Corpus
 from tidar.patterns import PADDING
 
 EMPTY_ROW = -1
-# documents that are packed together; what a row needs to know of them stays small however many there are
+# best-fit packing runs on this many documents at a time, which bounds the memory of a row's index
 CHUNK_DOCUMENTS = 2**20
 
 Row = tuple[Tensor, Tensor, Tensor]  # tokens, document ids, loss mask, each [seq_len]
@@ -172,9 +172,9 @@ class PackedRows(Dataset[Row]):
         corpus: Any
         corpus, pieces = (None, []) if row == EMPTY_ROW else self.pieces(row)
         for number, (start, length) in enumerate(pieces):
-            place = slice(filled, filled + length)
-            tokens[place], loss_mask[place] = corpus.read(start, length)
-            document_ids[place] = number
+            span = slice(filled, filled + length)
+            tokens[span], loss_mask[span] = corpus.read(start, length)
+            document_ids[span] = number
             filled += length
         return tokens, document_ids, loss_mask
 
@@ -205,8 +205,8 @@ class PackedRows(Dataset[Row]):
 def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """The row of each piece: longest first, each to the row with the least space that still takes it.
 
-    lengths: `[pieces]`, 1 to seq_len. Returns `[pieces]` int64. Pieces of equal length are placed together, so that the
-    work grows with the number of different lengths and not with that of pieces.
+    lengths: `[pieces]`, 1 to seq_len. Returns `[pieces]` int64. Pieces of equal length are assigned in one step: the
+    work grows with the number of distinct lengths, not of pieces.
     """
     order = np.sort((seq_len - lengths).astype(np.int64) << 32 | np.arange(len(lengths))) & 0xFFFFFFFF
     counts = np.bincount(lengths, minlength=seq_len + 1).tolist()

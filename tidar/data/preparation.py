@@ -44,7 +44,7 @@ ARRAYS = ("tokens", "offsets", "targets", "counts")
 
 @dataclass
 class Progress:
-    """What has been prepared by now: parts of all, documents, tokens; seconds since the start."""
+    """Parts finished, out of all_parts; documents and tokens that this call prepared; seconds since its start."""
 
     parts: int
     all_parts: int
@@ -54,9 +54,8 @@ class Progress:
 
 
 def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
-    """What a prepared folder is made from. Two equal plans give equal folders."""
-    options = asdict(source.options)
-    tokenizer = source.tokenizer
+    """All inputs that determine a prepared folder's content: equal plans give equal folders."""
+    options, tokenizer = asdict(source.options), source.tokenizer
     template = str(tokenizer.chat_template) if isinstance(source, Chat) else ""
     files = hashlib.sha256()
     for part in parts:
@@ -80,8 +79,8 @@ def _stamp(file: str) -> list[int]:
 
 
 def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
-    """Whether `folder` is whole and made by this plan. Raises UserError if another plan made it, or it dropped
-    documents and data.on_error = fail.
+    """Whether `folder` is complete and has this plan. Raises UserError if it has another plan, or if documents were
+    dropped and data.on_error = fail.
     """
     try:
         with open_regular(folder / "meta.json") as file:
@@ -112,11 +111,11 @@ def prepare(
     processes: int,
     report: Callable[[Progress], None],
 ) -> None:
-    """Prepares `folder` from the documents at `paths`, or what is missing of it.
+    """Prepares `folder` from the documents at `paths`. Parts that an earlier call finished are reused.
 
     make_source: makes `source` in another process. Where another process prepares the folder, this one waits for it.
-    Raises UserError for a document that cannot be used where data.on_error is "fail", for a folder that holds something
-    else, and where the folder cannot be written, as on a full disk.
+    Raises UserError for a bad document if data.on_error is "fail", for a folder with other content, and if the folder
+    cannot be written.
     """
     parts = source.parts(paths)
     wanted = plan(source, parts, paths)
@@ -132,7 +131,7 @@ def prepare(
             if not _is_prepared(folder, wanted, source.options.on_error):
                 _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
                 _join_parts(folder, source, parts, wanted)
-                # parts that a call with data.on_error = skip has left may lack documents
+                # reused parts may have dropped documents, under data.on_error = skip
                 _is_prepared(folder, wanted, source.options.on_error)
             shutil.rmtree(folder / PARTS, ignore_errors=True)
     except zipfile.BadZipFile:
@@ -142,7 +141,7 @@ def prepare(
 
 
 def _refuse_other_content(folder: Path) -> None:
-    """Raises UserError for a folder that holds what no preparation has put there."""
+    """Raises UserError if the folder is neither empty nor a prepared one."""
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
         if names and not names & {LOCK, PARTS, "meta.json"}:
@@ -199,7 +198,7 @@ def _prepare_parts(
 
 
 def _has_plan(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the parts in `folder` are made by this plan."""
+    """Whether the parts in `folder` have this plan."""
     try:
         with open_regular(folder / "plan.json") as file:
             return not folder.is_symlink() and parse_json(file.read(MOST_META_BYTES)) == wanted
@@ -219,7 +218,7 @@ def _start_worker(
 
 
 def _end_with(parent: int) -> None:
-    """Otherwise a worker whose parent was killed would continue beside those of the next call."""
+    """Ends this worker once its parent is gone, so that it does not write beside the workers of the next call."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
@@ -256,8 +255,8 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
             for index, document in enumerate(source.documents(part)):
                 if isinstance(document, BadDocument):
                     if source.options.on_error == "fail":
-                        place = source.place(part, index, 0 if source.continues(part) else lines_before(part))
-                        raise UserError(f"{place}: {document}; data.on_error = skip would leave it out")
+                        where = source.place(part, index, 0 if source.continues(part) else lines_before(part))
+                        raise UserError(f"{where}: {document}; data.on_error = skip would leave it out")
                     dropped.append((index, str(document), True))
                 elif document is not None and not len(document.tokens) and not source.continues(part):
                     dropped.append((index, "holds no tokens", False))  # not an error
@@ -283,7 +282,7 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
     dropped: list[tuple[str, str]] = []
     left_bits = np.zeros(0, np.uint8)
     damaged = _damaged_texts(folder / PARTS, source, parts)
-    for left in folder.glob("*.partial"):  # of a process that was killed
+    for left in folder.glob("*.partial"):  # left by a killed process
         left.unlink()
     with ExitStack() as stack:
         files = {name: stack.enter_context(_Output(folder / f"{name}.bin")) for name in ARRAYS}
@@ -326,8 +325,8 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
         for file in files.values():
             file.commit()
     if dropped:
-        lines = "".join(printable(f"{place}: {reason}") + "\n" for place, reason in dropped)
-        write_atomically(folder / "dropped.txt", lines)
+        lines = [printable(f"{where}: {reason}") + "\n" for where, reason in dropped]
+        write_atomically(folder / "dropped.txt", "".join(lines))
     used = np.flatnonzero(counts)
     reasons = dict(sorted(Counter(reason for _, reason in dropped).items(), key=lambda item: (-item[1], item[0]))[:20])
     if sum(reasons.values()) < len(dropped):
@@ -352,7 +351,7 @@ def _join_parts(folder: Path, source: Source, parts: list[Part], wanted: dict[st
 
 
 def _damaged_texts(folder: Path, source: Source, parts: list[Part]) -> dict[int, int]:
-    """The parts of texts in several parts one of which is bad: number of each -> that of the first bad one."""
+    """Parts of texts that span several parts, one of them bad: part number -> number of the text's first bad part."""
     heads: list[int] = []
     for number, part in enumerate(parts):
         heads.append(heads[-1] if source.continues(part) else number)
@@ -371,7 +370,7 @@ def _part_file(folder: Path, number: int) -> Path:
 
 
 class _Output:
-    """A file that is whole or not there. checksum: of what is written."""
+    """A file that appears at `path` only on `commit`, complete. checksum: of the bytes written."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -386,7 +385,7 @@ class _Output:
         self.checksum.update(data)
 
     def commit(self) -> None:
-        """Puts the file in its place, flushed to the disk."""
+        """Flushes the file to the disk and renames it to `path`."""
         self.file.flush()
         os.fsync(self.file.fileno())
         os.replace(self.partial, self.path)
@@ -395,6 +394,6 @@ class _Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a full disk: what could not be written before
+        with suppress(OSError):  # a full disk fails the flush again
             self.file.close()
         self.partial.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ class FolderTokenizer:
     """The tokenizer in a local folder, as transformers loads it.
 
     size: one more than its last id. end_of_text: the id of <|endoftext|>, else of its eos_token, None without either.
-    digest: SHA-256 of all that decides about tokens. cuts: where a long text may be cut, see `pieces.cut_pattern`.
+    digest: SHA-256 of all that determines the tokens. cuts: where a long text may be split, see `pieces.cut_pattern`.
     """
 
     def __init__(self, folder: Path):
@@ -62,7 +62,7 @@ class FolderTokenizer:
         self.size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary.get("<|endoftext|>", self.backend.eos_token_id)
         self.chat_template = self.backend.chat_template
-        # a text is cut into rows by who trains on it, not by the tokenizer, whatever was saved with it
+        # packing truncates texts, not the tokenizer, whatever limits were saved with it
         self.backend.model_max_length = 10**30
         self.backend.backend_tokenizer.no_truncation()
         self.backend.backend_tokenizer.no_padding()

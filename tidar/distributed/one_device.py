@@ -17,7 +17,7 @@ class OneDevice:
 
     `copies`: by parameter, the tensor that replaces it while the model computes, and that gets its gradient; empty
     where the compute dtype is float32. They are filled once, before the first forward pass; after that the optimizer
-    writes them together with the parameters, and nothing else may. All are views of one tensor, in the model's order,
+    writes them along with the parameters, and nothing else may. All are views of one tensor, in the model's order,
     so that autograd detects a write to any of them between a forward and its backward pass.
     """
 

@@ -52,7 +52,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self, timeout: float) -> Iterator[None]:
-        """To be left when all ranks are done: one whose thread is silent is taken for dead.
+        """Watches until the context exits. Exit it only when all ranks are done: a silent rank counts as dead.
 
         timeout: seconds until the first heartbeat.
         """
@@ -70,7 +70,7 @@ class Watchdog:
             thread.join()
 
     def heartbeat(self, place: str, timeout: float) -> None:
-        """Says where this rank is, and within how many seconds its next heartbeat has to come, or all processes end."""
+        """Reports where this rank is. Unless its next heartbeat comes within `timeout` seconds, all processes end."""
         self.last = (self.last[0] + 1, place, timeout, time.monotonic())
 
     def _share(self) -> None:
@@ -81,7 +81,7 @@ class Watchdog:
         self.store.set(str(self.rank), json.dumps([self.looks, beats, waits, place, process]))
 
     def _all_shared(self) -> dict[int, list]:
-        """By rank, what the ranks that have started have shared."""
+        """The last shared entry of each rank that has started, by rank."""
         ranks = [rank for rank in range(self.size) if self.store.check([str(rank)])]
         return dict(zip(ranks, map(json.loads, self.store.multi_get([str(rank) for rank in ranks]))))
 

@@ -33,7 +33,7 @@ TIMEOUT = 60
 
 @dataclass(frozen=True)
 class Work:
-    """What decides which QuACK kernels a run calls.
+    """The values that determine which QuACK kernels a run calls.
 
     positions: of a micro-batch. chunk_size: of the loss. num_sms, capability: of the GPU.
     """

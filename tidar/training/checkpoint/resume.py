@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with the run that has saved the checkpoint."""
+"""Options and model that a resumed run is compared by with the run that saved the checkpoint."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def check_options(checkpoint: Path, now: dict[str, Any]) -> list[str]:
 def check_model(folder: Path, checkpoint: Path, decoder: DecoderConfig, mask_token_id: int) -> None:
     """Raises UserError where the checkpoint is of another model, or of one with other tokens. folder: of the run.
 
-    The one place that compares a run's model with that of the checkpoint it resumes from.
+    Only this function compares a run's model with that of the checkpoint it resumes from.
     """
     before, mask_before = recorded_model(checkpoint)
     found = model_differences(before, decoder)

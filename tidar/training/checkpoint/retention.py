@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: checkpoint.keep_latest_k, keep_every_n_steps and save_best."""
+"""Removes old checkpoints, by checkpoint.keep_latest_k, keep_every_n_steps and save_best."""
 
 import math
 import os
@@ -13,11 +13,12 @@ from tidar.models.huggingface.manifest import read_manifest, saved_steps
 def remove_superseded(
     run: Path, options: Checkpoint, newest: int, damaged: Collection[int], log: Callable[[str], None]
 ) -> None:
-    """Removes the checkpoints of a run's folder that the options do not keep. A folder that cannot be removed stays,
-    with a warning.
+    """Removes the checkpoints in a run's folder that no option keeps. keep_latest_k = 0 keeps all. A folder that
+    cannot be removed stays, and `log` gets a warning.
 
-    newest: step of the newest whole one. Those that are damaged, or later, are left for the user to look at: had a
-    later one been whole, the run would have resumed from it.
+    newest: step of the newest valid checkpoint. damaged: steps that failed verification. Damaged checkpoints are not
+    removed, so that the user can inspect them. The same holds for those later than `newest`: they are damaged too, or
+    the run would have resumed from them.
     """
     if not options.keep_latest_k:
         return
@@ -27,7 +28,7 @@ def remove_superseded(
         if step <= newest and step not in damaged:
             try:
                 losses[step] = read_manifest(path)["about"].get("val_loss")
-            except ValueError:
+            except ValueError:  # damaged: stays
                 continue
     kept = set(sorted(losses)[-options.keep_latest_k :])
     if options.keep_every_n_steps:
@@ -43,17 +44,17 @@ def remove_superseded(
 
 
 def remove_folder(path: Path) -> None:
-    """Renames a folder, then removes it, so that none is half removed under its name. Raises OSError where it cannot be
-    renamed.
+    """Renames a folder to <name>.removed before removing it: an interruption leaves no incomplete checkpoint under the
+    old name. Raises OSError if it cannot be renamed.
     """
-    doomed = path.with_name(f"{path.name}.removed")
-    remove_tree(doomed)
-    os.replace(path, doomed)
-    remove_tree(doomed)
+    renamed = path.with_name(f"{path.name}.removed")
+    remove_tree(renamed)
+    os.replace(path, renamed)
+    remove_tree(renamed)
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder as far as possible, or a link in place of one, without touching what it points at."""
+    """Removes a folder, ignoring errors. If `path` is a symbolic link, only the link is removed."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:

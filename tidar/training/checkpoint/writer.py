@@ -1,4 +1,4 @@
-"""Writes the files of a checkpoint on all ranks: tensors in DCP's format, the manifest, the final name."""
+"""Writes a checkpoint from all ranks: tensors in DCP's format, then the manifest, then the rename to step-<step>."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,15 +19,18 @@ T = TypeVar("T")
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written. All ranks raise it; its text is the cause."""
+    """A checkpoint could not be written. All ranks raise it with the same text, the cause of the first failure."""
 
 
 class CheckpointWriter:
-    """Writes step folders: `write` beside the final name, then `commit` under it. All ranks call both."""
+    """Writes checkpoints in two phases: `write` fills step-<step>.partial, `commit` renames it to step-<step>.
+
+    All ranks call both, in the same order.
+    """
 
     def __init__(self, folder: Path, rank: int, group: dist.ProcessGroup, threads: int):
-        """folder: that holds the checkpoints. group: of all ranks, on the CPU, used by one thread at a time. threads:
-        number of threads that read and write on this rank.
+        """folder: the parent of the step folders. group: CPU process group of all ranks; only one thread may use it at
+        a time. threads: number of threads that write and checksum files on this rank.
         """
         self.folder = folder
         self.rank = rank
@@ -37,12 +40,15 @@ class CheckpointWriter:
     def write(
         self, step: int, live: dict[str, Tensor], staged: dict[str, Tensor], write_assets: Callable[[Path], None]
     ) -> dict[str, list]:
-        """Writes step-<step>.partial and flushes it. Returns `describe` of the files of all ranks.
+        """Writes step-<step>.partial and flushes it to the disk. Returns what `describe` returns, for the files of all
+        ranks.
 
-        live: the tensors by name, sharded; staged: the values of this rank's shards. Raises SaveError.
+        live: the state by name, as the run's sharded tensors; DCP reads only their layout. staged: by the same names,
+        copies of this rank's shards; DCP writes their values. write_assets: writes config and tokenizer into a folder.
+        Raises SaveError.
         """
         partial = self._partial(step)
-        self._on_all_ranks(lambda: self._make_room(partial) if self.rank == 0 else None)
+        self._on_all_ranks(lambda: self._create_empty(partial) if self.rank == 0 else None)
         writer = _Writer(partial, self.threads, on_host=not any(tensor.is_cuda for tensor in staged.values()))
         try:
             dcp.save(live, storage_writer=writer, planner=_StagedPlanner(staged), process_group=self.group)
@@ -55,7 +61,7 @@ class CheckpointWriter:
         def finish() -> dict[str, list]:
             if self.rank == 0:
                 write_assets(partial / ASSETS)
-            # each rank describes the files that DCP has let it write, rank 0 the other files too
+            # DCP names a rank's files __<rank>_*; rank 0 also describes the files that are not DCP's data
             names = [
                 name
                 for name in file_names(partial)
@@ -66,13 +72,16 @@ class CheckpointWriter:
         return {name: found for part in self._on_all_ranks(finish) for name, found in part.items()}
 
     def commit(self, step: int, files: dict[str, list], about: dict[str, Any]) -> None:
-        """Writes the manifest, then gives the folder its name. Raises SaveError."""
+        """Writes the manifest, then renames step-<step>.partial to step-<step>. Raises SaveError.
+
+        files: from `write`. about: further entries of the manifest's "about".
+        """
         partial, final = self._partial(step), self.folder / f"step-{step}"
 
         def rename() -> None:
             if self.rank == 0:
                 write_manifest(partial, files, {"step": step} | about)
-                # a folder of that step exists where it was damaged, or where the run has resumed from an earlier one
+                # the folder exists if that checkpoint is damaged, or if the run resumed from an earlier step
                 replaced = final.with_name(f"{final.name}.replaced")
                 if final.exists():
                     remove_tree(replaced)
@@ -84,8 +93,8 @@ class CheckpointWriter:
         self._on_all_ranks(rename)
 
     def clean_up(self) -> None:
-        """Removes what a killed run has left half written or half removed. A checkpoint that was about to be replaced
-        gets its name back. For rank 0.
+        """Removes partial folders that a killed run left. If the run was killed while it replaced a checkpoint, the old
+        one gets its name back. Only rank 0 calls it.
         """
         for path in self.folder.glob("step-*.replaced"):
             if not path.with_suffix("").exists():
@@ -95,15 +104,15 @@ class CheckpointWriter:
                 remove_tree(path)
 
     def discard(self, step: int) -> None:
-        """Removes a checkpoint that could not be written."""
+        """Removes step-<step>.partial after a failed `write` or `commit`. All ranks may call it; rank 0 acts."""
         if self.rank == 0:
             remove_tree(self._partial(step))
 
     def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
-        """Runs an action on each rank and returns all results. Raises SaveError on all ranks where one fails."""
+        """Runs an action on each rank; returns the results of all ranks. If it fails on one, all raise SaveError."""
         try:
             mine: tuple[Any, str | None] = (action(), None)
-        except Exception as error:  # any: the other ranks wait for this one's result
+        except Exception as error:  # of any kind, because the other ranks wait in the all-gather below
             mine = (None, error_text(error))
         parts: list = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(parts, mine, group=self.group)
@@ -112,7 +121,7 @@ class CheckpointWriter:
             raise SaveError(problems[0] if len(parts) > 1 else parts[0][1])
         return [value for value, _ in parts]
 
-    def _make_room(self, partial: Path) -> None:
+    def _create_empty(self, partial: Path) -> None:
         remove_tree(partial)
         partial.mkdir(parents=True)
         for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
@@ -123,7 +132,7 @@ class CheckpointWriter:
 
 
 class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans with the sharded tensors, and writes the staged values."""
+    """Plans from the run's sharded tensors, but writes the values of the staged copies."""
 
     def __init__(self, staged: dict[str, Tensor]):
         super().__init__()
@@ -134,7 +143,7 @@ class _StagedPlanner(dcp.DefaultSavePlanner):
 
 
 class _Stream:
-    """A file that records the errors of its writes: torch.save replaces them by others."""
+    """A file that records OSErrors of its writes, because torch.save raises other errors in their stead."""
 
     def __init__(self, file: Any, errors: list[Exception]):
         self.file, self.errors = file, errors
@@ -151,7 +160,7 @@ class _Stream:
 
 
 class _FileSystem(FileSystem):
-    """Records the errors of streams: DCP's writing threads drop them, and the checkpoint would seem to be whole."""
+    """Records errors of its streams. DCP's writer threads drop them, so that a failed save would look successful."""
 
     def __init__(self):
         super().__init__()
@@ -167,6 +176,8 @@ class _FileSystem(FileSystem):
 
 
 class _Writer(dcp.FileSystemWriter):
+    """Raises the first error that its file system recorded."""
+
     def __init__(self, path: Path, threads: int, on_host: bool):
         """on_host: no tensor is on a GPU, so DCP needs no CUDA stream to copy from."""
         options: dict[str, Any] = {"per_thread_copy_ahead": 0} if on_host else {}

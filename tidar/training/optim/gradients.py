@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 def local_gradient(parameter: nn.Parameter, copies: Mapping[nn.Parameter, nn.Parameter]) -> Tensor:
     """This rank's shard of a parameter's gradient.
 
-    copies: parameters in the compute dtype, by master parameter. The gradient of one micro-batch is the copy's, in its
-    dtype; one accumulated over several is the master parameter's, in float32.
+    copies: master parameter -> its copy in the compute dtype; may be empty. After a single micro-batch the gradient is
+    in the copy's `.grad`, in the compute dtype; accumulated over several, it is in the master parameter's `.grad`, in
+    float32.
     """
     gradient: Any = parameter.grad
     if gradient is None and parameter in copies:
@@ -29,7 +30,8 @@ def local_part(tensor: Tensor) -> Tensor:
 def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> Tensor:
     """Global norm of gradients, given this rank's shards; a float32 scalar on `device`.
 
-    group: the ranks that share the shards of one replica.
+    gradients: the local tensors; empty ones are allowed. group: the ranks across which one replica is sharded; the
+    squares are summed over it.
     """
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], dtype=torch.float32)
     square = torch.stack(norms).double().square().sum().to(device)

@@ -164,9 +164,9 @@ class SkippedSteps:
         for number, what in enumerate(whats):
             ranks = {rank: found[number] for rank, found in enumerate(all_ranks) if found[number]}
             if ranks:
-                places = [f"rank {rank}, {_named('row', rows)}" for rank, rows in list(ranks.items())[:NAMED]]
+                found_on = [f"rank {rank}, {_named('row', rows)}" for rank, rows in list(ranks.items())[:NAMED]]
                 more = f"; and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
-                return f"{what} on {'; '.join(places)}{more}"
+                return f"{what} on {'; '.join(found_on)}{more}"
         return "the gradient's norm is not finite, though that of each row is"
 
 

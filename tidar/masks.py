@@ -1,6 +1,7 @@
 """Shows a pattern's mask and its cost: python -m tidar.masks show|plot|stats|bench --pattern P [...]
 
-Patterns are those of tidar.pattern: built in, or your own as my_package.my_file:MyPattern (docs/patterns.md).
+Patterns are those of tidar.pattern: built in, or your own as my_package.my_file:MyPattern (docs/patterns.md). show and
+plot also know the pattern "decode", a decoding step after --seq_len tokens.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 
 from tidar.config import ArgumentParser, Config, UserError, load_config, user_errors_exit
 from tidar.laboratory import bench, picture, stats, text
-from tidar.laboratory.row_mask import make_row_mask
+from tidar.laboratory.row_mask import RowMask, make_row_mask, make_step_mask
 from tidar.models import TILE
 from tidar.patterns import Pattern, check_pattern, configured_pattern
 
@@ -21,13 +22,15 @@ MASK_TOKEN = 1
 
 
 def show(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
-    row_mask = make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN)
+    show_mask(arguments, make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN))
+
+
+def show_mask(arguments: argparse.Namespace, row_mask: RowMask) -> None:
+    if arguments.command == "plot":
+        picture.save_picture(row_mask, arguments.output)
+        print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
+        return
     print(text.as_csv(row_mask) if arguments.format == "csv" else text.as_text(row_mask))
-
-
-def plot(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
-    picture.save_picture(make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN), arguments.output)
-    print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
 
 
 def print_stats(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
@@ -61,7 +64,7 @@ def _count(number: int, thing: str) -> str:
 
 COMMANDS = {
     "show": (show, "the mask in the terminal", 16),
-    "plot": (plot, "the mask as a PNG picture", 32),
+    "plot": (show, "the mask as a PNG picture", 32),
     "stats": (print_stats, "allowed pairs, tiles and FLOPs for rows of 512 to 32768 tokens", 512),
     "bench": (print_bench, "speed and correctness of each attention backend (CUDA)", 4096),
 }
@@ -127,10 +130,20 @@ def make_config(arguments: argparse.Namespace, options: list[str], seq_len: int)
     return load_config([*options, *given, "--training.seq_len", str(max(seq_len, 2))], prog="python -m tidar.masks")
 
 
+def step_mask(arguments: argparse.Namespace) -> RowMask:
+    block_size = arguments.block_size or "8"
+    if not block_size.isdecimal() or not 1 <= int(block_size) <= 32:
+        raise UserError(f"--block_size {block_size}: must be integer from 1 to 32, to show a decoding step")
+    return make_step_mask(int(block_size), arguments.seq_len or int(block_size))
+
+
 def main() -> None:
     with user_errors_exit():
         arguments, options = make_parser().parse_known_args()
         run, _, seq_len = COMMANDS[arguments.command]
+        if arguments.pattern == "decode" and arguments.command in ("show", "plot"):
+            show_mask(arguments, step_mask(arguments))
+            return
         lengths = document_lengths(arguments.documents, arguments.seq_len, seq_len)
         config = make_config(arguments, options, sum(lengths))
         pattern = configured_pattern(config, MASK_TOKEN)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import make_model
 
+from tidar import masks
 from tidar.decoding import Engine, Method, load
 from tidar.decoding.sampling import Sampling
 from tidar.models import Decoder, DecoderConfig, initialize
@@ -226,6 +227,23 @@ def test_greedy_equals_transformers(family, models, n, tmp_path):
                     torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
                 )
                 assert completion.tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_the_picture_of_a_step_equals_the_loops(capsys, monkeypatch):
+    """A draft token sees what is before it; group k the first k tokens of the draft, and itself."""
+    for block, committed in ((1, 1), (2, 3), (3, 3), (4, 2)):
+        options = f"show --pattern decode --block_size {block} --seq_len {committed} --format csv"
+        monkeypatch.setattr("sys.argv", ["masks", *options.split()])
+        masks.main()
+        shown = [list(map(int, line.split(","))) for line in capsys.readouterr().out.splitlines()]
+        clean = committed + block
+        for q in range(clean + block * block):
+            for k in range(clean + block * block):
+                group = (q - clean) // block + 1
+                expected = (
+                    k <= q if q < clean else k < committed + group if k < clean else (k - clean) // block + 1 == group
+                )
+                assert shown[q][k] == expected, (block, q, k)
 
 
 LAWS = (dict(temperature=0.5), dict(temperature=1.3, top_k=3), dict(temperature=1.3, top_p=0.8))

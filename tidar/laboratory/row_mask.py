@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tidar.decoding.layout import step_layout
 from tidar.patterns import Pattern
 
 # what begins at a position
@@ -52,3 +53,21 @@ def make_row_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, ma
         f"{name}: {seq_len} tokens, {len(mask)} model positions, {allowed:,} of {pairs:,} pairs ({allowed / pairs:.0%})"
     )
     return RowMask(mask, parts, [f"{'M' if m else 'x'}{p}" for p, m in zip(position, is_masked)], begins, title)
+
+
+def make_step_mask(block_size: int, committed: int) -> RowMask:
+    """The mask of a decoding step after `committed` tokens, which are shown as queries too, as a prefill has them."""
+    capacity = committed + block_size
+    step = step_layout(torch.tensor([committed]), block_size, capacity, masks=True).mask.dense()[0, 0]
+    mask = torch.ones(committed + len(step), step.shape[1], dtype=torch.bool).tril()
+    mask[committed:] = step
+    parts = {"committed": committed, "draft": block_size}
+    parts |= {f"group {k}": block_size for k in range(1, block_size + 1)}
+    positions = list(range(capacity))
+    positions += [committed + k + j for k in range(1, block_size + 1) for j in range(block_size)]
+    labels = [f"{'x' if at < capacity else 'M'}{position}" for at, position in enumerate(positions)]
+    begins, first = [NOTHING] * len(mask), 0
+    for length in parts.values():
+        begins[first], first = PART, first + length
+    title = f"decoding step, blocks of {block_size}: {committed} committed tokens, {len(step)} query positions"
+    return RowMask(mask, parts, labels, begins, title)

@@ -97,8 +97,10 @@ class Data:
     )
     tokenizer: str = option("", "local tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
     text_field: str = option("text", "text: record field that holds the text")
-    prompt_field: str = option("", "chat: record field of the prompt (default: prompt or question)")
-    response_field: str = option("", "chat: record field of the response (default: response or answer)")
+    prompt_field: str = option("", "chat: record field of the prompt (default: prompt, question or instruction)")
+    response_field: str = option(
+        "", "chat: record field of the response (default: response, completion, answer or output)"
+    )
     end_of_document: str = option(
         "", "token appended to each document, or none (default: the tokenizer's end of text; chat: set by the template)"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tidar.config import Config  # noqa: E402
-from tidar.config.loading import _allowed, _show  # noqa: E402
+from tidar.config.loading import describe_allowed, format_value  # noqa: E402
 
 HEAD = """# Options
 
@@ -23,8 +23,8 @@ def page() -> str:
         lines += ["| option | default | allowed | meaning |", "| --- | --- | --- | --- |"]
         for field in dataclasses.fields(section):
             default = getattr(section, field.name)
-            shown = "" if default == "" else f"`{_show(default)}`"
-            cells = f"`{field.name}`", shown, _allowed(field), field.metadata["help"]
+            shown = "" if default == "" else f"`{format_value(default)}`"
+            cells = f"`{field.name}`", shown, describe_allowed(field), field.metadata["help"]
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

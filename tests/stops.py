@@ -1,7 +1,7 @@
 """python tests/stops.py --trials 40: asks runs to stop at random moments, resumes them, and compares how they end.
 
-Each trial trains the debug model under torchrun's agent, on two ranks or one by turns, with long validations, exports
-and steps of several micro-batches, and sends the agent SIGTERM or SIGUSR1. Each rank may begin BATCHES more batches,
+Each trial trains the debug model under torchrun's agent, on two ranks or on one, with long validations, exports and
+steps of several micro-batches, and sends the agent SIGTERM or SIGUSR1. Each rank may begin BATCHES more batches,
 of training or validation, before it saves and ends. Resumed, the run must come to the very state, curve and exports of
 one that was left alone. Processes are forked from this one, which has imported all and computed nothing. Exits with 1
 if any trial failed.

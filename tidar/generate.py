@@ -19,9 +19,10 @@ from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exi
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
 from tidar.data.chat_records import conversation
 from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
-from tidar.decoding import Completion, Engine, load, model_folder
+from tidar.decoding import Completion, Engine, load
 from tidar.decoding.answers import read_done, without_answer, write_answers
 from tidar.decoding.text import TextStream
+from tidar.models.huggingface import assets_folder
 
 # colours of consecutive steps, for --show_drafts
 COLOURS, RESET = ("\x1b[36m", "\x1b[33m"), "\x1b[0m"
@@ -80,7 +81,7 @@ def run(options: Namespace) -> None:
 
 
 def _tokenizer(options: Namespace, engine: Engine) -> Tokenizer:
-    folder = str(model_folder(Path(options.model)))
+    folder = str(assets_folder(Path(options.model)))
     name = options.tokenizer or (folder if holds_tokenizer(folder) else "bytes")
     tokenizer = load_tokenizer(name)
     if name == "bytes" and not options.tokenizer and engine.model.config.vocab_size > 512:

@@ -252,7 +252,7 @@ ENGINES = {
 
 
 def test_same_numbers_with_each_engine(tmp_path):
-    """Checkpointing of activations and offload change nothing but memory and time, and nothing compiles anew."""
+    """Checkpointing of activations and offload change nothing but memory and time, and nothing compiles again."""
     common = "--training.seq_len 256 --training.local_batch_size 4 --training.global_batch_size 8 --training.steps 10"
     common += " --training.mixed_precision_param float32 --validation.enable false --checkpoint.enable false"
     curves, graphs = {}, {}

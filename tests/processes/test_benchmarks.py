@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from results import read_metrics
+from runs import train_run
 
 from tidar.benchmarks import attention, matmul, profile, train_step
 from tidar.benchmarks.baseline import _loss
 from tidar.benchmarks.cases import WARM_UP, first_batches, running
-from tidar.config import load_config
-from tidar.distributed import leave_world
-from tidar.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -94,10 +92,7 @@ def test_training_writes_traces(tmp_path):
     options = "--training.seq_len 32 --training.local_batch_size 2 --training.steps 7 --validation.enable false"
     options += " --checkpoint.enable false --data.num_workers 0 --metrics.log_freq 7"
     options += f" --profiling.enable_profiling --profiling.profile_freq 3 --job.dump_folder {tmp_path}"
-    try:
-        Trainer(load_config(options.split())).train()
-    finally:
-        leave_world()
+    train_run(options.split())
     traces = sorted(path.name for path in (tmp_path / "profile_traces").iterdir())
     assert traces == ["step-3-rank-0.json.gz", "step-6-rank-0.json.gz"]
     assert len(read_metrics(tmp_path)) == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from results import batch_losses, read_metrics
+from runs import train_run
 from torture import difference, end_of
 
 from tidar.check import signal_options
@@ -91,7 +92,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 
 
 def test_the_clock_saves_and_stops(tmp_path, ranks, uneven_data):
-    """All ranks at the same step; the next start has its minutes anew."""
+    """All ranks at the same step; the next start counts its minutes from 0."""
     options = [*uneven_data.split(), *OPTIONS.split()[2:], "100000", "--job.dump_folder", str(tmp_path)]
     answers = ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05")
     assert all(answer["error"] is None for answer in answers)
@@ -104,10 +105,7 @@ def test_the_clock_saves_and_stops(tmp_path, ranks, uneven_data):
 def test_without_checkpoints_nothing_is_saved(tmp_path, uneven_data, capsys):
     options = [*uneven_data.split(), *OPTIONS.split()[2:], "100", "--job.dump_folder", str(tmp_path)]
     options += ["--checkpoint.max_wall_minutes", "1e-6", "--checkpoint.enable", "false"]
-    try:
-        Trainer(load_config(options)).train()
-    finally:
-        leave_world()
+    train_run(options)
     assert "stopped after step 2 by checkpoint.max_wall_minutes: nothing is saved" in capsys.readouterr().out
     assert not (tmp_path / "checkpoint").exists() and outcome(tmp_path)["checkpoint"] is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -186,12 +184,7 @@ class SignalAt(Hooks):
 
 
 def train_interrupted(folder: Path, data: str, hooks: Hooks | None = None) -> Trainer:
-    try:
-        trainer = Trainer(load_config([*data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)]), hooks)
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run([*data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)], hooks)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 import torch
 import uneven
 from results import read_metrics, whole
+from runs import train_run
 from safetensors.torch import load_file
 from small_models import make_model, published_tensors, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tidar.config import UserError, load_config
 from tidar.data import load_tokenizer
-from tidar.distributed import leave_world
 from tidar.export import export
 from tidar.export import main as export_command
 from tidar.models import from_pretrained
@@ -42,12 +42,7 @@ def published(request, tmp_path) -> Path:
 
 
 def train(folder: Path, *options: str) -> Trainer:
-    try:
-        trainer = Trainer(load_config([*SHORT, "--job.dump_folder", str(folder), *options]))
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run([*SHORT, "--job.dump_folder", str(folder), *options])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from results import read_metrics
+from runs import train_run
 
 from tidar import check
 from tidar.config import UserError, load_config
@@ -40,12 +41,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def train_here(folder: Path, *options: str, hooks: Hooks | None = None) -> Trainer:
-    try:
-        trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]), hooks)
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run(["--job.dump_folder", str(folder), *TINY, *options], hooks)
 
 
 def metrics(folder: Path, *names: str) -> list[dict]:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from results import read_metrics
+from runs import train_run
 
-from tidar.config import UserError, load_config
-from tidar.distributed import leave_world
+from tidar.config import UserError
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.manifest import find_problem, read_manifest, saved_steps
 from tidar.training.checkpoint.checkpointer import Checkpointer
@@ -29,12 +29,7 @@ TINY = "--training.seq_len 16 --training.local_batch_size 2 --metrics.log_freq 1
 
 
 def train(folder: Path, *options: str, hooks: Hooks | None = None) -> Trainer:
-    try:
-        trainer = Trainer(load_config(["--job.dump_folder", str(folder), *TINY, *options]), hooks)
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run(["--job.dump_folder", str(folder), *TINY, *options], hooks)
 
 
 def tensors_of(step: Path) -> dict[str, torch.Tensor]:

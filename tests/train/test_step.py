@@ -7,13 +7,11 @@ import torch
 import uneven  # noqa: F401  (registers the source)
 from reference import tidar_mask, tidar_targets
 from results import read_metrics, whole
+from runs import train_run
 
-from tidar.config import load_config
 from tidar.data import TrainingOrder
-from tidar.distributed import leave_world
 from tidar.models import Decoder, initialize, size_config
 from tidar.models.huggingface import decoder_config
-from tidar.training.trainer import Trainer
 
 SEQ_LEN, BLOCK, STEPS = 48, 3, 2
 OPTIONS = f"""
@@ -56,11 +54,7 @@ def adamw(parameters, gradients, moments, step: int) -> None:
 
 
 def test_two_steps_and_a_validation_by_hand(tmp_path):
-    try:
-        trainer = Trainer(load_config([*OPTIONS, "--job.dump_folder", str(tmp_path)]))
-        trainer.train()
-    finally:
-        leave_world()
+    trainer = train_run([*OPTIONS, "--job.dump_folder", str(tmp_path)])
     *reported, validation = read_metrics(tmp_path)
 
     model = Decoder(decoder_config(size_config("debug") | {"vocab_size": 258}))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from reference import expected_mask, pattern_mask
 from results import read_metrics
+from runs import train_run
 
-from tidar.config import load_config
-from tidar.distributed import leave_world
 from tidar.models.flops import useful_flops
 from tidar.patterns import PATTERNS
 from tidar.training.hooks import Hooks
@@ -43,12 +42,7 @@ def embedded_data(tmp_path_factory) -> list[str]:
 
 
 def train(folder: Path, options: list[str]) -> Trainer:
-    try:
-        trainer = Trainer(load_config([*COMMON, "--job.dump_folder", str(folder), *options]), Recorded())
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run([*COMMON, "--job.dump_folder", str(folder), *options], Recorded())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import uneven  # noqa: F401  (registers the source)
+from runs import train_run
 from safetensors.torch import load_file, save_file
 from small_models import make_model, published_tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tidar import __version__
-from tidar.config import UserError, load_config
-from tidar.distributed import leave_world
+from tidar.config import UserError
 from tidar.export import export
 from tidar.models import Decoder, from_pretrained, initialize, size_config
 from tidar.models.huggingface import decoder_config, load_weights, open_weights
@@ -305,12 +305,7 @@ def run_of_no_steps(folder: Path, *options: str) -> Trainer:
         "--data.num_workers",
         "0",
     ]
-    try:
-        trainer = Trainer(load_config([*arguments, "--job.dump_folder", str(folder), *options]))
-        trainer.train()
-    finally:
-        leave_world()
-    return trainer
+    return train_run([*arguments, "--job.dump_folder", str(folder), *options])
 
 
 def test_metadata_of_a_checkpoint_runs_no_code(tmp_path):

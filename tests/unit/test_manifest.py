@@ -164,7 +164,7 @@ def metadata_changes():
 
 
 def test_mutated_metadata(step):
-    """Sealed again with a right manifest: paths, offsets, lengths, types and shapes that no file bears out."""
+    """Sealed again with a right manifest: paths, offsets, lengths, types and shapes that no file has."""
     honest = (step / ".metadata").read_bytes()
     for number, change in enumerate(metadata_changes()):
         metadata = pickle.loads(honest)

@@ -82,7 +82,7 @@ def make_dump_folder(config: Config) -> Path:
             file.write(b"a disk may be full")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"job.dump_folder = {_show(str(folder))}: cannot be written ({reason})") from None
+        raise UserError(f"job.dump_folder = {format_value(str(folder))}: cannot be written ({reason})") from None
     return folder
 
 
@@ -119,8 +119,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         values = kind()
         for field in dataclasses.fields(kind):
             default = getattr(values, field.name)
-            text = field.metadata["help"] + ("" if default == "" else f" [{_show(default)}]")
-            arguments: dict[str, Any] = {"metavar": _allowed(field), "help": text.replace("%", "%%")}
+            text = field.metadata["help"] + ("" if default == "" else f" [{format_value(default)}]")
+            arguments: dict[str, Any] = {"metavar": describe_allowed(field), "help": text.replace("%", "%%")}
             if field.type is bool:
                 arguments |= {"nargs": "?", "const": "true"}
             elif typing.get_origin(field.type) is list:
@@ -171,7 +171,7 @@ def set_option(config: Config, full_name: str, value: Any, origin: str, from_tex
     if name not in fields:
         raise UserError(f"{origin}unknown option {full_name}{_nearest(full_name, _all_names())}")
     field = fields[name]
-    shown = _show(value) if from_text else _quote(value)
+    shown = format_value(value) if from_text else _quote(value)
     if from_text:
         value = _from_text(value, field.type)
     if field.type is float and type(value) is int:
@@ -179,7 +179,7 @@ def set_option(config: Config, full_name: str, value: Any, origin: str, from_tex
     if field.type == list[float] and isinstance(value, list):
         value = [float(item) if type(item) is int else item for item in value]
     if not _is_allowed(value, field):
-        raise UserError(f"{origin}{full_name} = {shown}: must be {_allowed(field)}")
+        raise UserError(f"{origin}{full_name} = {shown}: must be {describe_allowed(field)}")
     setattr(options, name, value)
 
 
@@ -222,9 +222,9 @@ def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
     )
 
 
-def _allowed(field: dataclasses.Field) -> str:
+def describe_allowed(field: dataclasses.Field) -> str:
     if typing.get_origin(field.type) is typing.Literal:
-        return "|".join(_show(choice) for choice in typing.get_args(field.type))
+        return "|".join(format_value(choice) for choice in typing.get_args(field.type))
     kinds: dict[Any, str] = {
         int: "integer",
         float: "number",
@@ -256,7 +256,7 @@ def _quote(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _show(value: Any) -> str:
+def format_value(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else _quote(value)
 
 

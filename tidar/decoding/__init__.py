@@ -1,6 +1,6 @@
 """Decoding: draft and verify in one forward pass, with a cache, for batches of any size."""
 
 from tidar.decoding.engine import DECODABLE, Completion, Engine, Method
-from tidar.decoding.load import load, model_folder
+from tidar.decoding.load import load
 
-__all__ = ["DECODABLE", "Completion", "Engine", "Method", "load", "model_folder"]
+__all__ = ["DECODABLE", "Completion", "Engine", "Method", "load"]

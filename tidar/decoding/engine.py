@@ -41,10 +41,6 @@ class Completion:
     accepted: list[int] = field(default_factory=list)
     finished: bool = False
 
-    @property
-    def tokens_per_forward(self) -> float:
-        return len(self.tokens) / self.n_forwards
-
 
 @dataclass(frozen=True)
 class Method:
@@ -187,10 +183,8 @@ class Engine:
         # a step writes a whole block behind the last token, and one more step may have been started
         capacity, batch = length + 2 * block_size, min(n_prompts, self.max_batch_size)
         if self.device.type == "cuda":  # few shapes, for each is compiled and captured
-            capacity, batch = (
-                _power_of_two(capacity, SMALLEST_CAPACITY),
-                min(_power_of_two(batch, 1), self.max_batch_size),
-            )
+            capacity = _power_of_two(capacity, SMALLEST_CAPACITY)
+            batch = min(_power_of_two(batch, 1), self.max_batch_size)
         key = (batch, capacity, mode, sampling)
         if self._last is None or self._last[0] != key:
             self._last = None  # frees its cache before another one is allocated

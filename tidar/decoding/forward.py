@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tidar.decoding.cache import KeyValueCache
 from tidar.decoding.layout import Layout, prefill_layout, step_layout
 from tidar.decoding.sampling import Sampling, choose
+from tidar.kernels.selection import has_decode_attention
 from tidar.models import CachedAttention, Decoder, KeyEnds, RangeMask
 
 
@@ -127,10 +128,7 @@ class Forward:
         return self.model(torch.cat([clean, masks], dim=1), layout.position_ids, attention, head=head)
 
     def _step_mask(self, mask: RangeMask) -> Tensor | KeyEnds:
-        head_dim = self.model.config.head_dim
-        # what the kernel computes: matmuls of 16-bit or 32-bit tiles with sizes that are powers of two
-        fits = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0 and mask.device.type == "cuda"
-        if not fits or self.cache.layers[0][0].dtype == torch.float64:
+        if not has_decode_attention(mask.device, self.cache.layers[0][0].dtype, self.model.config.head_dim):
             return mask.dense()
         (_, end), (own_start, own_end) = mask.ranges
         return KeyEnds(end, own_start, own_end)

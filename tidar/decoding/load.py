@@ -8,7 +8,7 @@ import torch
 from tidar.config import UserError
 from tidar.decoding.engine import Engine, Method
 from tidar.models import from_pretrained
-from tidar.models.huggingface import ASSETS, read_config_json
+from tidar.models.huggingface import assets_folder, read_config_json
 
 
 def load(
@@ -23,7 +23,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     folder = Path(path)
-    assets = model_folder(folder)
+    assets = assets_folder(folder)
     config = read_config_json(assets)
     model = from_pretrained(str(folder), dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)
     return Engine(
@@ -34,11 +34,6 @@ def load(
         end_token_ids=_end_token_ids(assets, config),
         **options,
     )
-
-
-def model_folder(folder: Path) -> Path:
-    """Where config.json and the tokenizer of a model lie: in its folder, or in a part of a step's folder."""
-    return folder / ASSETS if (folder / ASSETS).is_dir() else folder
 
 
 def _method(config: dict, origin: str, vocab_size: int) -> Method | None:

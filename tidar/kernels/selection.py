@@ -88,8 +88,14 @@ class Obstacle(NamedTuple):
 
 @lru_cache
 def count_sms(device: torch.device) -> int | None:
-    """Streaming multiprocessors of a GPU; None for a CPU."""
+    """Number of SMs of a GPU; None for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
+def has_decode_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a decoding step runs `tidar.kernels.decode_attention`, whose tiles have sizes that are powers of two."""
+    is_power_of_two = head_dim & (head_dim - 1) == 0
+    return device.type == "cuda" and dtype != torch.float64 and 16 <= head_dim <= 256 and is_power_of_two
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Kernels:

@@ -8,8 +8,6 @@ import torch
 from tidar.training.plan import RunPlan
 
 GIB = 2**30
-# smaller chunks of the loss slow it down and save little
-SMALL_CHUNK = 1024
 
 
 @contextmanager

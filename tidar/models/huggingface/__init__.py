@@ -7,6 +7,7 @@ from tidar.models.huggingface.layout import published_ranges, published_shapes
 from tidar.models.huggingface.spec import (
     ASSETS,
     ModelSpec,
+    assets_folder,
     model_differences,
     read_model,
     recorded_model,
@@ -23,6 +24,7 @@ from tidar.models.huggingface.weights import (
 
 __all__ = [
     "ASSETS",
+    "assets_folder",
     "CheckpointReader",
     "ModelSpec",
     "StepFolder",

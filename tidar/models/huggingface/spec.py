@@ -187,6 +187,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def assets_folder(path: Path) -> Path:
+    """Where config.json and the tokenizer of a model at `path` are: a Hugging Face folder, or a step's folder."""
+    return path / ASSETS if (path / ASSETS).is_dir() else path
+
+
 def _config_folder(path: Path) -> Path | None:
     """Folder of the config.json of weights at `path`, which is a Hugging Face folder, a step's folder or a file."""
     places = (path.parent,) if path.is_file() else (path, path / ASSETS)

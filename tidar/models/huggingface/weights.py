@@ -23,7 +23,7 @@ from tidar.models.huggingface.layout import (
     row_ranges,
 )
 from tidar.models.huggingface.manifest import check_whole
-from tidar.models.huggingface.spec import ASSETS, ModelSpec
+from tidar.models.huggingface.spec import ModelSpec, assets_folder
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAFETENSORS_FLOATS = ("F32", "BF16", "F16", "F64")
@@ -259,7 +259,7 @@ def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str |
     an architecture or weights that are not supported.
     """
     folder = Path(path)
-    config_folder = folder / ASSETS if (folder / ASSETS).is_dir() else folder
+    config_folder = assets_folder(folder)
     config = decoder_config(read_config_json(config_folder), str(config_folder / "config.json"))
     weights = open_weights(path)
     if weights is None:

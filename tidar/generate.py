@@ -4,25 +4,21 @@ FOLDER is an exported model, any Qwen2, Qwen2.5 or Qwen3 folder (--mode ar), or 
 as it is decoded. --chat holds a conversation with the model's chat template. --prompts answers a file in batches.
 """
 
-import json
 import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exit
-from tidar.data import BadDocument, Tokenizer, load_tokenizer
-from tidar.data.chat_records import conversation
-from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
+from tidar.data import Tokenizer
 from tidar.decoding import Completion, Engine, load
-from tidar.decoding.answers import read_done, without_answer, write_answers
+from tidar.decoding.answers import read_done, write_answers
+from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts, render
 from tidar.decoding.text import TextStream
-from tidar.models.huggingface import assets_folder
 
 # colours of consecutive steps, for --show_drafts
 COLOURS, RESET = ("\x1b[36m", "\x1b[33m"), "\x1b[0m"
@@ -71,7 +67,8 @@ def run(options: Namespace) -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     engine = load(options.model, device=device, max_batch_size=options.batch_size)
-    session = Session(engine, _tokenizer(options, engine), options)
+    tokenizer = model_tokenizer(Path(options.model), options.tokenizer, engine.model.config.vocab_size)
+    session = Session(engine, tokenizer, options)
     if options.prompts:
         session.answer_file(Path(options.prompts), Path(options.output))
     elif options.chat:
@@ -80,26 +77,16 @@ def run(options: Namespace) -> None:
         session.complete(options.prompt)
 
 
-def _tokenizer(options: Namespace, engine: Engine) -> Tokenizer:
-    folder = str(assets_folder(Path(options.model)))
-    name = options.tokenizer or (folder if holds_tokenizer(folder) else "bytes")
-    tokenizer = load_tokenizer(name)
-    if name == "bytes" and not options.tokenizer and engine.model.config.vocab_size > 512:
-        raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")
-    return tokenizer
-
-
 class Session:
     """What the command does with one model."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Namespace):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
-        ends = [*engine.end_token_ids, tokenizer.end_of_text]
         self.settings: dict[str, Any] = {
             name: getattr(options, name)
             for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "draft_mix", "mode")
         }
-        self.settings["stop_token_ids"] = [end for end in dict.fromkeys(ends) if end is not None]
+        self.settings["stop_token_ids"] = end_tokens(engine, tokenizer)
         self.tokens = self.forwards = 0
         self.seconds = 0.0
 
@@ -116,7 +103,7 @@ class Session:
         messages: list[dict[str, Any]] = []
         while line := self._read_turn():
             messages.append({"role": "user", "content": line.rstrip("\n")})
-            messages.append({"role": "assistant", "content": self._print(self._render(messages))})
+            messages.append({"role": "assistant", "content": self._print(render(self.tokenizer, messages))})
             print(flush=True)
             self._report()
 
@@ -125,13 +112,6 @@ class Session:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         return sys.stdin.readline()
-
-    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
-        if isinstance(self.tokenizer, BytesTokenizer) or not self.tokenizer.chat_template:
-            raise UserError(f"{self.tokenizer.name}: has no chat template, which --chat and --prompts need")
-        return self.tokenizer.backend.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
 
     def _print(self, prompt: list[int]) -> str:
         """Decodes one prompt and prints its text as it comes. Returns the text."""
@@ -155,7 +135,7 @@ class Session:
         started = time.perf_counter()
         answers, tokens, forwards = write_answers(
             self.engine,
-            (prompt for prompt in self._read_prompts(prompts) if prompt[0] % world == rank),
+            (prompt for prompt in read_prompts(prompts, self.tokenizer) if prompt[0] % world == rank),
             output,
             stream.text,
             read_done(output),
@@ -165,25 +145,6 @@ class Session:
         self._count(tokens, forwards, started)
         print(f"rank {rank}: {answers} answers in {output}" if world > 1 else f"{answers} answers in {output}")
         self._report()
-
-    def _read_prompts(self, path: Path) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
-        """Index, messages and tokens of each line: a chat, whose last answer is left out, or a `prompt`."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                for index, line in enumerate(file):
-                    try:
-                        record = json.loads(line)
-                        if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-                            messages = [{"role": "user", "content": record["prompt"]}]
-                        else:
-                            messages = without_answer(conversation(record).messages)
-                    except (ValueError, BadDocument) as error:
-                        raise UserError(f"{path}: line {index + 1}: {error}") from None
-                    if not messages:
-                        raise UserError(f"{path}: line {index + 1}: has no turn of the user")
-                    yield index, messages, self._render(messages)
-        except OSError as error:
-            raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
 
     def _count(self, tokens: int, forwards: int, started: float) -> None:
         self.tokens, self.forwards = self.tokens + tokens, self.forwards + forwards

@@ -4,12 +4,12 @@ import resource
 
 import torch
 
+from tidar.evaluation.scores import accepted_prefixes
 from tidar.models import size_config
 from tidar.models.flops import useful_flops
 from tidar.models.huggingface import decoder_config
 from tidar.patterns import Targets
 from tidar.training.reporting.metrics import MetricWriter
-from tidar.training.validation import accepted_prefixes
 
 
 def test_accepted_prefixes_equal_the_loops():

@@ -226,7 +226,7 @@ class Engine:
         if mode == "ar" and sampling.draft_mix != 1:
             raise UserError(f'draft_mix = {sampling.draft_mix}: must be 1 with mode = "ar", which has no drafts')
         if mode == "tidar":
-            self._check_method()
+            self.check_method()
         vocab_size = self.model.config.vocab_size
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
@@ -240,7 +240,8 @@ class Engine:
                     f"context of {self.name}, {self.context} tokens"
                 )
 
-    def _check_method(self) -> None:
+    def check_method(self) -> None:
+        """Raises UserError for a model that cannot be decoded with `mode="tidar"`."""
         if self.method is None:
             raise UserError(
                 f'{self.name}: config.json has no section "tidar", so it is not a TiDAR model; use mode = "ar"'

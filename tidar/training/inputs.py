@@ -3,16 +3,20 @@
 from dataclasses import dataclass, replace
 
 from tidar.config import Config
-from tidar.data import Dataset, check_token_ids, data_tokenizer, end_of_turn, load_data, load_tokenizer
+from tidar.data import Dataset, Tokenizer, check_token_ids, data_tokenizer, end_of_turn, load_data, load_tokenizer
 from tidar.models.huggingface import ModelSpec, read_model, resolve_model
 
 
 @dataclass
 class Inputs:
-    """warning: a line for the user about the data, if there is one."""
+    """tokenizer: of the data, None where they were prepared elsewhere and the model has none.
+
+    warning: a line for the user about the data, if there is one.
+    """
 
     data: Dataset
     spec: ModelSpec
+    tokenizer: Tokenizer | None
     warning: str | None
 
     @property
@@ -37,4 +41,5 @@ def load_inputs(config: Config, prepares: bool = True) -> Inputs:
     warning = check_token_ids(
         data, spec.vocab_size_before, spec.mask_token_id, mask_is_explicit=config.tidar.mask_token_id != -1
     )
-    return Inputs(data, replace(spec, end_of_turn=end_of_turn(data.training, model_tokenizer)), warning)
+    spec = replace(spec, end_of_turn=end_of_turn(data.training, model_tokenizer))
+    return Inputs(data, spec, tokenizer, warning)

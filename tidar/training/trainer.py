@@ -26,6 +26,7 @@ from tidar.distributed import (
     rank_zero_first,
     shorten_timeout,
 )
+from tidar.evaluation.scores import validate
 from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums
 from tidar.models import BatchMask, Decoder, MaskBuilder
@@ -52,7 +53,6 @@ from tidar.training.reporting.throughput import Throughput
 from tidar.training.run_lock import hold_folder
 from tidar.training.state import RunState
 from tidar.training.stopping import Stopped, StopRequests
-from tidar.training.validation import validate
 
 
 class Trainer:

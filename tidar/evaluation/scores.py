@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar.data import Batch
-from tidar.losses.objective import TokenScores
+from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums
-from tidar.patterns import ModelBatch, Targets
+from tidar.models import Decoder, MaskBuilder
+from tidar.patterns import LOSSES, ModelBatch, Pattern, Targets
 
 
 @torch.no_grad()
@@ -50,6 +51,26 @@ def validate(
             scalars[f"diffusion_loss_at/{position}"] = nll / weight
             scalars[f"accuracy_diff_at/{position}"] = correct / weight
     return {f"val/{name}": value for name, value in scalars.items()}
+
+
+def scorer(
+    model: Decoder, pattern: Pattern, loss_weights: dict[str, float], chunk_size: int
+) -> Callable[[ModelBatch], dict[str, TokenScores]]:
+    """What `validate` scores with, of a whole model on one device. chunk_size: see `Objective`."""
+    device = model.output_weight().device
+    objective = Objective(loss_weights, chunk_size)
+    build_mask = MaskBuilder(pattern, "flex" if device.type == "cuda" else "sdpa")
+    ones = dict.fromkeys(LOSSES, torch.ones((), device=device))
+
+    def score(rows: ModelBatch) -> dict[str, TokenScores]:
+        return model(
+            rows.input_ids,
+            rows.position_ids,
+            build_mask(rows.documents).attention,
+            head=lambda hidden, weight: objective(hidden, weight, rows.targets, ones)[1],
+        )
+
+    return score
 
 
 def accepted_prefixes(targets: Targets, correct: Tensor, block_size: int) -> Tensor:

@@ -1,0 +1,63 @@
+"""Prompts of a file, as tokens, and the tokenizer of a model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tidar.config import UserError
+from tidar.data import BadDocument, Tokenizer, load_tokenizer
+from tidar.data.chat_records import conversation
+from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
+from tidar.decoding.answers import without_answer
+from tidar.decoding.engine import Engine
+from tidar.models.huggingface import assets_folder
+
+
+def model_tokenizer(model: Path, name: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer called `name`, see `load_tokenizer`, or else that in the model's folder, or else bytes.
+
+    Raises UserError where the vocabulary of a model without a tokenizer is not one of bytes.
+    """
+    folder = str(assets_folder(model))
+    chosen = name or (folder if holds_tokenizer(folder) else "bytes")
+    tokenizer = load_tokenizer(chosen)
+    if chosen == "bytes" and not name and vocab_size > 512:
+        raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")
+    return tokenizer
+
+
+def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
+    """Tokens that end a text: the model's and the tokenizer's."""
+    ends = [*engine.end_token_ids, tokenizer.end_of_text if tokenizer else None]
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    """Tokens of a chat up to where the model is to answer. Raises UserError for a tokenizer without a template."""
+    if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name}: has no chat template, which --chat and --prompts need")
+    return tokenizer.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
+    """Index, messages and tokens of each line: a chat, whose last answer is left out, or a `prompt`.
+
+    Raises UserError, with the line, for what is neither.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for index, line in enumerate(file):
+                try:
+                    record = json.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+                        messages = [{"role": "user", "content": record["prompt"]}]
+                    else:
+                        messages = without_answer(conversation(record).messages)
+                except (ValueError, BadDocument) as error:
+                    raise UserError(f"{path}: line {index + 1}: {error}") from None
+                if not messages:
+                    raise UserError(f"{path}: line {index + 1}: has no turn of the user")
+                yield index, messages, render(tokenizer, messages)
+    except OSError as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None

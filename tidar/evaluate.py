@@ -1,0 +1,203 @@
+"""Evaluates a trained model: python -m tidar.evaluate --model FOLDER …
+
+FOLDER is an exported model or a checkpoint's step-<n>. With a step, or --run, held-out data of the run are scored and
+its prompts decoded: losses, accuracies by position in the block, tokens per forward pass, tokens accepted in a step,
+tokens/s and the speed-up over autoregressive decoding on this machine. --prompts decodes those of a file instead.
+Prints a table and writes a JSON file.
+"""
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar.config import ArgumentParser, Config, UserError, load_config, print_lines, user_errors_exit
+from tidar.config.files import write_atomically
+from tidar.config.options import Parallelism
+from tidar.data import Tokenizer
+from tidar.decoding import Engine, load
+from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts
+from tidar.distributed import compute_dtype, join_world, leave_world
+from tidar.evaluation import held_out_prompts, measure_speed, n_new_tokens, validate
+from tidar.evaluation.prompts import MOST_NEW_TOKENS
+from tidar.evaluation.report import decoding_lines, speed_up
+from tidar.evaluation.scores import scorer
+from tidar.models.huggingface import assets_folder
+from tidar.models.huggingface.manifest import read_manifest
+from tidar.training.batches import Batches
+from tidar.training.inputs import load_inputs
+from tidar.training.plan import plan_run
+from tidar.training.reporting.metrics import validation_lines
+
+# held-out prompts, where the run's validation decodes none
+N_PROMPTS = 64
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with user_errors_exit():
+        run(_parser().parse_args(arguments))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m tidar.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of the model, or a checkpoint's step-<n>")
+    parser.add_argument("--run", help="run whose held-out data are used (default: the run that the model lies in)")
+    parser.add_argument("--tokenizer", help="tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    parser.add_argument("--prompts", help="JSON lines: chats or prompts to decode (default: the run's held-out data)")
+    parser.add_argument(
+        "--n_prompts", type=int,
+        help=f"held-out prompts to decode [validation.generate_prompts of the run, or {N_PROMPTS}]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_new_tokens", type=int,
+        help=f"[{MOST_NEW_TOKENS}; of held-out prompts at most half a row]",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at one time [32]")
+    parser.add_argument("--output", default="evaluation.json", help="JSON file to write [evaluation.json]")
+    return parser
+
+
+def run(options: Namespace) -> None:
+    for name, value in (("batch_size", options.batch_size), ("n_prompts", options.n_prompts)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    output = Path(options.output)
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: must be a file in a folder that can be written to")
+    model = Path(options.model)
+    run_folder = _run_folder(options.run, model)
+    if not run_folder and not options.prompts:
+        raise UserError(f"{model}: lies in no run whose held-out data could be used; give --prompts or --run")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = _run_config(run_folder, model) if run_folder else None
+    dtype = compute_dtype(config, device) if config else None
+    engine = load(model, dtype=dtype, device=device, max_batch_size=options.batch_size)
+    if options.mode == "tidar":
+        engine.check_method()
+    results: dict[str, Any] = {
+        "model": str(model),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+    lines = [f"{model}, {results['device']}, {results['dtype']}"]
+    held_out = HeldOut(config, engine, model) if config else None
+    try:
+        if held_out and held_out.n_rows:
+            results["held_out"] = {"run": str(run_folder), "rows": held_out.n_rows} | held_out.scores()
+            lines += [
+                f"held-out data of {run_folder}: {held_out.n_rows:,} rows",
+                *validation_lines(results["held_out"]),
+            ]
+        tokenizer = _tokenizer(options, engine, held_out)
+        results["decoding"], decoding = _decode(options, engine, held_out, tokenizer)
+        lines += decoding
+    finally:
+        leave_world()
+    print_lines(*lines)
+    try:
+        write_atomically(output, json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    print(f"written to {output}")
+
+
+def _tokenizer(options: Namespace, engine: Engine, held_out: "HeldOut | None") -> Tokenizer | None:
+    """That of the run's data, which may have none, or the model's where text is to be read."""
+    if held_out and not options.prompts and not options.tokenizer:
+        return held_out.inputs.tokenizer
+    return model_tokenizer(Path(options.model), options.tokenizer, engine.model.config.vocab_size)
+
+
+def _run_folder(named: str | None, model: Path) -> Path | None:
+    """The run called `named`, or that of <run>/checkpoint/step-<n> and <run>/export/epoch_<n>."""
+    folder = Path(named) if named else model.resolve().parent.parent
+    if (folder / "config.toml").is_file():
+        return folder
+    if named:
+        raise UserError(f"--run {named}: holds no config.toml: must be a run's job.dump_folder")
+    return None
+
+
+def _run_config(run_folder: Path, model: Path) -> Config:
+    """Options of the run, for one device and for the model that is evaluated."""
+    config = load_config(["--job.config_file", str(run_folder / "config.toml")])
+    config.parallelism = Parallelism()
+    config.training.global_batch_size, config.training.enable_cpu_offload = -1, False
+    config.training.float8, config.model.attention_backend = False, "auto"
+    # config.json and the tokenizer are those beside the weights
+    config.model.hf_path, config.checkpoint.initial_load_path = str(assets_folder(model)), ""
+    config.data.tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else ""
+    if config.validation.steps != -1 and assets_folder(model) != model:
+        config.validation.steps *= read_manifest(model)["about"]["devices"]
+    return config
+
+
+class HeldOut:
+    """The held-out rows of a run."""
+
+    def __init__(self, config: Config, engine: Engine, model: Path):
+        if engine.method:
+            config.tidar.pattern, config.tidar.block_size = engine.method.pattern, engine.method.block_size
+        self.engine = engine
+        self.inputs = load_inputs(config, prepares=False)
+        spec = self.inputs.spec
+        self.plan = plan_run(config, 1, engine.device, spec.decoder, spec.mask_token_id)
+        self.batches = Batches(self.plan, self.inputs.data, join_world(config))
+        self.n_rows = len(self.batches.held_out_rows)
+
+    def scores(self) -> dict[str, float]:
+        """The scalars of the run's validation."""
+        pattern, chunk_size = self.plan.validation_pattern, self.plan.config.training.loss_chunk_size
+        return validate(
+            self.batches.validation(),
+            scorer(self.engine.model, pattern, self.plan.loss_weights, chunk_size),
+            block_size=pattern.block_size,
+            loss_weights=self.plan.loss_weights,
+            device=self.engine.device,
+        )
+
+    def prompts(self, n: int | None) -> list[list[int]]:
+        return held_out_prompts(self.batches.held_out_rows, n or N_PROMPTS)
+
+
+def _prompts(
+    options: Namespace, held_out: HeldOut | None, tokenizer: Tokenizer | None
+) -> tuple[str, list[list[int]], int]:
+    """What the prompts are, their tokens, and how many new ones each gets."""
+    if options.prompts and tokenizer:
+        source, most = str(options.prompts), MOST_NEW_TOKENS
+        prompts = [tokens for _, _, tokens in read_prompts(Path(options.prompts), tokenizer)]
+    else:
+        assert held_out
+        source, most = "held-out data", n_new_tokens(held_out.plan.config.training.seq_len)
+        prompts = held_out.prompts(options.n_prompts)
+    if not prompts:
+        raise UserError(f"--prompts {source}: holds no prompts")
+    return source, prompts, most if options.max_new_tokens is None else options.max_new_tokens
+
+
+def _decode(
+    options: Namespace, engine: Engine, held_out: HeldOut | None, tokenizer: Tokenizer | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Results of decoding, and lines that show them."""
+    source, prompts, n_new = _prompts(options, held_out, tokenizer)
+    settings = {"max_new_tokens": n_new, "temperature": options.temperature, "seed": options.seed}
+    measured = measure_speed(engine, prompts, options.mode, stop_token_ids=end_tokens(engine, tokenizer), **settings)
+    results: dict[str, Any] = {"prompts_of": source, **settings, "batch_size": options.batch_size}
+    results |= {mode: decoded.report() for mode, decoded in measured.items()} | {"speed_up": speed_up(measured)}
+    how = "greedy" if options.temperature == 0 else f"temperature {options.temperature}"
+    title = (
+        f"{len(prompts)} prompts of {source}, at most {n_new} new tokens each, {how}, {options.batch_size} at a time"
+    )
+    return results, [title, *decoding_lines(measured)]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -15,6 +16,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    """A port below those that the system gives to others' connections, so that nobody has taken it a moment later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("localhost", port))
+            return port
 
 
 class RankPool:
@@ -51,9 +61,7 @@ class RankPool:
         """
         while len(self.processes) < ranks:
             self.processes.append(self._start())
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank, process in enumerate(self.processes[:ranks]):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOG_RANK": rank}

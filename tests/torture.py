@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,11 +25,14 @@ from pathlib import Path
 
 import torch
 import uneven  # noqa: F401  (registers the source)
+from rank_pool import free_port
 from results import read_metrics
 
 from tidar import train
+from tidar.distributed import Watchdog
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.manifest import saved_steps
+from tidar.training import trainer
 from tidar.training.checkpoint import writer
 from tidar.training.checkpoint.checkpointer import Checkpointer
 
@@ -114,18 +116,29 @@ def watch_phases(board: Board, rank: int, slowness: float) -> None:
         writer._FileSystem.create_stream = slow_stream
 
 
+def come_late(seconds: float) -> None:
+    """Makes a rank late where it connects to the store for the last time."""
+
+    def watchdog(*arguments):
+        time.sleep(seconds)
+        return Watchdog(*arguments)
+
+    trainer.Watchdog = watchdog
+
+
 class Run:
     """A run's ranks, as processes."""
 
-    def __init__(self, ranks: int, options: list[str], log: Path, slowness: float = 0.0):
+    def __init__(self, ranks: int, options: list[str], log: Path, slowness: float = 0.0, lateness: float = 0.0):
+        """slowness, lateness: seconds that each phase of a save lasts, and that ranks are behind rank 0 at the start."""
         self.board, self.log = Board(), log
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.pids = []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
+                if rank:
+                    come_late(lateness)
                 self._become(rank, ranks, port, options, slowness)
             self.pids.append(pid)
         self.codes: dict[int, int] = {}
@@ -265,6 +278,8 @@ def main() -> int:
             run = Run(ranks, options, whole.with_suffix(".log"))
             assert run.wait(TIMEOUT) and not any(run.codes.values()), whole.with_suffix(".log").read_text()
             expected[ranks] = end_of(whole)
+        again = Run(2, options, whole.with_suffix(".log"), lateness=2)
+        assert again.wait(30) and not any(again.codes.values()), "a finished run that is started again does not end"
         killed, failures = Counter(), 0
         for number in range(arguments.trials):
             phase, problem = trial(number, arguments.seed, data, expected, folder / str(number))

@@ -167,14 +167,19 @@ class Trainer:
             self.log(*self.start)
             if self.step < self.steps or self.progress.is_interrupted:
                 self._train_steps()
-            elif not self.state.resumed_from:
-                self.state.save_first_weights()
             else:
-                if self.world.rank == 0:
-                    self.checkpointer.clean_up()
-                self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
-                self.log("for a new run choose another job.dump_folder, or remove this one")
+                self._end_without_steps()
             self._record_end()
+
+    def _end_without_steps(self) -> None:
+        if not self.state.resumed_from:
+            self.state.save_first_weights()
+        else:
+            if self.world.rank == 0:
+                self.checkpointer.clean_up()
+            self.log(f"nothing to do: {self.folder} has all of its {self.steps} steps")
+            self.log("for a new run choose another job.dump_folder, or remove this one")
+        self.wait_for_all("the end")  # rank 0 may hold the store, and ends with it
 
     def _train_steps(self) -> None:
         """All steps that are left."""

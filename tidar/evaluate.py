@@ -164,7 +164,9 @@ class HeldOut:
         )
 
     def prompts(self, n: int | None) -> list[list[int]]:
-        return held_out_prompts(self.batches.held_out_rows, n or N_PROMPTS)
+        """n of them, or those that the run's validation decodes."""
+        n = n or self.plan.config.validation.generate_prompts or N_PROMPTS
+        return held_out_prompts(self.batches.held_out_rows, n)
 
 
 def _prompts(

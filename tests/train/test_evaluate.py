@@ -1,7 +1,10 @@
 """tidar.evaluate on a run: the scores of its own validation, and what decoding takes."""
 
+import io
 import json
 import random
+from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,27 +12,43 @@ import torch
 from results import read_metrics
 from runs import train_run
 from small_models import make_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tidar import evaluate
+from tidar.config import UserError, load_config
 from tidar.decoding import load
 from tidar.evaluation import decode, held_out_prompts
 from tidar.patterns import PADDING
+from tidar.training.plan import plan_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, uneven_data):
-    """A run of few steps, in bfloat16, with rows that validation leaves out."""
+def options(tmp_path_factory, uneven_data):
+    """Options of a run of few steps, in bfloat16, with rows that validation leaves out, and its folder."""
     folder = tmp_path_factory.mktemp("run")
     make_model("qwen3", tie_word_embeddings=False, eos_token_id=None).save_pretrained(folder / "model")
     options = f"{uneven_data} --model.hf_path {folder / 'model'} --validation.enable --validation.share 0.3"
     options += " --validation.steps 2 --training.local_batch_size 2 --training.seq_len 32 --tidar.block_size 3"
-    options += " --training.steps 4 --checkpoint.interval 2 --validation.freq 2 --optimizer.lr 1e-3"
+    options += " --training.steps 4 --checkpoint.interval 2 --validation.freq 2 --metrics.log_freq 1"
     options += f" --training.mixed_precision_param bfloat16 --job.dump_folder {folder / 'run'}"
-    train_run(options.split())
-    return folder / "run"
+    return SimpleNamespace(folder=folder / "run", options=options.split())
 
 
-def evaluated(run, capsys, *arguments: str) -> dict:
+@pytest.fixture(scope="module")
+def run(options):
+    """A run whose validation decodes three prompts, and what it leaves."""
+    with redirect_stdout(io.StringIO()) as printed:
+        trainer = train_run([*options.options, "--validation.generate_prompts", "3"])
+    return SimpleNamespace(
+        folder=options.folder,
+        random_state=torch.get_rng_state(),
+        weights=dict(trainer.model.named_parameters()),
+        held_out_rows=trainer.batches.held_out_rows,
+        printed=printed.getvalue(),
+    )
+
+
+def evaluated(run: Path, capsys, *arguments: str) -> dict:
     output = run.parent / "evaluation.json"
     evaluate.main(["--output", str(output), *arguments])
     assert "tokens/forward" in capsys.readouterr().out
@@ -37,17 +56,48 @@ def evaluated(run, capsys, *arguments: str) -> dict:
 
 
 def test_the_scores_are_those_of_the_runs_own_validation(run, capsys):
-    lines = {line["step"]: line for line in read_metrics(run) if "val/loss" in line}
+    lines = {line["step"]: line for line in read_metrics(run.folder) if "val/loss" in line}
     for step in (2, 4):
-        found = evaluated(run, capsys, "--model", str(run / "checkpoint" / f"step-{step}"), "--n_prompts", "2")
+        found = evaluated(run.folder, capsys, "--model", str(run.folder / "checkpoint" / f"step-{step}"))
         expected = {name: value for name, value in lines[step].items() if name.startswith("val/")}
         scores = {name: value for name, value in found["held_out"].items() if name.startswith("val/")}
-        assert scores == expected and found["dtype"] == "bfloat16"
+        decoded = found["decoding"]["tidar"]
+        assert scores | {"val/tokens_per_forward": decoded["tokens_per_forward"]} == expected
+        assert found["dtype"] == "bfloat16" and decoded["prompts"] == 3 and decoded["tokens"] == 3 * 16
+
+
+def test_decoding_prompts_does_not_disturb_training(run, options, tmp_path):
+    """Without it: the same losses, weights and random state."""
+    trainer = train_run([*options.options, "--job.dump_folder", str(tmp_path)])
+    assert torch.get_rng_state().equal(run.random_state)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.equal(run.weights[name]), name
+    found, expected = read_metrics(tmp_path), read_metrics(run.folder)
+    for line, other in zip(found, expected, strict=True):
+        assert ("val/loss" in line) == (other.pop("val/tokens_per_forward", None) is not None)
+        assert line.keys() == other.keys()
+        assert all(line[name] == other[name] for name in line if name.startswith(("train/", "val/")))
+
+
+def test_a_pattern_that_is_not_decoded_is_refused():
+    config = load_config("--validation.generate_prompts 2 --tidar.pattern causal".split())
+    with pytest.raises(UserError, match=r"validation.generate_prompts = 2: tidar.pattern = causal is not decoded"):
+        plan_run(config, 1, torch.device("cpu"))
+
+
+def test_the_sample_is_shown(run):
+    reader = EventAccumulator(str(run.folder / "tb")).Reload()
+    samples = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("val/sample")]
+    engine, rows = load(run.folder / "checkpoint" / "step-4", dtype=torch.bfloat16), run.held_out_rows
+    prompts = held_out_prompts(rows, 3)
+    text = " ".join(map(str, engine.generate(prompts, 16)[0].tokens))
+    assert len(samples) == 2 and samples[1].endswith(f"**decoded**\n\n    {text}") and text in run.printed
+    assert "decoded 3 prompts" in run.printed
 
 
 def test_counts_are_those_of_prompts_decoded_one_by_one(run, capsys):
-    step = run / "checkpoint" / "step-4"
-    found = evaluated(run, capsys, "--model", str(step), "--n_prompts", "5", "--max_new_tokens", "9")["decoding"]
+    step = run.folder / "checkpoint" / "step-4"
+    found = evaluated(run.folder, capsys, "--model", str(step), "--n_prompts", "5", "--max_new_tokens", "9")["decoding"]
     tokens, forwards, accepted = (found["tidar"][name] for name in ("tokens", "forwards", "accepted_lengths"))
     assert tokens == found["ar"]["tokens"] == 5 * 9 and found["ar"]["forwards"] == 5 * (9 + 1)
     assert found["tidar"]["tokens_per_forward"] == tokens / forwards
@@ -101,7 +151,7 @@ def test_held_out_prompts():
 )
 def test_bad_input(run, tmp_path, arguments, message, capsys):
     (tmp_path / "empty").touch()
-    places = SimpleNamespace(run=run, model=run.parent / "model", empty=tmp_path / "empty")
+    places = SimpleNamespace(run=run.folder, model=run.folder.parent / "model", empty=tmp_path / "empty")
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["--output", str(tmp_path / "x.json"), *arguments.format(**vars(places)).split()])
     error = capsys.readouterr().err

@@ -270,6 +270,12 @@ class Validation:
     paths: list[str] = option([], "validation data, in the form of data.paths (default: hold out validation.share)")
     share: float = option(0.01, "fraction of the documents held out of training", minimum=0, maximum=0.5)
     steps: int = option(-1, "validation batches per device (-1: all held-out rows)", minimum=1, beside=-1)
+    generate_prompts: int = option(
+        0,
+        "held-out prompts that each validation decodes greedily, at most 256 new tokens each: val/tokens_per_forward "
+        "and a sample. Sharded weights are gathered once for it, whole on each device (0: none)",
+        minimum=0,
+    )
 
 
 @dataclass

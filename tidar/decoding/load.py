@@ -31,7 +31,7 @@ def load(
         _method(config, str(assets / "config.json"), model.config.vocab_size),
         name=str(path),
         context=config.get("max_position_embeddings"),
-        end_token_ids=_end_token_ids(assets, config),
+        end_token_ids=end_token_ids(assets, config),
         **options,
     )
 
@@ -52,7 +52,7 @@ def _method(config: dict, origin: str, vocab_size: int) -> Method | None:
     raise UserError(f"{origin}: tidar = {json.dumps(section)}: must hold pattern, block_size and mask_token_id")
 
 
-def _end_token_ids(folder: Path, config: dict) -> list[int]:
+def end_token_ids(folder: Path, config: dict) -> list[int]:
     """eos_token_id of generation_config.json, or else of config.json."""
     try:
         generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ class OneDevice:
 
     def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
         """accumulates: whether a step has several micro-batches, whose gradients are then accumulated in float32."""
+        self.model = model
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.are_current = False
         self.owners: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -58,6 +59,11 @@ class OneDevice:
         finally:
             for module, name, parameter in self.owners:
                 module._parameters[name] = parameter
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters by name in the compute dtype: those that the model computes with, not copies of them."""
+        with self.validating():
+            return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
 
 class _AddTo:

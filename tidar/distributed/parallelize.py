@@ -114,7 +114,7 @@ class Sharded:
     """
 
     def __init__(self, model: Any, world: World, config: Config, param_dtype: torch.dtype):
-        self.model = model
+        self.model, self.param_dtype, self.device = model, param_dtype, world.device
         self.reduces_each = config.parallelism.gradient_reduction == "micro_batch"
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # FSDP2 casts parameters itself
         mesh = world.mesh
@@ -153,6 +153,11 @@ class Sharded:
         # without a backward pass they leave parameters gathered
         for module in (*self.model.layers, self.model):
             module.reshard()
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters by name in the compute dtype, whole on each rank. All ranks call it, outside of contexts."""
+        narrow = {name: p.detach().to(self.param_dtype) for name, p in self.model.named_parameters()}
+        return {name: parameter.full_tensor().to(self.device) for name, parameter in narrow.items()}
 
 
 def _micro_batches_of_one_device(config: Config) -> int:

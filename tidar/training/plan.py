@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tidar.config import Config, resolve_global_batch_size
+from tidar.config import Config, UserError, resolve_global_batch_size
+from tidar.decoding import DECODABLE
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Kernels, Sizes, choose_kernels
 from tidar.models import Decoder, DecoderConfig
@@ -95,6 +96,12 @@ def plan_run(
     global_batch_size = resolve_global_batch_size(config, world_size)
     dtype = compute_dtype(config, device)
     pattern = checked_pattern(config, mask_token_id)
+    n_prompts, name = config.validation.generate_prompts, config.tidar.pattern
+    if config.validation.enable and n_prompts and name not in DECODABLE:
+        raise UserError(
+            f"validation.generate_prompts = {n_prompts}: tidar.pattern = {name} is not decoded; must be 0, or the "
+            f"pattern one of {', '.join(DECODABLE)}"
+        )
     sizes, n_parameters = None, 0
     if decoder:
         sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)

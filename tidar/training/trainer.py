@@ -53,6 +53,7 @@ from tidar.training.reporting.throughput import Throughput
 from tidar.training.run_lock import hold_folder
 from tidar.training.state import RunState
 from tidar.training.stopping import Stopped, StopRequests
+from tidar.training.validation import HeldOutPrompts
 
 
 class Trainer:
@@ -82,6 +83,7 @@ class Trainer:
     parallel: Sharded | OneDevice
     mask_builder: MaskBuilder
     validation_mask_builder: MaskBuilder
+    prompts: HeldOutPrompts | None  # decoded by each validation
     objective: Objective
     compiler: Compiler | None  # compiles kernels ahead
     # how far it has come
@@ -127,10 +129,9 @@ class Trainer:
             self._read_inputs()
             self.model, self.parallel = build_model(self.plan, world)
             self.objective = Objective(self.plan.loss_weights, config.training.loss_chunk_size, self.plan.kernels)
-            self.mask_builder, self.validation_mask_builder = (
-                MaskBuilder(pattern, self.plan.kernels.attention)
-                for pattern in (self.plan.pattern, self.plan.validation_pattern)
-            )
+            attention = self.plan.kernels.attention
+            self.mask_builder = MaskBuilder(self.plan.pattern, attention)
+            self.validation_mask_builder = MaskBuilder(self.plan.validation_pattern, attention)
             self.compiler = start_compiler(self.plan, resources, self.log)
             n_rows, identity = len(self.batches.training_rows), self.inputs.data.identity(config)
             self.progress = Progress(n_rows, identity, self.device)
@@ -138,6 +139,7 @@ class Trainer:
                 self.plan, self.spec, self.folder, world, groups, self.model, self.parallel, self.progress, self.log
             )
             self.updates, self.checkpointer = self.state.updates, self.state.checkpointer
+            self.prompts = HeldOutPrompts.of(self.plan, self.batches, self.inputs, self.state.write_assets, world)
             resources.callback(self.checkpointer.close)
             self.start = self.state.restore_or_initialize()
             self.steps = self.progress.steps_of(config.training, self.plan.global_batch_size)
@@ -309,16 +311,14 @@ class Trainer:
 
         # its first batch may have to be compiled
         self.heartbeat("validation", self.config.comm.init_timeout_seconds)
-        with self.throughput.paused(), self.parallel.validating():
-            scalars = validate(
-                self.batches.validation(),
-                score,
-                block_size=self.plan.validation_pattern.block_size,
-                loss_weights=self.plan.loss_weights,
-                device=self.device,
-            )
+        with self.throughput.paused():
+            with self.parallel.validating():
+                block_size, weights = self.plan.validation_pattern.block_size, self.plan.loss_weights
+                scalars = validate(self.batches.validation(), score, block_size, weights, self.device)
+            calls = self.stops.check, partial(self.heartbeat, "decoding"), partial(self.wait_for_all, "decoding")
+            decoded = self.prompts.decode(self.parallel, *calls) if self.prompts else None
         self.state.val_losses[self.step] = scalars.get("val/loss")
-        self.reports.validation(self.step, scalars)
+        self.reports.validation(self.step, scalars, decoded)
 
     def export_epoch(self, number: int) -> None:
         """Exports to export/epoch_<number>."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tidar.config.files import create_file
@@ -37,6 +38,12 @@ class EventFile:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
+        self.records.flush()
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """text: Markdown."""
+        summary = text_pb(name, text)
+        self._add(Event(step=step, summary=summary))
         self.records.flush()
 
     def close(self) -> None:

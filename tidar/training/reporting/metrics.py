@@ -62,6 +62,12 @@ class MetricWriter:
             with self._tolerant():
                 self.tensorboard.write(step, scalars)
 
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Markdown, for TensorBoard alone."""
+        if self.tensorboard:
+            with self._tolerant():
+                self.tensorboard.write_text(step, name, text)
+
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
         """Logs that metrics cannot be written, on a full disk for example: that is no reason to end a run."""

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from tidar.losses.sums import LossSums
 from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line, validation_lines
+from tidar.training.reporting.samples import decoded_lines, sample_markdown
 from tidar.training.reporting.throughput import Throughput
+from tidar.training.validation import DecodedPrompts
 
 
 class Reports:
@@ -43,6 +45,13 @@ class Reports:
         texts = [f"{name} {value:.4f}" for name, value in scalars.items()]
         self.log(f"epoch {epoch} ends  {'  '.join(texts) or 'no targets'}")
 
-    def validation(self, step: int, scalars: dict[str, float]) -> None:
+    def validation(self, step: int, scalars: dict[str, float], decoded: DecodedPrompts | None) -> None:
+        """decoded: what was decoded of held-out prompts, if anything."""
+        if decoded:
+            scalars |= {"val/tokens_per_forward": decoded.tokens_per_forward}
         self.metrics.write(step, scalars)
         self.log(*validation_lines(scalars))
+        if decoded:
+            self.log(*decoded_lines(decoded))
+            if decoded.sample:
+                self.metrics.write_text(step, "val/sample", sample_markdown(*decoded.sample))

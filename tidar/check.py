@@ -3,6 +3,8 @@
 Checks the options against each other, the devices, the data and the dump folder, and the variables of run_train.sh
 (NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK, MAX_RESTARTS, and srun's). Prepares data that is not
 prepared yet, on node 0, trains nothing, and prints the number of processes to start here and torchrun's options.
+
+python -m tidar.check --model FOLDER: whether tidar.evaluate can use an exported model or a checkpoint's step-<n>.
 """
 
 import dataclasses
@@ -10,11 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig
 
 from tidar.config import (
+    ArgumentParser,
     Config,
     UserError,
     in_range,
@@ -23,9 +27,12 @@ from tidar.config import (
     print_lines,
     user_errors_exit,
 )
+from tidar.decoding.load import read_method
+from tidar.decoding.prompts import model_tokenizer
 from tidar.distributed import check_device_count, logging_ranks
+from tidar.evaluation.tasks import check_lm_eval
 from tidar.models import Decoder
-from tidar.models.huggingface import check_weights, open_weights
+from tidar.models.huggingface import assets_folder, check_weights, decoder_config, open_weights, read_config_json
 from tidar.models.huggingface.manifest import saved_steps
 from tidar.training.inputs import load_inputs
 from tidar.training.plan import plan_run
@@ -37,6 +44,11 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 def main() -> None:
     with user_errors_exit():
+        if any(argument.partition("=")[0] == "--model" for argument in sys.argv[1:]):
+            parser = ArgumentParser(prog="python -m tidar.check")
+            parser.add_argument("--model", required=True, type=Path)
+            print_lines(*check_model_folder(parser.parse_args().model))
+            return
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
         processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
         launcher, nodes, node = launcher_options()
@@ -63,6 +75,33 @@ def main() -> None:
                 check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)
         del lock
         print(answer)
+
+
+def check_model_folder(folder: Path) -> list[str]:
+    """Lines about a model for tidar.evaluate. Raises UserError where it cannot be evaluated as a TiDAR model."""
+    assets = assets_folder(folder)
+    options, origin = read_config_json(assets), str(assets / "config.json")
+    decoder = decoder_config(options, origin)
+    method = read_method(options, origin, decoder.vocab_size)
+    if method is None:
+        raise UserError(f'{origin}: has no section "tidar", and so no mask token; evaluate it with --mode ar')
+    tokenizer = model_tokenizer(folder, None, decoder.vocab_size)
+    weights = open_weights(str(folder))
+    if weights is None:
+        raise UserError(f"{folder}: holds no weights")
+    with torch.device("meta"):
+        check_weights(weights, Decoder(decoder))
+    lines = [
+        f"{folder}: pattern {method.pattern}, blocks of {method.block_size}, mask token {method.mask_token_id}, "
+        f"tokenizer of {tokenizer.size} ids"
+    ]
+    if tokenizer.name == "bytes":
+        lines.append("it holds no tokenizer: texts are bytes, which --tasks cannot ask")
+    try:
+        check_lm_eval()
+    except UserError as error:
+        lines.append(str(error))
+    return lines
 
 
 def signal_options(config: Config) -> str:

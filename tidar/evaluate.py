@@ -3,7 +3,7 @@
 FOLDER is an exported model or a checkpoint's step-<n>. With a step, or --run, held-out data of the run are scored and
 its prompts decoded: losses, accuracies by position in the block, tokens per forward pass, tokens accepted in a step,
 tokens/s and the speed-up over autoregressive decoding on this machine. --prompts decodes those of a file instead.
-Prints a table and writes a JSON file.
+--tasks asks lm-eval's tasks (extra eval). Prints a table and writes a JSON file.
 """
 
 import json
@@ -23,8 +23,9 @@ from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts
 from tidar.distributed import compute_dtype, join_world, leave_world
 from tidar.evaluation import held_out_prompts, measure_speed, n_new_tokens, validate
 from tidar.evaluation.prompts import MOST_NEW_TOKENS
-from tidar.evaluation.report import decoding_lines, speed_up
+from tidar.evaluation.report import decoding_lines, speed_up, table
 from tidar.evaluation.scores import scorer
+from tidar.evaluation.tasks import Tasks, task_rows
 from tidar.models.huggingface import assets_folder
 from tidar.models.huggingface.manifest import read_manifest
 from tidar.training.batches import Batches
@@ -59,6 +60,14 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at one time [32]")
+    parser.add_argument("--tasks", help="lm-eval's tasks, groups and tags, separated by commas: gsm8k,arc_easy")
+    parser.add_argument("--limit", type=float, help="examples of each task; below 1: a share of them (default: all)")
+    parser.add_argument("--num_fewshot", type=int, help="examples in each prompt (default: as the task says)")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask tasks in the model's chat template")
+    parser.add_argument("--include_path", type=Path, help="folder with further tasks in YAML")
+    parser.add_argument(
+        "--confirm_run_unsafe_code", action="store_true", help="run tasks that execute code which the model writes"
+    )
     parser.add_argument("--output", default="evaluation.json", help="JSON file to write [evaluation.json]")
     return parser
 
@@ -72,8 +81,9 @@ def run(options: Namespace) -> None:
         raise UserError(f"--output {output}: must be a file in a folder that can be written to")
     model = Path(options.model)
     run_folder = _run_folder(options.run, model)
-    if not run_folder and not options.prompts:
-        raise UserError(f"{model}: lies in no run whose held-out data could be used; give --prompts or --run")
+    if not run_folder and not options.prompts and not options.tasks:
+        raise UserError(f"{model}: lies in no run whose held-out data could be used; give --prompts, --run or --tasks")
+    tasks = _tasks(options) if options.tasks else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = _run_config(run_folder, model) if run_folder else None
     dtype = compute_dtype(config, device) if config else None
@@ -87,6 +97,10 @@ def run(options: Namespace) -> None:
         "torch": torch.__version__,
     }
     lines = [f"{model}, {results['device']}, {results['dtype']}"]
+    tokenizer: Tokenizer | None = None
+    if tasks or options.prompts or options.tokenizer:
+        tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
+    texts = tasks.checked_tokenizer(tokenizer, str(model)) if tasks and tokenizer else None
     held_out = HeldOut(config, engine, model) if config else None
     try:
         if held_out and held_out.n_rows:
@@ -95,9 +109,14 @@ def run(options: Namespace) -> None:
                 f"held-out data of {run_folder}: {held_out.n_rows:,} rows",
                 *validation_lines(results["held_out"]),
             ]
-        tokenizer = _tokenizer(options, engine, held_out)
-        results["decoding"], decoding = _decode(options, engine, held_out, tokenizer)
-        lines += decoding
+        if options.prompts or (held_out and held_out.n_rows):
+            results["decoding"], decoding = _decode(options, engine, held_out, tokenizer)
+            lines += decoding
+        elif not tasks:
+            raise UserError(f"{run_folder}: holds out no data (validation.enable = false); give --prompts or --tasks")
+        if tasks and texts:
+            results["lm_eval"] = tasks.run(engine, texts, options.mode, options.seed)
+            lines += table(task_rows(results["lm_eval"]))
     finally:
         leave_world()
     print_lines(*lines)
@@ -108,11 +127,19 @@ def run(options: Namespace) -> None:
     print(f"written to {output}")
 
 
-def _tokenizer(options: Namespace, engine: Engine, held_out: "HeldOut | None") -> Tokenizer | None:
-    """That of the run's data, which may have none, or the model's where text is to be read."""
-    if held_out and not options.prompts and not options.tokenizer:
-        return held_out.inputs.tokenizer
-    return model_tokenizer(Path(options.model), options.tokenizer, engine.model.config.vocab_size)
+def _tasks(options: Namespace) -> Tasks:
+    for name, value, least in (("limit", options.limit, 0), ("num_fewshot", options.num_fewshot, -1)):
+        if value is not None and not value > least:
+            raise UserError(f"--{name} {value}: must be above {least}")
+    names = [name for name in options.tasks.split(",") if name]
+    return Tasks(
+        names,
+        options.limit,
+        options.num_fewshot,
+        options.apply_chat_template,
+        options.include_path,
+        options.confirm_run_unsafe_code,
+    )
 
 
 def _run_folder(named: str | None, model: Path) -> Path | None:
@@ -190,6 +217,8 @@ def _decode(
 ) -> tuple[dict[str, Any], list[str]]:
     """Results of decoding, and lines that show them."""
     source, prompts, n_new = _prompts(options, held_out, tokenizer)
+    if held_out and not options.prompts and not options.tokenizer:
+        tokenizer = held_out.inputs.tokenizer  # the data may have none
     settings = {"max_new_tokens": n_new, "temperature": options.temperature, "seed": options.seed}
     measured = measure_speed(engine, prompts, options.mode, stop_token_ids=end_tokens(engine, tokenizer), **settings)
     results: dict[str, Any] = {"prompts_of": source, **settings, "batch_size": options.batch_size}

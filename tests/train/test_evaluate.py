@@ -1,5 +1,6 @@
 """tidar.evaluate on a run: the scores of its own validation, and what decoding takes."""
 
+import importlib.metadata
 import io
 import json
 import random
@@ -14,7 +15,7 @@ from runs import train_run
 from small_models import make_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tidar import evaluate
+from tidar import check, evaluate
 from tidar.config import UserError, load_config
 from tidar.decoding import load
 from tidar.evaluation import decode, held_out_prompts
@@ -136,11 +137,44 @@ def test_held_out_prompts():
         assert held_out_prompts(rows, n) == [expected[i * len(rows) // n] for i in range(n)]
 
 
+def test_check_of_a_folder(run, tmp_path, call, monkeypatch):
+    step = run.folder / "checkpoint" / "step-4"
+    code, printed, _ = call(check.main, "--model", step)
+    assert code == 0 and "blocks of 3" in printed and "it holds no tokenizer: texts are bytes" in printed
+    monkeypatch.setattr("tidar.evaluation.tasks.FIRST_LM_EVAL", (10**6,))
+    assert "needs lm-eval" in call(check.main, "--model", step)[1]
+    model = tmp_path / "model"
+    make_model("qwen2", vocab_size=600).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    for section, message in (
+        ({}, 'has no section "tidar", and so no mask token'),
+        ({"tidar": {"pattern": "tidar", "block_size": 4}}, "must hold pattern, block_size and mask_token_id"),
+        ({"tidar": {"pattern": "tidar", "block_size": 4, "mask_token_id": 299}}, "holds no tokenizer"),
+    ):
+        (model / "config.json").write_text(json.dumps(config | section))
+        code, _, error = call(check.main, f"--model={model}")
+        assert code == 1 and message in error and len(error.splitlines()) == 1
+
+
+def test_tasks_need_lm_eval(run, monkeypatch, capsys):
+    for version, message in ((None, "--tasks: needs lm-eval 0.4.13 or later: pip"), ("0.4.9", "; 0.4.9 is installed")):
+
+        def installed(name: str, version: str | None = version) -> str:
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", installed)
+        with pytest.raises(SystemExit):
+            evaluate.main(["--model", str(run.folder / "checkpoint" / "step-4"), "--tasks", "gsm8k"])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--model {run}/checkpoint/step-4 --run {run}/checkpoint", "holds no config.toml"),
-        ("--model {model}", "lies in no run whose held-out data could be used; give --prompts or --run"),
+        ("--model {model}", "lies in no run whose held-out data could be used; give --prompts, --run or --tasks"),
         ("--model {model} --run {run}", 'no section "tidar"'),
         ("--model {run}/checkpoint/step-4 --prompts {empty}", "--prompts {empty}: holds no prompts"),
         ("--model {run}/checkpoint/step-4 --n_prompts 0", "--n_prompts 0: must be at least 1"),

@@ -28,7 +28,7 @@ def load(
     model = from_pretrained(str(folder), dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)
     return Engine(
         model,
-        _method(config, str(assets / "config.json"), model.config.vocab_size),
+        read_method(config, str(assets / "config.json"), model.config.vocab_size),
         name=str(path),
         context=config.get("max_position_embeddings"),
         end_token_ids=end_token_ids(assets, config),
@@ -36,7 +36,11 @@ def load(
     )
 
 
-def _method(config: dict, origin: str, vocab_size: int) -> Method | None:
+def read_method(config: dict, origin: str, vocab_size: int) -> Method | None:
+    """The section `tidar` of a config.json, None if it has none. Raises UserError for one that is not whole.
+
+    origin: names the file in messages.
+    """
     section = config.get("tidar")
     if section is None:
         return None

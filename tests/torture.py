@@ -130,7 +130,7 @@ class Run:
     """A run's ranks, as processes."""
 
     def __init__(self, ranks: int, options: list[str], log: Path, slowness: float = 0.0, lateness: float = 0.0):
-        """slowness, lateness: seconds that each phase of a save lasts, and that ranks are behind rank 0 at the start."""
+        """slowness, lateness: seconds that each phase of a save lasts, and by which ranks start after rank 0."""
         self.board, self.log = Board(), log
         port = free_port()
         self.pids = []

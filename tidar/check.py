@@ -4,6 +4,8 @@ Checks the options against each other, the devices, the data and the dump folder
 (NGPU, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, LOG_RANK, MAX_RESTARTS, and srun's). Prepares data that is not
 prepared yet, on node 0, trains nothing, and prints the number of processes to start here and torchrun's options.
 
+Models by their id on the hub are not downloaded: it says so where one is not in the cache.
+
 python -m tidar.check --model FOLDER: whether tidar.evaluate can use an exported model or a checkpoint's step-<n>.
 """
 
@@ -27,6 +29,7 @@ from tidar.config import (
     print_lines,
     user_errors_exit,
 )
+from tidar.config.hub import cached_folder, hub_id, local_folder
 from tidar.decoding.load import read_method
 from tidar.decoding.prompts import model_tokenizer
 from tidar.distributed import check_device_count, logging_ranks
@@ -34,7 +37,7 @@ from tidar.evaluation.tasks import check_lm_eval
 from tidar.models import Decoder
 from tidar.models.huggingface import assets_folder, check_weights, decoder_config, open_weights, read_config_json
 from tidar.models.huggingface.manifest import saved_steps
-from tidar.training.inputs import load_inputs
+from tidar.training.inputs import load_inputs, missing_on_disk
 from tidar.training.plan import plan_run
 from tidar.training.run_lock import RunLock
 
@@ -46,8 +49,8 @@ def main() -> None:
     with user_errors_exit():
         if any(argument.partition("=")[0] == "--model" for argument in sys.argv[1:]):
             parser = ArgumentParser(prog="python -m tidar.check")
-            parser.add_argument("--model", required=True, type=Path)
-            print_lines(*check_model_folder(parser.parse_args().model))
+            parser.add_argument("--model", required=True)
+            print_lines(*check_model(parser.parse_args().model))
             return
         config = load_config(sys.argv[1:], prog="python -m tidar.check")
         processes = _number("NGPU", default=max(1, torch.cuda.device_count()), minimum=1)
@@ -64,6 +67,11 @@ def main() -> None:
             print(answer)  # node 0 prepares the data, which all nodes share
             return
         lock = RunLock(folder)
+        if missing := missing_on_disk(config):
+            print_lines(*missing, "the model and the data are checked once they are there", file=sys.stderr)
+            del lock
+            print(answer)
+            return
         inputs = load_inputs(config)
         if inputs.warning:
             print_lines(inputs.warning, file=sys.stderr)
@@ -77,8 +85,15 @@ def main() -> None:
         print(answer)
 
 
-def check_model_folder(folder: Path) -> list[str]:
+def check_model(name: str) -> list[str]:
     """Lines about a model for tidar.evaluate. Raises UserError where it cannot be evaluated as a TiDAR model."""
+    if hub_id(name) and not cached_folder(name):
+        return [f"{name}: is not in the hub's cache; tidar.evaluate downloads it"]
+    return check_model_folder(local_folder(name, "--model"))
+
+
+def check_model_folder(folder: Path) -> list[str]:
+    """As `check_model`, of a folder."""
     assets = assets_folder(folder)
     options, origin = read_config_json(assets), str(assets / "config.json")
     decoder = decoder_config(options, origin)

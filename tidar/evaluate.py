@@ -16,6 +16,7 @@ import torch
 
 from tidar.config import ArgumentParser, Config, UserError, load_config, print_lines, user_errors_exit
 from tidar.config.files import write_atomically
+from tidar.config.hub import local_folder
 from tidar.config.options import Parallelism
 from tidar.data import Tokenizer
 from tidar.decoding import Engine, load
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tidar.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of the model, or a checkpoint's step-<n>")
+    parser.add_argument("--model", required=True, help="folder or hub id of the model, or a checkpoint's step-<n>")
     parser.add_argument("--run", help="run whose held-out data are used (default: the run that the model lies in)")
     parser.add_argument("--tokenizer", help="tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
     parser.add_argument("--prompts", help="JSON lines: chats or prompts to decode (default: the run's held-out data)")
@@ -79,7 +80,7 @@ def run(options: Namespace) -> None:
     output = Path(options.output)
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"--output {output}: must be a file in a folder that can be written to")
-    model = Path(options.model)
+    model = local_folder(options.model, "--model")
     run_folder = _run_folder(options.run, model)
     if not run_folder and not options.prompts and not options.tasks:
         raise UserError(f"{model}: lies in no run whose held-out data could be used; give --prompts, --run or --tasks")
@@ -91,12 +92,12 @@ def run(options: Namespace) -> None:
     if options.mode == "tidar":
         engine.check_method()
     results: dict[str, Any] = {
-        "model": str(model),
+        "model": options.model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(engine.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    lines = [f"{model}, {results['device']}, {results['dtype']}"]
+    lines = [f"{options.model}, {results['device']}, {results['dtype']}"]
     tokenizer: Tokenizer | None = None
     if tasks or options.prompts or options.tokenizer:
         tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exit
+from tidar.config.hub import local_folder
 from tidar.data import Tokenizer
 from tidar.decoding import Completion, Engine, load
 from tidar.decoding.answers import read_done, write_answers
@@ -31,8 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tidar.generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of the model, or a checkpoint's step-<n>")
-    parser.add_argument("--tokenizer", help="tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    parser.add_argument("--model", required=True, help="folder or hub id of the model, or a checkpoint's step-<n>")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer's folder or hub id, or bytes (default: the tokenizer in the model's folder)"
+    )
     parser.add_argument("--prompt", nargs="+", help="texts to continue")
     parser.add_argument("--chat", action="store_true", help="read turns of a conversation from standard input")
     parser.add_argument("--prompts", help="JSON lines: chats or prompts to answer")
@@ -66,8 +69,9 @@ def run(options: Namespace) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    engine = load(options.model, device=device, max_batch_size=options.batch_size)
-    tokenizer = model_tokenizer(Path(options.model), options.tokenizer, engine.model.config.vocab_size)
+    model = local_folder(options.model, "--model")
+    engine = load(model, device=device, max_batch_size=options.batch_size)
+    tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
     session = Session(engine, tokenizer, options)
     if options.prompts:
         session.answer_file(Path(options.prompts), Path(options.output))

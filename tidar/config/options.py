@@ -25,7 +25,11 @@ class Model:
     """The decoder."""
 
     name: str = option("debug", "named decoder size from tidar/models/sizes.py, with random weights")
-    hf_path: str = option("", "local folder of a Hugging Face model (config.json, tokenizer, weights); overrides name")
+    hf_path: str = option(
+        "",
+        "Hugging Face model: a local folder (config.json, tokenizer, weights) or an id of the hub, ORG/NAME or "
+        "ORG/NAME@REVISION; overrides name",
+    )
     attention_backend: Literal["auto", "flash", "flex", "sdpa"] = option(
         "auto",
         "flex: FlexAttention with block masks (CUDA); flash: the same with FlashAttention-4 kernels (extra flash); "
@@ -95,7 +99,7 @@ class Data:
         "how many times an epoch repeats each path's documents [1]; 0.3 takes a fixed random 30 %",
         minimum=0,
     )
-    tokenizer: str = option("", "local tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    tokenizer: str = option("", "tokenizer's folder or hub id, or bytes (default: the tokenizer of the model)")
     text_field: str = option("text", "text: record field that holds the text")
     prompt_field: str = option("", "chat: record field of the prompt (default: prompt, question or instruction)")
     response_field: str = option(
@@ -306,8 +310,8 @@ class Checkpoint:
     )
     initial_load_path: str = option(
         "",
-        "initial weights of a new run: a Hugging Face folder, a checkpoint's step-<n>, or a state dict saved with "
-        "torch.save (default: the weights in model.hf_path, or random ones)",
+        "initial weights of a new run: a Hugging Face folder or hub id, a checkpoint's step-<n>, or a state dict "
+        "saved with torch.save (default: the weights in model.hf_path, or random ones)",
     )
     export_epochs: int = option(0, "epochs between exports to export/epoch_<n> (0: none)", minimum=0)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidar.config import UserError
+from tidar.config.hub import local_folder
 from tidar.data.pieces import BETWEEN_CHARACTERS, cut_pattern, cut_points
 
 PIECE_BYTES = 2**18  # of a long text, tokenised at one time; the library takes 150 bytes of memory for each
@@ -116,11 +117,13 @@ def holds_tokenizer(folder: str) -> bool:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """That of data.tokenizer: "bytes" or a local folder. Raises UserError where there is none."""
+    """That of data.tokenizer: "bytes", a folder or an id of the hub. Raises UserError where there is none."""
     if name == "bytes":
         return BytesTokenizer()
-    if not holds_tokenizer(name):
+    folder = local_folder(name, "data.tokenizer", "tokenizer")
+    if not holds_tokenizer(str(folder)):
         raise UserError(
-            f"data.tokenizer = {name}: must be bytes, or a local folder with a tokenizer.json or vocab.json"
+            f"data.tokenizer = {name}: must be bytes, a local folder with a tokenizer.json or vocab.json, "
+            "or an id of the hub (ORG/NAME)"
         )
-    return FolderTokenizer(Path(name))
+    return FolderTokenizer(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tidar.config import UserError
+from tidar.config.hub import local_folder
 from tidar.decoding.engine import Engine, Method
 from tidar.models import from_pretrained
 from tidar.models.huggingface import assets_folder, read_config_json
@@ -14,7 +15,7 @@ from tidar.models.huggingface import assets_folder, read_config_json
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None, **options
 ) -> Engine:
-    """The engine for a Hugging Face folder of any Qwen2, Qwen2.5 or Qwen3 model, or a checkpoint's step-<n>.
+    """The engine for a Hugging Face folder or hub id of any Qwen2, Qwen2.5 or Qwen3 model, or a checkpoint's step-<n>.
 
     dtype, device: by default bfloat16 on a GPU, float32 on the CPU. options: of `Engine`. Raises UserError as
     `from_pretrained` does, and for a config.json whose section `tidar` is not one.
@@ -22,7 +23,7 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    folder = Path(path)
+    folder = local_folder(path)
     assets = assets_folder(folder)
     config = read_config_json(assets)
     model = from_pretrained(str(folder), dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError
+from tidar.config.hub import local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
 from tidar.data.chat_records import conversation
 from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
@@ -19,7 +20,7 @@ def model_tokenizer(model: Path, name: str | None, vocab_size: int) -> Tokenizer
 
     Raises UserError where the vocabulary of a model without a tokenizer is not one of bytes.
     """
-    folder = str(assets_folder(model))
+    folder = str(assets_folder(local_folder(model)))
     chosen = name or (folder if holds_tokenizer(folder) else "bytes")
     tokenizer = load_tokenizer(chosen)
     if chosen == "bytes" and not name and vocab_size > 512:

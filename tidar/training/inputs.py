@@ -1,10 +1,16 @@
 """What a run reads before anything is computed: its tokenizer, its data and its model's description."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
 
 from tidar.config import Config
+from tidar.config.hub import HUB_ID, Needs, cached_folder, commit_of, hub_id, local_folder, pin
 from tidar.data import Dataset, Tokenizer, check_token_ids, data_tokenizer, end_of_turn, load_data, load_tokenizer
+from tidar.distributed import World, rank_zero_first
 from tidar.models.huggingface import ModelSpec, read_model, resolve_model
+from tidar.models.huggingface.manifest import saved_steps
 
 
 @dataclass
@@ -23,6 +29,50 @@ class Inputs:
     def n_unusable(self) -> int:
         """Training documents that were dropped at preparation: malformed or empty ones."""
         return sum(corpus.meta.get("dropped", 0) for corpus in self.data.training)
+
+
+def hub_names(config: Config) -> dict[str, tuple[str, Needs]]:
+    """Option -> name and what is needed of it, for the options that name models and tokenizers.
+
+    Weights are needed where the run does not resume from a checkpoint of its own.
+    """
+    start = config.checkpoint.initial_load_path
+    resumes = config.checkpoint.enable and saved_steps(Path(config.job.dump_folder))
+    names: dict[str, tuple[str, Needs]] = {
+        "model.hf_path": (config.model.hf_path, "config" if start or resumes else "weights"),
+        "checkpoint.initial_load_path": (start, "config" if resumes else "weights"),
+        "data.tokenizer": (config.data.tokenizer, "tokenizer"),
+    }
+    return {option: named for option, named in names.items() if named[0]}
+
+
+def missing_on_disk(config: Config) -> list[str]:
+    """A line for each option whose model or tokenizer the run will download."""
+    names = hub_names(config).items()
+    missing = {option: name for option, (name, needs) in names if hub_id(name) and not cached_folder(name, needs)}
+    return [f"{option} = {name}: is not in the hub's cache; the run downloads it" for option, name in missing.items()]
+
+
+def read_inputs(config: Config, world: World, group: dist.ProcessGroup) -> Inputs:
+    """The inputs of a run, on all of its ranks. Rank 0 downloads and prepares them first.
+
+    The others read the same commits, from the same cache, or from that of their node after a download of their own.
+    group: all ranks, on gloo.
+    """
+
+    def download(is_first: bool) -> dict[str, str | None]:
+        if not is_first:
+            return {}
+        names = hub_names(config).items()
+        return {name: commit_of(name, local_folder(name, option, needs)) for option, (name, needs) in names}
+
+    if any(HUB_ID.fullmatch(name) for name, _ in hub_names(config).values()):
+        found = [rank_zero_first(world, download)]
+        dist.broadcast_object_list(found, src=0, group=group)
+        pin(found[0])
+        for option, (name, needs) in hub_names(config).items():
+            local_folder(name, option, needs)
+    return rank_zero_first(world, lambda is_first: load_inputs(config, prepares=is_first))
 
 
 def load_inputs(config: Config, prepares: bool = True) -> Inputs:

@@ -23,7 +23,6 @@ from tidar.distributed import (
     compile_seconds,
     join_world,
     make_deterministic,
-    rank_zero_first,
     shorten_timeout,
 )
 from tidar.evaluation.scores import validate
@@ -39,7 +38,7 @@ from tidar.training.compile_ahead import Compiler, start_compiler
 from tidar.training.epoch_export import export_parameters
 from tidar.training.hooks import Hooks
 from tidar.training.host import HostThrottle, scheduled_gc
-from tidar.training.inputs import Inputs, load_inputs
+from tidar.training.inputs import Inputs, read_inputs
 from tidar.training.optim.skipping import TooManySkipped
 from tidar.training.optim.updates import Updates
 from tidar.training.out_of_memory import explained_out_of_memory
@@ -152,7 +151,7 @@ class Trainer:
 
     def _read_inputs(self) -> None:
         config = self.config
-        self.inputs = rank_zero_first(self.world, lambda is_first: load_inputs(config, prepares=is_first))
+        self.inputs = read_inputs(config, self.world, self.cpu_group)
         if self.inputs.warning:
             self.log(self.inputs.warning)
         self.spec = self.inputs.spec

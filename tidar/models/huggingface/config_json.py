@@ -21,7 +21,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """The options in `folder`/config.json. Raises UserError where there is none or it is not a JSON object."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"{folder}: must be a local folder with a Hugging Face model")
+        raise UserError(f"{folder}: must be a local folder with a Hugging Face model, or an id of the hub (ORG/NAME)")
     refuse_other_folders(folder)
     try:
         options = parse_json(path.read_text(encoding="utf-8"))

@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import Config, UserError
+from tidar.config.hub import TOKENIZER_FILES, local_folder
 from tidar.models.decoder import DecoderConfig
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
 from tidar.models.sizes import TOKENIZER_SIZES, size_config
 
 # inside a step's folder: everything of an exported model but its weights
 ASSETS = "huggingface"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True)
@@ -91,14 +82,17 @@ class ModelFiles:
 def read_model(config: Config) -> ModelFiles:
     """Reads the config.json of model.hf_path, or else of model.name, and that of checkpoint.initial_load_path.
 
+    Those that are ids of the hub are downloaded, without weights, if the cache has not got them.
+
     Raises UserError as `decoder_config` does.
     """
-    folder = Path(config.model.hf_path) if config.model.hf_path else None
+    folder = local_folder(config.model.hf_path, "model.hf_path", "config") if config.model.hf_path else None
     origin = str(folder / "config.json") if folder else f"model.name = {config.model.name}"
     options = read_config_json(folder) if folder else size_config(config.model.name)
     start_folder = None
     if config.checkpoint.initial_load_path not in ("", config.model.hf_path):
-        start_folder = _config_folder(Path(config.checkpoint.initial_load_path))
+        start = local_folder(config.checkpoint.initial_load_path, "checkpoint.initial_load_path", "config")
+        start_folder = _config_folder(start)
     start_options = read_config_json(start_folder) if start_folder else {}
     for place, where in ((options if folder else {}, origin), (start_options, str(start_folder) + "/config.json")):
         if place:
@@ -106,6 +100,7 @@ def read_model(config: Config) -> ModelFiles:
             _recorded_mask_token(place, where)
     folders = [str(place) for place in (folder, start_folder) if place and _tokenizer_files(place)]
     named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
+    named = named and str(local_folder(named, "data.tokenizer", "tokenizer"))
     return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
 
 

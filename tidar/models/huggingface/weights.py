@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from tidar.config import UserError
 from tidar.config.files import parse_json
+from tidar.config.hub import local_folder
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
@@ -150,11 +151,11 @@ Weights = SafetensorsFolder | StateDictFile | StepFolder
 
 
 def open_weights(path: str) -> Weights | None:
-    """The weights at `path`: a Hugging Face folder, a step's folder or a file saved with torch.save.
+    """The weights at `path`: a Hugging Face folder, an id of the hub, a step's folder or a file of torch.save.
 
     None for a folder with a config.json and no weights. Raises UserError where there is nothing of these.
     """
-    place = Path(path)
+    place = local_folder(path)
     if place.is_file():
         return StateDictFile(place)
     refuse_other_folders(place)
@@ -171,7 +172,7 @@ def open_weights(path: str) -> Weights | None:
         return None
     raise UserError(
         f"{place}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
-        "state dict in a file" if place.exists() else f"{place}: does not exist"
+        "state dict in a file" if place.exists() else f"{place}: does not exist, and is no id of the hub"
     )  # fmt: skip
 
 
@@ -252,16 +253,16 @@ def fill_new_rows(model: Decoder, spec: ModelSpec, loaded_rows: int, mask_row: b
 
 
 def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """The model in a Hugging Face folder, or in a checkpoint's step-<n>, as one module on `device`.
+    """The model in a Hugging Face folder, on the hub or in a checkpoint's step-<n>, as one module on `device`.
 
     Its `forward(input_ids, position_ids=None, mask=None)` returns logits `[batch, positions, vocab]`; no mask is
     causal. Raises UserError for a folder without a config.json or weights, for a checkpoint that is not whole, and for
-    an architecture or weights that are not supported.
+    an architecture or weights that are not supported, and as `local_folder` does.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     config_folder = assets_folder(folder)
     config = decoder_config(read_config_json(config_folder), str(config_folder / "config.json"))
-    weights = open_weights(path)
+    weights = open_weights(str(folder))
     if weights is None:
         raise UserError(f"{folder}: holds no weights: no model.safetensors, no index and no pytorch_model.bin")
     if isinstance(weights, StepFolder):

@@ -1,0 +1,186 @@
+"""Models by their id on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION, wherever a folder can be named.
+
+The hub's cache comes first: an id that is in it is used as it is there, without a call. Only files that are read are
+downloaded: config.json, the tokenizer, generation_config.json and safetensors.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from tidar.config.errors import UserError
+
+Needs = Literal["weights", "config", "tokenizer"]
+
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+SIGN_IN = "set HF_TOKEN, or sign in with huggingface-cli login"
+
+# what rank 0 has found: the commit of an id, None for a folder
+_pinned: dict[str, str | None] = {}
+
+
+def pin(found: dict[str, str | None]) -> None:
+    """Makes names stand for what rank 0 has found, whatever is in this node's cache: commits, None for a folder."""
+    _pinned.update(found)
+
+
+def hub_id(name: str | Path) -> re.Match[str] | None:
+    """The parts of a name that is an id and nothing on this machine: `id` and `revision`."""
+    return None if os.path.lexists(name) else HUB_ID.fullmatch(str(name))
+
+
+def local_folder(name: str | Path, option: str = "", needs: Needs = "weights") -> Path:
+    """The folder, or file, called `name`, or else that of the hub's model of this id, downloaded where it has to be.
+
+    option: names it in messages. What can be no id is returned as it is, for its reader to refuse.
+    Raises UserError where neither a folder nor the hub has it.
+    """
+    match = hub_id(name)
+    if not match:
+        return Path(name)
+    where = f"{option} = {name}" if "." in option else f"{option} {name}".strip()
+    if _pinned.get(str(name), "") is None:
+        raise UserError(f"{where}: is a folder on the node of rank 0, but not on this one")
+    if cached := cached_folder(name, needs):
+        return cached
+    return _download(match["id"], _revision(name, match), where, needs)
+
+
+def cached_folder(name: str | Path, needs: Needs = "weights") -> Path | None:
+    """The folder of an id in the hub's cache, None where it misses files that the hub may have."""
+    match = hub_id(name)
+    folder = _snapshot(match["id"], _revision(name, match)) if match else None
+    has_all = folder and _holds(folder, needs) and _holds(folder, "tokenizer")
+    return folder if has_all else None
+
+
+def commit_of(name: str | Path, folder: Path) -> str | None:
+    """The commit of an id whose folder in the cache is `folder`; None for a folder's own name."""
+    return folder.name if hub_id(name) else None
+
+
+def find_commit(name: str, where: str) -> str:
+    """The commit that a data set's id stands for, by the cache or else by the hub. Raises UserError without one."""
+    match = HUB_ID.fullmatch(name)
+    if not match:
+        raise UserError(f"{where}: {name} must be ORG/NAME or ORG/NAME@REVISION")
+    revision = match["revision"] or "main"
+    # README.md keeps the commit in the cache, so that a run that is resumed finds it again
+    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": ["README.md"]}
+    folder = _snapshot(match["id"], revision, **options)
+    return (folder or _downloaded(match["id"], where, "data set", revision=revision, **options)).name
+
+
+def _revision(name: str | Path, match: re.Match[str]) -> str:
+    return _pinned.get(str(name)) or match["revision"] or "main"
+
+
+def _snapshot(repo_id: str, revision: str, **options: Any) -> Path | None:
+    """The folder of a revision in the hub's cache, whole or not."""
+    from huggingface_hub import snapshot_download  # takes a second, and folders need none
+    from huggingface_hub.errors import HFValidationError
+
+    # without patterns that match, no file is missed: what is needed is looked for by `_holds`
+    options = {"allow_patterns": [".tidar"]} | options
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, **options))
+    except (OSError, HFValidationError):
+        return None
+
+
+def _download(repo_id: str, revision: str, where: str, needs: Needs) -> Path:
+    files = CONFIG_FILES + WEIGHT_FILES if needs == "weights" else CONFIG_FILES
+    held = _snapshot(repo_id, revision)
+    try:
+        folder = _downloaded(repo_id, where, "model", revision=revision, allow_patterns=list(files))
+    except UserError:
+        if held and _holds(held, needs):
+            return held
+        raise
+    if not _holds(folder, needs):
+        missing = {"weights": "weights in safetensors files", "config": "config.json", "tokenizer": "tokenizer.json"}
+        raise UserError(f"{where}: the hub's model holds no {missing[needs]} (downloaded to {folder})")
+    return folder
+
+
+def _downloaded(repo_id: str, where: str, kind: str, **options: Any) -> Path:
+    """The folder of a revision in the cache, after the files of options["allow_patterns"] have been downloaded."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    revision = options["revision"]
+    try:
+        # where the hub does not answer, snapshot_download would return what the cache has, whole or not
+        huggingface_hub.HfApi().repo_info(repo_id, revision=revision, repo_type=options.get("repo_type"))
+        return Path(huggingface_hub.snapshot_download(repo_id, **options))
+    except errors.GatedRepoError:
+        page = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' * (kind == 'data set')}{repo_id}"
+        raise UserError(f"{where}: is gated: accept its terms at {page}, then {SIGN_IN}") from None
+    except errors.RepositoryNotFoundError:
+        reason = f"no folder is there, and the hub shows no such {kind}: if it is private, {SIGN_IN}"
+        raise UserError(f"{where}: {reason}{_near(repo_id)}") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"{where}: the hub's {kind} has no revision {revision}: must be a branch, a tag or a commit"
+        ) from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{where}: is no folder and no id of the hub ({_first_line(error)})") from None
+    except Exception as error:  # of any of the libraries that it downloads with
+        cause = error.__cause__ or error
+        if huggingface_hub.constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+            raise UserError(
+                f"{where}: no folder is there, revision {revision} is not whole in the hub's cache, and "
+                f"HF_HUB_OFFLINE forbids a download: unset it{_near(repo_id)}"
+            ) from None
+        if getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403):
+            raise UserError(f"{where}: the hub denies access ({_first_line(cause)}): {SIGN_IN}") from None
+        raise UserError(
+            f"{where}: no folder is there, and it cannot be downloaded ({_first_line(cause)}): start again when "
+            f"{huggingface_hub.constants.ENDPOINT} can be reached; finished files are kept{_near(repo_id)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _near(repo_id: str) -> str:
+    """For a folder's name with a typing error: the name beside it that it may be."""
+    parent, name = os.path.split(repo_id)
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return ""
+    match = difflib.get_close_matches(name, names, n=1)
+    return f"; the folder {parent} holds {match[0]}" if match else f"; the folder {parent} has no {name}"
+
+
+def _holds(folder: Path, needs: Needs) -> bool:
+    """Whether a folder has what is needed; of weights, all files of the index."""
+    if needs == "tokenizer":
+        return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if needs == "config" or not (folder / "config.json").is_file():
+        return (folder / "config.json").is_file()
+    if (folder / "model.safetensors").is_file():
+        return True
+    try:
+        text = (folder / "model.safetensors.index.json").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    files = set(re.findall(r'"([^"/]+\.safetensors)"', text))
+    return bool(files) and all((folder / file).is_file() for file in files)

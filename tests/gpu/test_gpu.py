@@ -46,6 +46,15 @@ def output_and_gradients(inputs, mask, kind, **options):
     return out, *torch.autograd.grad((out * weights).sum(), inputs)
 
 
+def test_first_values_are_those_of_the_cpu():
+    config = decoder_config(size_config("debug") | {"vocab_size": 50_000})
+    models = [Decoder(config), Decoder(config).to(CUDA)]
+    for model in models:
+        initialize(model, seed=0)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert one.equal(other.cpu())
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_flex_equals_the_dense_loops(dtype, rounding, name):

@@ -223,9 +223,10 @@ def test_greedy_equals_transformers(family, models, n, tmp_path):
         prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 40))] for _ in range(n)]
         for mode in ("tidar", "ar"):
             for prompt, completion in zip(prompts, engine.generate(prompts, 20, mode=mode)):
-                expected = reference.generate(
-                    torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
-                )
+                ids = torch.tensor([prompt])
+                options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+                # without a mask, generate takes tokens of a prompt for padding
+                expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
                 assert completion.tokens == expected[0, len(prompt) :].tolist()
 
 

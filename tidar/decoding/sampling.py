@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# splitmix64's constants (Steele, Lea and Flood, 2014), as signed 64-bit integers
-GAMMA, MIX_1, MIX_2 = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from tidar.kernels.counter_random import mix, uniforms
 
 
 @dataclass(frozen=True)
@@ -56,33 +55,4 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def prompt_key(seed: int, index: int) -> int:
     """The random key of a prompt, by its index."""
-    return _mix(_mix(seed) + index)
-
-
-def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each (key, position), float64: splitmix64 as a counter-based generator.
-
-    The same on every device, and for every batch, block size and mode.
-    """
-    bits = _mix_tensor(keys + positions * GAMMA)
-    return (bits >> 11 & 2**53 - 1).double() * 2.0**-53
-
-
-def _mix_tensor(x: Tensor) -> Tensor:
-    """splitmix64's output function, on int64 that wraps."""
-    x = (x ^ _shift(x, 30)) * MIX_1
-    x = (x ^ _shift(x, 27)) * MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Right shift of the unsigned 64-bit integer that an int64 stands for."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _mix(number: int) -> int:
-    """`_mix_tensor` of the next state of one integer, as a signed 64-bit integer."""
-    x = (number + GAMMA) % 2**64
-    x = (x ^ x >> 30) * MIX_1 % 2**64
-    x = (x ^ x >> 27) * MIX_2 % 2**64
-    return ((x ^ x >> 31) + 2**63) % 2**64 - 2**63
+    return mix(mix(seed) + index)

@@ -20,7 +20,12 @@ SHARDING = {
     "ZeRO-3": "--parallelism.fsdp_reshard_after_forward always",
     "replicate": "--parallelism.data_parallel_replicate_degree -1 --parallelism.data_parallel_shard_degree 1",
     "HSDP 2x2": "--parallelism.data_parallel_replicate_degree 2",
+    "cp 2": "--parallelism.context_parallel_degree 2",
+    "cp 4": "--parallelism.context_parallel_degree 4 --parallelism.fsdp_reshard_after_forward never",
+    "2 x cp 2": "--parallelism.context_parallel_degree 2 --parallelism.data_parallel_replicate_degree 2",
 }
+# ranks that share each row
+SHARING = {"cp 2": 2, "cp 4": 4, "2 x cp 2": 2}
 MODES = ("none", "full", "selective")
 # ranks, sharding, activation checkpointing, micro-batches, gradients reduced after each
 CUTS = [
@@ -29,6 +34,9 @@ CUTS = [
     (2, "replicate", "selective", 4, "step"),
     (4, "HSDP 2x2", "full", 1, "micro_batch"),
     (4, "ZeRO-2", "none", 4, "step"),
+    (2, "cp 2", "none", 1, "micro_batch"),
+    (4, "cp 4", "full", 4, "step"),
+    (4, "2 x cp 2", "selective", 2, "micro_batch"),
 ]
 
 
@@ -45,7 +53,7 @@ def all_cuts():
         for reduced in ("micro_batch", "step"):
             # refused, and the same with one micro-batch
             senseless = reduced == "step" and (sharding == "ZeRO-3" or micro_batches == 1)
-            if not senseless and not (sharding == "HSDP 2x2" and ranks == 2):
+            if not senseless and not (ranks == 2 and sharding in ("HSDP 2x2", "cp 4", "2 x cp 2")):
                 yield ranks, sharding, mode, micro_batches, reduced
 
 
@@ -60,7 +68,8 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, small, cuts):
         folder, weights = tmp_path / str(number), tmp_path / "weights.pt"
         options = f"{small} {SHARDING[sharding]} --activation_checkpoint.mode {mode} --job.dump_folder {folder}"
         options += " --activation_checkpoint.layers 2" if mode == "full" else ""
-        options += f" --training.local_batch_size {ROWS // size // micro_batches}"
+        dp_size = size // SHARING.get(sharding, 1)
+        options += f" --training.local_batch_size {ROWS // dp_size // micro_batches}"
         options += f" --parallelism.gradient_reduction {reduced}"
         answers = ranks.run(size, *COMMON, *options.split(), weights=weights)
         found = run_results(folder, weights)

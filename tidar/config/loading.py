@@ -59,16 +59,20 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def resolve_global_batch_size(config: Config, world_size: int) -> int:
-    """Rows of an optimizer step. Raises UserError where micro-batches of `world_size` devices do not make it up."""
-    micro_batch = config.training.local_batch_size * world_size
+def resolve_global_batch_size(config: Config, dp_size: int) -> int:
+    """Rows of an optimizer step. dp_size: ranks that have rows of their own.
+
+    Raises UserError where their micro-batches do not make it up.
+    """
+    micro_batch = config.training.local_batch_size * dp_size
     rows = config.training.global_batch_size
     if rows == -1:
         return micro_batch
     if rows % micro_batch != 0:
+        ranks = "devices" if config.parallelism.context_parallel_degree == 1 else "data-parallel ranks"
         raise UserError(
             f"training.global_batch_size = {rows}: must be a multiple of {micro_batch} "
-            f"(training.local_batch_size = {config.training.local_batch_size} on each of {world_size} devices), or -1"
+            f"(training.local_batch_size = {config.training.local_batch_size} on each of {dp_size} {ranks}), or -1"
         )
     return rows
 

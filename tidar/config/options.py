@@ -160,7 +160,10 @@ class Training:
 
 @dataclass
 class Parallelism:
-    """Sharding of parameters, gradients and optimizer state: replicate degree x shard degree = number of devices."""
+    """How the devices divide the work: replicate degree x shard degree x context parallel degree = their number.
+
+    Parameters, gradients and optimizer state are sharded over shard degree x context parallel degree devices.
+    """
 
     data_parallel_replicate_degree: int = option(
         1, "replicas of the sharded state (-1: all devices not used for sharding)", minimum=1, beside=-1
@@ -170,6 +173,11 @@ class Parallelism:
         "devices that one replica is sharded over (-1: all remaining devices; 1: no sharding)",
         minimum=1,
         beside=-1,
+    )
+    context_parallel_degree: int = option(
+        1,
+        "devices that divide each row; training.seq_len must be a multiple of twice as many (docs/performance.md)",
+        minimum=1,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
         "default",

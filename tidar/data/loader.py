@@ -29,7 +29,10 @@ atexit.register(_parent_ends.__setitem__, 0, 1)
 
 @dataclass
 class Batch:
-    """A micro-batch: what the model sees, and how many tokens of documents it is, padding not counted."""
+    """A micro-batch: what the model sees, and how many tokens of documents it is, padding not counted.
+
+    The tokens are those of whole rows, where the model sees a rank's share of them.
+    """
 
     rows: ModelBatch
     n_tokens: int
@@ -63,17 +66,23 @@ class _Samples(torch.utils.data.Dataset):
 
 
 def make_loader(
-    dataset: PackedRows, order, pattern: Pattern, seed: int, num_workers: int, pin_memory: bool
+    dataset: PackedRows,
+    order,
+    pattern: Pattern,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+    share: Callable[[ModelBatch], ModelBatch] | None = None,
 ) -> DataLoader:
     """Batches of `dataset` laid out by `pattern`, in `order`, prepared by `num_workers` background processes.
 
     order: an iterable of lists of samples. seed: all that is random about a sample is a function of it, the sample's
-    epoch and its row.
+    epoch and its row. share: takes this rank's positions of the rows; by default all.
     """
     return _Loader(
         _Samples(dataset),
         batch_sampler=order,
-        collate_fn=partial(_collate, pattern, seed),
+        collate_fn=partial(_collate, pattern, seed, share),
         num_workers=num_workers,
         # with their parent's memory: a corpus is mapped, and must not be copied
         multiprocessing_context="fork" if num_workers else None,
@@ -84,11 +93,16 @@ def make_loader(
     )
 
 
-def _collate(pattern: Pattern, seed: int, samples: list[tuple[Sample, Row]]) -> Batch:
+def _collate(
+    pattern: Pattern,
+    seed: int,
+    share: Callable[[ModelBatch], ModelBatch] | None,
+    samples: list[tuple[Sample, Row]],
+) -> Batch:
     tokens, document_ids, loss_mask = (torch.stack(column) for column in zip(*(row for _, row in samples)))
     seeds = [derive_seed(seed, "pattern", *sample) for sample, _ in samples]
     rows = pattern.layout(tokens, document_ids, loss_mask, seeds)
-    return Batch(rows, int((document_ids != PADDING).sum()))
+    return Batch(share(rows) if share else rows, int((document_ids != PADDING).sum()))
 
 
 def _ignore_signals(worker: int) -> None:

@@ -1,5 +1,6 @@
 """The world of processes, and what is done to a model to train it there."""
 
+from tidar.distributed.context_parallel import GatheredAttention, gathered_attention
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
 from tidar.distributed.precision import compute_dtype, make_deterministic
@@ -17,6 +18,7 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
+    "GatheredAttention",
     "OneDevice",
     "Sharded",
     "Watchdog",
@@ -25,6 +27,7 @@ __all__ = [
     "check_offload",
     "compile_seconds",
     "compute_dtype",
+    "gathered_attention",
     "join_world",
     "leave_world",
     "logging_ranks",

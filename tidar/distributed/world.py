@@ -23,7 +23,8 @@ class World:
     """This process: `rank` of `size`, its device, and whether it logs to the console.
 
     mesh: of all devices, over "dp_shard" and, where the state has replicas, over "dp_replicate" before it.
-    shard_group: the ranks that share one replica of the state.
+    shard_group: the ranks that share one replica of the state. cp_group: those of context parallelism, which share the
+    rows of a batch; consecutive ranks of one shard group. cp_size: how many they are.
     """
 
     rank: int
@@ -31,7 +32,23 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     shard_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    cp_size: int
     logs: bool
+
+    @property
+    def cp_rank(self) -> int:
+        """Of this rank among those that share its rows."""
+        return self.rank % self.cp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Of the batches that this rank takes, below `dp_size`."""
+        return self.rank // self.cp_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.cp_size
 
 
 def join_world(config: Config) -> World:
@@ -70,9 +87,14 @@ def join_world(config: Config) -> World:
         rank=rank,
         world_size=size,
     )
+    # parameters are sharded over the ranks of context parallelism, too
+    cp_size = config.parallelism.context_parallel_degree
+    shards *= cp_size
     shape, names = ((shards,), ("dp_shard",)) if replicas == 1 else ((replicas, shards), ("dp_replicate", "dp_shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return World(rank, size, device, mesh, mesh.get_group("dp_shard"), logs=rank in logging_ranks(size))
+    rows = init_device_mesh(device.type, (size // cp_size, cp_size), mesh_dim_names=("dp", "cp"))
+    shard_group, cp_group = mesh.get_group("dp_shard"), rows.get_group("cp")
+    return World(rank, size, device, mesh, shard_group, cp_group, cp_size, logs=rank in logging_ranks(size))
 
 
 def _variable(name: str, default: int) -> int:
@@ -93,8 +115,18 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
-    """Replicas of the state, and shards of each. Raises UserError where their product is not the number of devices."""
-    options = config.parallelism
+    """Degrees of data parallelism: replicas of the state, and ranks that shard each. With the degree of context
+    parallelism, over whose ranks parameters are sharded too, their product must be the number of devices.
+
+    Raises UserError where it is not.
+    """
+    options, devices = config.parallelism, world_size
+    cp_size = options.context_parallel_degree
+    if devices % cp_size:
+        raise UserError(
+            f"parallelism.context_parallel_degree = {cp_size}: must divide the number of devices, {devices}"
+        )
+    world_size //= cp_size
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
     if replicas == shards == -1:
         raise UserError(
@@ -109,7 +141,8 @@ def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
         raise UserError(
             f"parallelism.data_parallel_replicate_degree = {options.data_parallel_replicate_degree}, "
             f"data_parallel_shard_degree = {options.data_parallel_shard_degree}: "
-            f"their product must be the number of devices, {world_size}"
+            f"their product must be the number of devices, {devices}"
+            + (f", divided by context_parallel_degree = {cp_size}" if cp_size > 1 else "")
         )
     return replicas, shards
 
@@ -159,7 +192,7 @@ def shorten_timeout(config: Config, world: World) -> None:
     """Lowers the timeout of collectives to comm.train_timeout_seconds and BACKSTOP. All ranks call it."""
     # every rank must have left the slow part before the first one can time out
     dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    for group in {dist.group.WORLD, *world.mesh.get_all_groups()}:
+    for group in {dist.group.WORLD, world.cp_group, *world.mesh.get_all_groups()}:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.comm.train_timeout_seconds + BACKSTOP), group)
 
 

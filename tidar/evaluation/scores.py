@@ -10,7 +10,7 @@ from tidar.data import Batch
 from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums
 from tidar.models import Decoder, MaskBuilder
-from tidar.patterns import LOSSES, ModelBatch, Pattern, Targets
+from tidar.patterns import LOSSES, ModelBatch, Pattern, Share, Targets
 
 
 @torch.no_grad()
@@ -20,10 +20,11 @@ def validate(
     block_size: int,
     loss_weights: dict[str, float],
     device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """The `val/` scalars over the batches of all ranks, each of which must have equally many.
 
-    score: the model's scores of one batch on `device`.
+    score: the model's scores of one batch on `device`. group: the ranks that share each row, where rows are shared.
     """
     sums = LossSums.zeros(device)
     by_position = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, correct arg-maxes
@@ -37,7 +38,11 @@ def validate(
         targets, drafts = rows.targets["diffusion"], scores["diffusion"]
         scored = torch.stack([torch.ones_like(drafts.nll), drafts.nll, drafts.correct]).double()
         by_position.index_add_(1, targets.block_position, scored * targets.weights)
-        accepted = accepted_prefixes(targets, drafts.correct, block_size)
+        correct = drafts.correct
+        if rows.share is not None:
+            assert group
+            targets, correct = _of_whole_rows(targets, correct, rows.share, group)
+        accepted = accepted_prefixes(targets, correct, block_size)
         prefixes += torch.stack([accepted.new_tensor(len(accepted)), accepted.sum()])
     sums.all_reduce()
     for total in (by_position, prefixes):
@@ -51,6 +56,22 @@ def validate(
             scalars[f"diffusion_loss_at/{position}"] = nll / weight
             scalars[f"accuracy_diff_at/{position}"] = correct / weight
     return {f"val/{name}": value for name, value in scalars.items()}
+
+
+def _of_whole_rows(targets: Targets, correct: Tensor, share: Share, group: dist.ProcessGroup) -> tuple[Targets, Tensor]:
+    """The targets of whole rows and which are correct, on the first rank of the group; none on the others.
+
+    Ranks may have parts of a block.
+    """
+    batch, n_positions = share.positions.shape
+    row = targets.index // n_positions
+    at = row * share.length + share.positions.flatten()[targets.index]
+    whole = torch.zeros(2, batch * share.length, dtype=torch.long, device=correct.device)
+    whole[:, at] = torch.stack([targets.block_position + 1, correct.long()])
+    dist.all_reduce(whole, group=group)
+    index = whole[0].nonzero()[:, 0] if dist.get_rank(group) == 0 else at[:0]
+    position, correct = whole[:, index]
+    return Targets(index, index, index, position - 1), correct.bool()
 
 
 def scorer(

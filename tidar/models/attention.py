@@ -1,6 +1,6 @@
 """Attention. The kind of its mask decides which backend runs."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from tidar.kernels.compiling import compiled
 
 Mask = BlockMask | Tensor | None
+
+
+class KeySource(Protocol):
+    """In place of a mask: what the queries of a layer attend to, which are not the keys and values of their positions.
+
+    mask: over the queries and these keys.
+    """
+
+    @property
+    def mask(self) -> "Mask | KeyEnds": ...
+
+    def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, given those of the positions; `[batch, n_kv_heads, keys, head_dim]`."""
+        ...
 
 
 class StepAttention(NamedTuple):
@@ -24,7 +38,7 @@ class StepAttention(NamedTuple):
     slots: Tensor
     mask: "Tensor | KeyEnds"
 
-    def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores `[batch, n_kv_heads, positions, head_dim]`, and returns the keys and values to attend to."""
         index = self.slots[:, None, :, None].expand_as(k)
         return self.keys.scatter_(2, index, k), self.values.scatter_(2, index, v)
@@ -50,7 +64,7 @@ class PrefillAttention(NamedTuple):
     length: int
     mask: Mask
 
-    def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[self.rows, :, : self.length] = k[:, :, : self.length]
         self.values[self.rows, :, : self.length] = v[:, :, : self.length]
         return k, v
@@ -59,16 +73,16 @@ class PrefillAttention(NamedTuple):
 CachedAttention = StepAttention | PrefillAttention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | CachedAttention, flash: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | KeySource, flash: bool = False) -> Tensor:
     """Grouped-query attention, scaled by `head_dim ** -0.5`.
 
     q: `[batch, n_heads, positions, head_dim]`; k, v: `[batch, n_kv_heads, positions, head_dim]`; returns q's shape.
     mask: a BlockMask runs FlexAttention; a bool tensor `[batch, 1, positions, positions]` runs SDPA; None is causal.
-    A CachedAttention first stores k and v in a cache, and says what to attend to.
+    A KeySource replaces k and v by others: a cache, or those of all ranks.
     flash: FlexAttention uses FlashAttention-4's kernels.
     """
-    if isinstance(mask, CachedAttention):
-        k, v = mask.store(k, v)
+    if mask is not None and not isinstance(mask, (BlockMask, Tensor)):
+        k, v = mask.attended(k, v)
         if isinstance(mask.mask, KeyEnds):
             from tidar.kernels.decode_attention import decode_attention  # Triton comes with CUDA's torch only
 

@@ -1,6 +1,6 @@
 """One decoder for the Qwen2, Qwen2.5 and Qwen3 families."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -12,7 +12,7 @@ from tidar.kernels.norm import RMSNorm
 from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
 from tidar.kernels.rotary import RopeScaling, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
-from tidar.models.attention import CachedAttention, Mask, attention
+from tidar.models.attention import KeySource, Mask, attention
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, mask: Mask | CachedAttention) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
         """The residual plus attention from x, all `[batch, positions, dim]`."""
         batch, positions, _ = x.shape
         heads = self.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).view(batch, positions, -1, self.head_dim)
@@ -111,7 +111,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config, kernels)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | CachedAttention) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
         normalized, x = self.normalize(self.input_layernorm, x)
         x = self.self_attn(normalized, x, cos, sin, mask)
         return self.mlp(*self.normalize(self.post_attention_layernorm, x))
@@ -142,13 +142,13 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Mask | Sequence[CachedAttention] = None,
+        mask: Mask | KeySource | list[KeySource] = None,
         head: Callable[[Tensor, Tensor], object] | None = None,
     ):
         """Logits `[batch, positions, vocab_size]` of tokens `[batch, positions]`.
 
         position_ids: `[batch, positions]`, by default 0, 1, 2 …; mask: see `tidar.models.attention`, None is causal,
-        a list has one CachedAttention for each layer.
+        a list has one for each layer.
         head: called in place of the projection to logits with the last hidden states `[batch, positions, dim]` and the
         output weight; its result is returned. It runs inside the model, where FSDP has gathered the weight.
         """
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, layer_mask in zip(self.layers, mask if isinstance(mask, Sequence) else repeat(mask)):
+        for layer, layer_mask in zip(self.layers, mask if isinstance(mask, list) else repeat(mask)):
             x = layer(x, cos, sin, layer_mask)
         x = self.norm(x)
         return (head or F.linear)(x, self.output_weight())

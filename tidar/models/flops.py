@@ -42,7 +42,7 @@ def attention_flops(config: DecoderConfig, allowed_pairs: int) -> float:
 def batch_flops(config: DecoderConfig, rows: ModelBatch, allowed_pairs: int) -> float:
     """Useful FLOPs, forward and backward, of rows. allowed_pairs: query-key pairs of their mask, in all rows."""
     scored = sum(len(targets.labels) for targets in rows.targets.values())
-    return useful_flops(config, rows.input_ids.numel(), scored, allowed_pairs)
+    return useful_flops(config, rows.n_positions, scored, allowed_pairs)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,5 +1,6 @@
 """Attention masks: block mask, dense mask and number of allowed pairs, from a mask_mod or from ranges of keys."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +11,23 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from tidar.kernels.compiling import compiled
-from tidar.models.attention import Mask
-from tidar.patterns import Documents, KeyRange, MaskMod, Pattern, dense_pieces, in_either, in_range, key_ranges
+from tidar.models.attention import KeySource, Mask
+from tidar.patterns import (
+    Documents,
+    KeyRange,
+    MaskMod,
+    Pattern,
+    Share,
+    dense_pieces,
+    in_either,
+    in_range,
+    key_ranges,
+    shared_mask_mod,
+)
 
 # tile of a block mask, queries and keys: FlexAttention skips or computes it as a whole
 TILE = 128
+Around = Callable[[Mask], KeySource]
 
 # what fits in half a word of `mask_of_words`, whose signs are bits 31 and 15
 MAX_WORD, SIGNS = 2**15, -0x7FFF8000
@@ -143,9 +156,14 @@ def make_mask(mask_mod: MaskMod, batch: int, n_queries: int, n_keys: int, device
     return PointMask(mask_mod, batch, n_queries, n_keys, device) if ranges is None else RangeMask(ranges, n_keys)
 
 
-def pattern_mask(pattern: Pattern, documents: Documents) -> PointMask:
-    """The mask of rows under a pattern, over model positions."""
+def pattern_mask(pattern: Pattern, documents: Documents, share: Share | None = None) -> PointMask:
+    """The mask of rows under a pattern, over model positions. share: a rank's queries and keys only."""
     batch, seq_len = documents.index.shape
+    if share is not None:
+        if share.ranges is not None:
+            return RangeMask([(start, end) for start, end in share.ranges], share.n_keys)
+        mask_mod = shared_mask_mod(pattern.mask_mod(documents), share.positions)
+        return PointMask(mask_mod, batch, share.positions.shape[1], share.n_keys, documents.index.device)
     positions = pattern.model_positions(seq_len)
     return make_mask(pattern.mask_mod(documents), batch, positions, positions, documents.index.device)
 
@@ -153,16 +171,19 @@ def pattern_mask(pattern: Pattern, documents: Documents) -> PointMask:
 class BatchMask:
     """The mask of one batch, shared by all layers.
 
-    `attention`: in the form that the backend takes. `allowed_pairs`: number of query-key pairs, scalar int64.
+    `attention`: what the layers attend to, with the mask in the form that the backend takes.
     """
 
-    def __init__(self, mask: PointMask, backend: str):
-        self.mask = mask
-        self.attention: Mask = mask.dense() if backend == "sdpa" else mask.block_mask(flash=backend == "flash")
+    def __init__(self, mask: PointMask, backend: str, share: Share | None = None, around: Around | None = None):
+        self.mask, self.share = mask, share
+        form: Mask = mask.dense() if backend == "sdpa" else mask.block_mask(flash=backend == "flash")
+        self.attention: Any = around(form) if around else form
 
     @cached_property
     def allowed_pairs(self) -> Tensor:
-        return self.mask.allowed_pairs()
+        """Number of query-key pairs, scalar int64; those of unused slots are not counted."""
+        pairs = self.mask.allowed_pairs()
+        return pairs if self.share is None else pairs - (~self.share.used).sum()
 
 
 class MaskBuilder:
@@ -171,19 +192,25 @@ class MaskBuilder:
     Once per batch where rows are packed or blocks are drawn, else once per shape.
     """
 
-    def __init__(self, pattern: Pattern, backend: str):
+    def __init__(self, pattern: Pattern, backend: str, around: Around | None = None):
+        """around: what the layers get in place of a mask, made of the mask."""
         self.pattern = pattern
         self.backend = backend
+        self.around = around
         self.unpacked: dict[tuple[int, ...], BatchMask] = {}
 
     @torch.no_grad()
-    def __call__(self, documents: Documents) -> BatchMask:
+    def __call__(self, documents: Documents, share: Share | None = None) -> BatchMask:
+        """share: as in `pattern_mask`, always of the same rank."""
         if documents.packed or documents.blocks is not None:
-            return BatchMask(pattern_mask(self.pattern, documents), self.backend)
+            return self._build(documents, share)
         shape = tuple(documents.index.shape)
         if shape not in self.unpacked:
-            self.unpacked[shape] = BatchMask(pattern_mask(self.pattern, documents), self.backend)
+            self.unpacked[shape] = self._build(documents, share)
         return self.unpacked[shape]
+
+    def _build(self, documents: Documents, share: Share | None) -> BatchMask:
+        return BatchMask(pattern_mask(self.pattern, documents, share), self.backend, share, self.around)
 
 
 def mask_of_words(ranges: list[KeyRange]) -> MaskMod:

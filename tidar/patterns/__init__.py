@@ -9,6 +9,7 @@ from tidar.patterns.base import (
     MaskMod,
     ModelBatch,
     Pattern,
+    Share,
     Targets,
     dense_pieces,
     in_either,
@@ -27,6 +28,7 @@ from tidar.patterns.registry import (
     get_pattern,
     loss_weights,
 )
+from tidar.patterns.sharding import RowSharding, shared_mask_mod
 from tidar.patterns.tidar import Tidar
 from tidar.patterns.tidar_random import TidarRandom
 from tidar.patterns.tidar_split import TidarSplit
@@ -44,6 +46,8 @@ __all__ = [
     "MaskMod",
     "ModelBatch",
     "Pattern",
+    "RowSharding",
+    "Share",
     "Targets",
     "Tidar",
     "TidarRandom",
@@ -58,4 +62,5 @@ __all__ = [
     "in_range",
     "key_ranges",
     "loss_weights",
+    "shared_mask_mod",
 ]

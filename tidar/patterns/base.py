@@ -93,16 +93,43 @@ class Targets:
 
 
 @dataclass
+class Share:
+    """What one rank of context parallelism has of a batch of rows of `length` model positions.
+
+    `positions`: the model position of each of its queries, -1 for an unused slot, `[batch, queries]` int64.
+    `ranges`: first key and the one after the last of each range that a query sees, `[ranges, 2, batch, queries]` int32,
+    over the shared keys of all ranks in the row's order and then its own private ones (see `RowSharding`); None where
+    the mask is not made of ranges: then all positions are shared. `n_keys`: of each query, shared and private.
+    """
+
+    length: int
+    positions: Tensor
+    ranges: Tensor | None
+    n_keys: int
+
+    @property
+    def used(self) -> Tensor:
+        return self.positions >= 0
+
+
+@dataclass
 class ModelBatch:
     """Model input and targets of a batch of rows.
 
     `input_ids`, `position_ids`: `[batch, positions]` int64. `targets`: by loss, in the order of the pattern's losses.
+    `share`: where these are only a rank's positions of the rows; the documents are those of whole rows.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     documents: Documents
     targets: dict[str, Targets]
+    share: Share | None = None
+
+    @property
+    def n_positions(self) -> int:
+        """Model positions of all rows, unused slots not counted."""
+        return self.input_ids.numel() if self.share is None else int(self.share.used.sum())
 
 
 class Pattern(ABC):

@@ -16,12 +16,8 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
     name: of the pattern, for messages. Raises UserError for model input or targets of a wrong shape, type or range, a
     mask_mod that does not return bool, or a query that sees no key.
     """
-    seq_len = min(seq_len, LONGEST)
-    ids = torch.zeros(2, seq_len, dtype=torch.long)
-    # documents of 1, 2, 3 … tokens, and padding
-    lengths = torch.arange(seq_len) + 1
-    ids[1] = torch.repeat_interleave(lengths, lengths)[:seq_len]
-    ids[1, seq_len - seq_len // 8 :] = PADDING
+    ids = probe_ids(seq_len)
+    seq_len = ids.shape[1]
     about = f"tidar.pattern = {name}"
     try:
         rows = pattern.layout(torch.zeros_like(ids), ids, torch.ones(2, seq_len), [0, 1])
@@ -41,6 +37,19 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
             f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN",
             "each must see one at least, itself for example: `| (q == k)`",
         )
+
+
+def probe_ids(seq_len: int) -> Tensor:
+    """Document ids of a whole row, and of one with documents of 1, 2, 3 … tokens and padding: `[2, tokens]` int64.
+
+    tokens: `seq_len`, or LONGEST where that is less.
+    """
+    seq_len = min(seq_len, LONGEST)
+    ids = torch.zeros(2, seq_len, dtype=torch.long)
+    lengths = torch.arange(seq_len) + 1
+    ids[1] = torch.repeat_interleave(lengths, lengths)[:seq_len]
+    ids[1, seq_len - seq_len // 8 :] = PADDING
+    return ids
 
 
 def _check_rows(about: str, pattern: Pattern, rows: ModelBatch, seq_len: int) -> None:

@@ -1,6 +1,7 @@
 """The rows of a run, and the batches that this rank takes of them."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 from tidar.data import Batch, Dataset, TrainingOrder, make_loader, make_rows, validation_order
 from tidar.distributed import World
 from tidar.losses.sums import target_weights
-from tidar.patterns import LOSSES, Pattern
+from tidar.patterns import LOSSES, Pattern, RowSharding
 from tidar.training.plan import RunPlan
 
 
@@ -26,31 +27,35 @@ class Batches:
         """Of this rank's training rows, from a sample of the run on."""
         training, world = self.plan.config.training, self.world
         n_rows = len(self.training_rows)
-        return TrainingOrder(n_rows, training.seed, first_sample, training.local_batch_size, world.rank, world.size)
+        return TrainingOrder(
+            n_rows, training.seed, first_sample, training.local_batch_size, world.dp_rank, world.dp_size
+        )
 
     def training(self, first_sample: int) -> Iterator[Batch]:
         """Micro-batches from a sample of the run on, without end."""
-        return iter(self._loader(self.training_rows, self.order(first_sample), self.plan.pattern))
+        return iter(self._loader(self.training_rows, self.order(first_sample), self.plan.pattern, self.plan.sharding))
 
     def validation(self) -> DataLoader:
         """As many batches on each rank."""
         config, world = self.plan.config, self.world
         n_rows, size = len(self.held_out_rows), config.training.local_batch_size
-        order = validation_order(n_rows, config.validation.steps, size, world.rank, world.size)
-        return self._loader(self.held_out_rows, order, self.plan.validation_pattern)
+        order = validation_order(n_rows, config.validation.steps, size, world.dp_rank, world.dp_size)
+        return self._loader(self.held_out_rows, order, self.plan.validation_pattern, self.plan.validation_sharding)
 
-    def _loader(self, rows, order: Iterable, pattern: Pattern) -> DataLoader:
+    def _loader(self, rows, order: Iterable, pattern: Pattern, sharding: RowSharding | None) -> DataLoader:
         config, pins = self.plan.config, self.world.device.type == "cuda"
-        return make_loader(rows, order, pattern, config.training.seed, config.data.num_workers, pins)
+        share = partial(sharding.share, rank=self.world.cp_rank) if sharding else None
+        return make_loader(rows, order, pattern, config.training.seed, config.data.num_workers, pins, share)
 
 
-def count_targets(micro_batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+def count_targets(micro_batches: list[Batch], context_parallel: int) -> tuple[dict[str, Tensor], Tensor]:
     """The denominator of each loss and the number of tokens of a step, over all ranks and micro-batches.
 
-    A loss's denominator is the sum of its target weights. All are scalars, float64.
+    A loss's denominator is the sum of its target weights. All are scalars, float64. context_parallel: ranks that share
+    each row; each has targets of its own, and the same tokens.
     """
     weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
     n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
     counts = torch.cat([weights, n_tokens])
     dist.all_reduce(counts)
-    return dict(zip(LOSSES, counts)), counts[-1]
+    return dict(zip(LOSSES, counts)), counts[-1] / context_parallel

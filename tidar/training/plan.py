@@ -9,16 +9,17 @@ from tidar.decoding import DECODABLE
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Kernels, Sizes, choose_kernels
 from tidar.models import Decoder, DecoderConfig
-from tidar.patterns import Pattern, checked_pattern, configured_pattern, loss_weights
+from tidar.patterns import Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """Sizes, kernels and memory of a run on `world_size` devices like `device`.
 
-    replicas, shards: copies of the states, and the devices that each copy is sharded over. global_batch_size: rows of
-    an optimizer step. micro_batches: of each rank in a step. dtype: of compute. kernels: final once the model is known.
-    model: its sizes, None until it is read; n_parameters: 0 until then.
+    replicas, shards: copies of the states, and the devices that each copy is sharded over. context_parallel: devices
+    that share each row; sharding, validation_sharding: how rows are dealt to them, None where it is one.
+    global_batch_size: rows of an optimizer step. micro_batches: of each rank in a step. dtype: of compute. kernels:
+    final once the model is known. model: its sizes, None until it is read; n_parameters: 0 until then.
     """
 
     config: Config
@@ -26,6 +27,7 @@ class RunPlan:
     world_size: int
     replicas: int
     shards: int
+    context_parallel: int
     global_batch_size: int
     micro_batches: int
     dtype: torch.dtype
@@ -33,6 +35,8 @@ class RunPlan:
     pattern: Pattern
     validation_pattern: Pattern
     loss_weights: dict[str, float]
+    sharding: RowSharding | None
+    validation_sharding: RowSharding | None
     model: DecoderConfig | None = None
     n_parameters: int = 0
 
@@ -48,9 +52,10 @@ class RunPlan:
 
     @property
     def positions(self) -> int:
-        """Model positions of a micro-batch."""
-        training = self.config.training
-        return training.local_batch_size * self.pattern.model_positions(training.seq_len)
+        """Model positions of a micro-batch on each device."""
+        training, sharding = self.config.training, self.sharding
+        row = sharding.n_positions if sharding else self.pattern.model_positions(training.seq_len)
+        return training.local_batch_size * row
 
     # memory in bytes; the model must be known
 
@@ -93,9 +98,18 @@ def plan_run(
     """
     replicas, shards = resolve_degrees(config, world_size)
     check_offload(config)
-    global_batch_size = resolve_global_batch_size(config, world_size)
+    context_parallel = config.parallelism.context_parallel_degree
+    dp_size = world_size // context_parallel
+    global_batch_size = resolve_global_batch_size(config, dp_size)
     dtype = compute_dtype(config, device)
     pattern = checked_pattern(config, mask_token_id)
+    validation_pattern = configured_pattern(config, mask_token_id, training=False)
+    sharding, validation_sharding = (
+        RowSharding(rows, config.tidar.pattern, config.training.seq_len, context_parallel)
+        if context_parallel > 1
+        else None
+        for rows in (pattern, validation_pattern)
+    )
     n_prompts, name = config.validation.generate_prompts, config.tidar.pattern
     if config.validation.enable and n_prompts and name not in DECODABLE:
         raise UserError(
@@ -112,14 +126,17 @@ def plan_run(
         device=device,
         world_size=world_size,
         replicas=replicas,
-        shards=shards,
+        shards=shards * context_parallel,
+        context_parallel=context_parallel,
         global_batch_size=global_batch_size,
-        micro_batches=global_batch_size // (config.training.local_batch_size * world_size),
+        micro_batches=global_batch_size // (config.training.local_batch_size * dp_size),
         dtype=dtype,
         kernels=choose_kernels(config, device, dtype, sizes),
         pattern=pattern,
-        validation_pattern=configured_pattern(config, mask_token_id, training=False),
+        validation_pattern=validation_pattern,
         loss_weights=loss_weights(config, pattern),
+        sharding=sharding,
+        validation_sharding=validation_sharding,
         model=decoder,
         n_parameters=n_parameters,
     )

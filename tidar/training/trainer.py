@@ -21,6 +21,7 @@ from tidar.distributed import (
     Watchdog,
     World,
     compile_seconds,
+    gathered_attention,
     join_world,
     make_deterministic,
     shorten_timeout,
@@ -129,8 +130,11 @@ class Trainer:
             self.model, self.parallel = build_model(self.plan, world)
             self.objective = Objective(self.plan.loss_weights, config.training.loss_chunk_size, self.plan.kernels)
             attention = self.plan.kernels.attention
-            self.mask_builder = MaskBuilder(self.plan.pattern, attention)
-            self.validation_mask_builder = MaskBuilder(self.plan.validation_pattern, attention)
+            around, around_validation = (
+                gathered_attention(sharding, world) for sharding in (self.plan.sharding, self.plan.validation_sharding)
+            )
+            self.mask_builder = MaskBuilder(self.plan.pattern, attention, around)
+            self.validation_mask_builder = MaskBuilder(self.plan.validation_pattern, attention, around_validation)
             self.compiler = start_compiler(self.plan, resources, self.log)
             n_rows, identity = len(self.batches.training_rows), self.inputs.data.identity(config)
             self.progress = Progress(n_rows, identity, self.device)
@@ -145,7 +149,7 @@ class Trainer:
 
             self.watchdog, self.timeout = Watchdog(world, self.record_failure), config.comm.init_timeout_seconds
             self.throttle = HostThrottle(self.device)
-            self.throughput = Throughput(self.spec.decoder, self.device)
+            self.throughput = Throughput(self.spec.decoder, self.device, self.plan.context_parallel)
             self.reports = Reports(self.folder, self.throughput, self.plan.loss_weights, world.rank == 0, self.log)
             self.resources = resources.pop_all()
 
@@ -235,12 +239,12 @@ class Trainer:
         self.throughput.count_step(micro_batches, data_wait=time.perf_counter() - wait_started)
         micro_batches = [batch.to(self.device) for batch in micro_batches]
 
-        denominators, n_tokens = count_targets(micro_batches)
+        denominators, n_tokens = count_targets(micro_batches, plan.context_parallel)
         sums = LossSums.zeros(self.device)
         for index, batch in enumerate(micro_batches, start=1):
             self.heartbeat(f"step {number}: micro-batch {index}")
             with self.parallel.training(is_last=index == plan.micro_batches):
-                mask = self.mask_builder(batch.rows.documents)
+                mask = self.mask_builder(batch.rows.documents, batch.rows.share)
                 loss, scores = self.forward(batch.rows, mask, denominators)
                 self.throughput.count_pairs(mask.allowed_pairs)
                 self.updates.backward(loss)
@@ -303,7 +307,7 @@ class Trainer:
 
         def score(rows: ModelBatch) -> dict[str, TokenScores]:
             self.stops.check()
-            scores = self.forward(rows, self.validation_mask_builder(rows.documents), ones)[1]
+            scores = self.forward(rows, self.validation_mask_builder(rows.documents, rows.share), ones)[1]
             self.throttle.wait()
             self.heartbeat("validation")
             return scores
@@ -313,7 +317,9 @@ class Trainer:
         with self.throughput.paused():
             with self.parallel.validating():
                 block_size, weights = self.plan.validation_pattern.block_size, self.plan.loss_weights
-                scalars = validate(self.batches.validation(), score, block_size, weights, self.device)
+                scalars = validate(
+                    self.batches.validation(), score, block_size, weights, self.device, self.world.cp_group
+                )
             calls = self.stops.check, partial(self.heartbeat, "decoding"), partial(self.wait_for_all, "decoding")
             decoded = self.prompts.decode(self.parallel, *calls) if self.prompts else None
         self.state.val_losses[self.step] = scalars.get("val/loss")

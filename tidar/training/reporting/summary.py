@@ -42,7 +42,7 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
         f"in {len(rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
         f"{len(batches.held_out_rows):,} rows held out{_without_targets(batches.held_out_rows)}",
         "pattern": ", ".join([config.tidar.pattern, *blocks, *changed, f"{positions} model positions a row"]),
-        "step": f"{step_tokens:,} tokens: {_count(plan.world_size, 'device')} x "
+        "step": f"{step_tokens:,} tokens: {_devices(plan)} x "
         f"{_count(plan.micro_batches, 'micro-batch')} x {_count(config.training.local_batch_size, 'row')}, "
         f"{flops / 1e12:.3g} useful TFLOPs",
         "run": f"{steps:,} steps, {step_tokens * steps:,} tokens, "
@@ -51,6 +51,12 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
         "engine": f"{plan.device.type}, {plan.dtype}, {plan.kernels.describe()}",
     }
     return [f"{name:<8} {text}" for name, text in lines.items()]
+
+
+def _devices(plan: RunPlan) -> str:
+    if plan.context_parallel == 1:
+        return _count(plan.world_size, "device")
+    return f"{plan.world_size} devices ({plan.context_parallel} for each row)"
 
 
 def _without_targets(rows: PackedRows) -> str:

@@ -15,8 +15,9 @@ from tidar.models.flops import attention_flops, batch_flops, peak_flops
 class Throughput:
     """Tokens, useful FLOPs and data wait of this rank's training steps since the last report."""
 
-    def __init__(self, decoder: DecoderConfig, device: torch.device):
-        self.decoder = decoder
+    def __init__(self, decoder: DecoderConfig, device: torch.device, context_parallel: int):
+        """context_parallel: ranks that share each row."""
+        self.decoder, self.context_parallel = decoder, context_parallel
         self.device = device
         self.peak_flops = peak_flops(device)
         self.restart()
@@ -57,7 +58,7 @@ class Throughput:
         seconds = time.perf_counter() - self.started
         flops = self.flops + attention_flops(self.decoder, int(self.allowed_pairs))
         scalars = {
-            "perf/tokens_per_second": self.tokens / seconds,
+            "perf/tokens_per_second": self.tokens / self.context_parallel / seconds,
             "perf/tflops": flops / seconds / 1e12,
             "perf/data_wait_fraction": self.data_wait / seconds,
         }

@@ -1,0 +1,199 @@
+"""The model positions of a row divided over ranks, derived from the pattern's mask: what context parallelism deals."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tidar.config import UserError
+from tidar.patterns.base import KeyRange, MaskMod, ModelBatch, Pattern, Share, Targets, key_ranges
+from tidar.patterns.checks import probe_ids
+
+
+class RowSharding:
+    """How the model positions of a row of `seq_len` tokens are dealt to `n_ranks`.
+
+    A part of the row (see `Pattern.parts`) is private where it consists of blocks that see themselves and are seen by
+    nothing else, such as the noisy half of `tidar`; keys and values of the other parts are shared with all ranks.
+    Each part is divided into 2 * n_ranks chunks, of which rank r gets r and 2 * n_ranks - 1 - r, so that all ranks have
+    equally much to do under a causal mask. A private block is where its first position is. A rank's positions are those
+    of the shared parts, then those of the private parts: all shapes are static, and unused slots see only themselves.
+    """
+
+    def __init__(self, pattern: Pattern, name: str, seq_len: int, n_ranks: int):
+        """name: of the pattern, for messages. Raises UserError where a row cannot be divided."""
+        self.n_ranks, self.block_size = n_ranks, pattern.block_size
+        self.pattern, self.about = pattern, f"tidar.pattern = {name}"
+        if seq_len % (2 * n_ranks):
+            raise UserError(
+                f"training.seq_len = {seq_len}: must be a multiple of {2 * n_ranks}, twice "
+                f"parallelism.context_parallel_degree = {n_ranks}"
+            )
+        self.parts, self.private = pattern.parts(seq_len), self._private_parts(seq_len)
+        for part, length in self.parts.items():
+            if part not in self.private and length % (2 * n_ranks):
+                raise UserError(
+                    f"{self.about}: cannot be sharded for parallelism.context_parallel_degree = {n_ranks}: "
+                    f"part {part}, whose keys others see, has {length} positions, no multiple of {2 * n_ranks}"
+                )
+        # length of each shared part of the whole row, and the slots of a rank for each private one
+        self.shared = tuple(length for part, length in self.parts.items() if part not in self.private)
+        self.slots = {part: self._n_slots(self.parts[part]) for part in self.parts if part in self.private}
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of each rank, unused slots included."""
+        return self.n_shared // self.n_ranks + sum(self.slots.values())
+
+    @property
+    def n_shared(self) -> int:
+        """Positions of a row whose keys and values all ranks see."""
+        return sum(self.shared)
+
+    @property
+    def n_keys(self) -> int:
+        """Keys of each rank: the shared ones of all ranks, and its own private ones."""
+        return self.n_shared + sum(self.slots.values())
+
+    def share(self, batch: ModelBatch, rank: int) -> ModelBatch:
+        """A rank's positions and targets of rows. Raises UserError where a block cannot be dealt."""
+        length = batch.input_ids.shape[1]
+        ranges = key_ranges(self.pattern.mask_mod(batch.documents))
+        blocks = private_blocks(ranges) if ranges is not None and self.private else None
+        positions = self._positions(rank, len(batch.input_ids), blocks)
+        at = positions.clamp(min=0)
+        position_ids = batch.position_ids.gather(1, at) * (positions >= 0)
+        slot = torch.full((len(positions), length + 1), -1)
+        slot.scatter_(1, torch.where(positions < 0, length, positions), torch.arange(positions.shape[1]).expand_as(at))
+        targets = {loss: _own_targets(target, slot, length, at.shape[1]) for loss, target in batch.targets.items()}
+        share = Share(length, positions, None if ranges is None else self._ranges(ranges, positions), self.n_keys)
+        input_ids = batch.input_ids.gather(1, at)
+        return replace(batch, input_ids=input_ids, position_ids=position_ids, targets=targets, share=share)
+
+    def _private_parts(self, seq_len: int) -> set[str]:
+        ids = probe_ids(seq_len)
+        rows = self.pattern.layout(torch.zeros_like(ids), ids, torch.ones(ids.shape), [0, 1])
+        ranges = key_ranges(self.pattern.mask_mod(rows.documents))
+        if ranges is None:
+            return set()
+        start, end = private_blocks(ranges)
+        found, first = set(), 0
+        for part, length in self.pattern.parts(ids.shape[1]).items():
+            own = slice(first, first + length)
+            low, high = start[:, own], end[:, own]
+            inside = (low >= first) & (high <= first + length) & (high - low <= self.block_size)
+            if inside.all():
+                found.add(part)
+            first += length
+        return found
+
+    def _chunk(self, length: int) -> int:
+        return -(-length // (2 * self.n_ranks))
+
+    def _n_slots(self, length: int) -> int:
+        # the last block of a chunk may end in the next one
+        return min(2 * (self._chunk(length) + self.block_size - 1), length)
+
+    def _owner(self, at: Tensor, length: int) -> Tensor:
+        """Rank of each index in a part of so many positions."""
+        chunk = at // self._chunk(length)
+        return torch.minimum(chunk, 2 * self.n_ranks - 1 - chunk)
+
+    def _positions(self, rank: int, batch: int, blocks: KeyRange | None) -> Tensor:
+        columns: dict[bool, list[Tensor]] = {False: [], True: []}
+        first = 0
+        for part, length in self.parts.items():
+            is_private = part in self.private
+            if is_private:
+                assert blocks
+                start = blocks[0][:, first : first + length].long() - first
+                if (start < 0).any():
+                    raise UserError(
+                        f"{self.about}: cannot be sharded for parallelism.context_parallel_degree: part {part} is not "
+                        "made of blocks that see themselves and are seen by nothing else"
+                    )
+                owner = self._owner(start, length)
+                mine = [self._padded((row == rank).nonzero()[:, 0] + first, self.slots[part]) for row in owner]
+                columns[True].append(torch.stack(mine))
+            else:
+                at = torch.arange(length)
+                chunks = (self._owner(at, length) == rank).nonzero()[:, 0] + first
+                columns[False].append(chunks.expand(batch, -1))
+            first += length
+        return torch.cat(columns[False] + columns[True], dim=1)
+
+    def _padded(self, positions: Tensor, slots: int) -> Tensor:
+        if len(positions) > slots:
+            raise UserError(
+                f"{self.about}: cannot be sharded for parallelism.context_parallel_degree = {self.n_ranks}: its blocks "
+                f"have more than the block_size = {self.block_size} positions that it states"
+            )
+        return F.pad(positions, (0, slots - len(positions)), value=-1)
+
+    def _ranges(self, ranges: list[KeyRange], positions: Tensor) -> Tensor:
+        """See `Share`."""
+        is_shared = torch.cat([torch.full((n,), part not in self.private) for part, n in self.parts.items()])
+        # keys before each bound: shared ones, in the row's order
+        key = F.pad(is_shared.cumsum(dim=0), (1, 0)).int()
+        own_key = torch.arange(positions.shape[1], dtype=torch.int32) + self.n_keys - self.n_positions
+        at, used = positions.clamp(min=0), positions >= 0
+        in_private = ~is_shared[at] | ~used
+        found = []
+        for number, bounds in enumerate(ranges):
+            start, end = (bound.gather(1, at) for bound in bounds)
+            is_own = in_private & (start <= at) & (at < end) & used
+            before = own_key - (at - start).int()
+            start, end = (
+                torch.where(is_own, before, key[start.long()]),
+                torch.where(is_own, before + end - start, key[end.long()]),
+            )
+            nothing = own_key if number == 0 else torch.zeros_like(own_key)
+            start, end = torch.where(used, start, nothing), torch.where(used, end, nothing + (number == 0))
+            found.append(torch.stack([start, end]))
+        return torch.stack(found).int()
+
+
+def private_blocks(ranges: list[KeyRange]) -> KeyRange:
+    """Bounds of each position's private block, -1 where it is in none; both `[batch, positions]` int32.
+
+    A block is private where all its positions see the whole of it by one range, and nothing else sees any of it.
+    """
+    first = ranges[0][0]
+    at = torch.arange(first.shape[1], dtype=torch.int32, device=first.device).expand_as(first)
+    start, end = at, at
+    seen = torch.zeros(first.shape[0], first.shape[1] + 1, dtype=torch.int32, device=first.device)
+    for low, high in ranges:
+        seen.scatter_add_(1, low.long(), torch.ones_like(at)).scatter_add_(1, high.long(), -torch.ones_like(at))
+        contains = (low <= at) & (at < high)
+        start, end = torch.where(contains, low, start), torch.where(contains, high, end)
+    seen = seen.cumsum(dim=1)[:, :-1]
+    as_first = (start.gather(1, start.long()) == start) & (end.gather(1, start.long()) == end)
+    # of the positions of a block, only its first may be the first of one
+    agrees = as_first & (_count(start == at, start, end) == 1) & (seen == end - start)
+    is_private = (end > start) & (_count(agrees, start, end) == end - start)
+    return torch.where(is_private, start, -1), torch.where(is_private, end, -1)
+
+
+def _count(flags: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """How many flags are true from `start` to `end`, end excluded."""
+    before = F.pad(flags.cumsum(dim=1), (1, 0))
+    return before.gather(1, end.long()) - before.gather(1, start.long())
+
+
+def shared_mask_mod(mask_mod: MaskMod, positions: Tensor) -> MaskMod:
+    """The mask of the queries at `positions`, `[batch, queries]`, over all keys of the row."""
+
+    def of_positions(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask_mod(b, h, positions[b, q], k)
+
+    return of_positions
+
+
+def _own_targets(targets: Targets, slot: Tensor, length: int, n_positions: int) -> Targets:
+    """The targets whose positions have a slot. slot: of each position, -1 for none, `[batch, length + 1]`."""
+    row = targets.index // length
+    own = slot[row, targets.index % length]
+    kept = own >= 0
+    columns = {name: column[kept] for name, column in vars(targets).items()}
+    return Targets(**columns | {"index": (row * n_positions + own)[kept]})

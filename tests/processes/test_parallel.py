@@ -101,28 +101,32 @@ def differences(found, expected) -> tuple[float, float, float]:
 
 
 def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, small):
-    """Two ranks validate as one does, and one goes on from what they have saved, with the same losses."""
+    """Two ranks validate as one does, and others go on from what they have saved, with the same losses."""
     options = f"{small} --validation.share 0.17 --validation.freq 5 --checkpoint.interval 6 --training.steps 10"
     options += f" --training.seq_len 64 --tidar.block_size 3 --metrics.log_freq 1 --training.global_batch_size {ROWS}"
     options += " --validation.generate_prompts 3"
     decoded = []
-    for size, micro_batches in ((1, 1), (2, 4)):
-        local = ROWS // size // micro_batches
-        folder = f"--training.local_batch_size {local} --job.dump_folder {tmp_path / str(size)}"
+    shares_rows = "--parallelism.context_parallel_degree 2"
+    for run, size, local, extra in (("1", 1, 16, ""), ("2", 2, 2, ""), ("cp", 2, 8, shares_rows)):
+        folder = f"--training.local_batch_size {local} --job.dump_folder {tmp_path / run} {extra}"
         answers = ranks.run(size, *options.split(), *folder.split())
         decoded.append(re.findall("decoded 3 prompts: .* tokens in", answers[0]["printed"]))
-    assert len(decoded[0]) == 2 and decoded[0] == decoded[1]
-    shutil.rmtree(tmp_path / "2" / "checkpoint" / "step-10")
-    shutil.copytree(tmp_path / "2", tmp_path / "2-1")
-    ranks.run(1, *options.split(), "--training.local_batch_size", "8", "--job.dump_folder", str(tmp_path / "2-1"))
+    assert len(decoded[0]) == 2 and decoded[0] == decoded[1] == decoded[2]
+    resumed = (("2", 1, ""), ("cp", 1, ""), ("cp", 2, ""), ("2", 2, shares_rows))
+    for number, (run, size, extra) in enumerate(resumed):
+        shutil.rmtree(tmp_path / run / "checkpoint" / "step-10", ignore_errors=True)
+        folder = shutil.copytree(tmp_path / run, tmp_path / f"resumed-{number}")
+        extra = f"--training.local_batch_size 8 --job.dump_folder {folder} {extra}"
+        ranks.run(size, *options.split(), *extra.split())
     names = [f"train/batch_{name}" for name in ("loss", "ar_loss", "diffusion_loss", "accuracy")] + ["train/grad_norm"]
     names += ["val/loss", "val/diffusion_loss_at/0", "val/accepted_prefix", "val/tokens_per_forward"]
     curves = []
-    for run in ("1", "2", "2-1"):
+    for run in ("1", "2", "cp", *(f"resumed-{number}" for number in range(len(resumed)))):
         lines = read_metrics(tmp_path / run)
         curves.append([line[name] for line in lines for name in names if name in line])
     assert len(curves[0]) == 10 * 5 + 2 * 4
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -1,10 +1,12 @@
 """Exports a checkpoint to a Hugging Face folder: python -m tidar.export --checkpoint RUN/checkpoint/step-N --output DIR
 
-The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode. Needs no GPU
-and little memory: it reads the weights a few rows at a time. --list RUN lists a run's checkpoints and which are whole.
+The folder loads in plain transformers as the ordinary Qwen model, which is TiDAR's autoregressive mode; with
+trust_remote_code=True, its generate() is TiDAR. Needs no GPU and little memory: it reads the weights a few rows at a
+time. --list RUN lists a run's checkpoints and which are whole.
 """
 
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -23,9 +25,11 @@ from tidar.models.huggingface import (
     published_shapes,
     read_config_json,
     read_metadata,
+    without_generate,
     write_huggingface_folder,
 )
 from tidar.models.huggingface.manifest import check_whole, find_problem, read_manifest, saved_steps
+from tidar.training.reporting.metrics import validation_figures
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
@@ -44,6 +48,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     check_weights(weights, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parts = published_ranges(shapes, model.config)
+    step, figures = _validation(checkpoint)
     try:
         write_huggingface_folder(
             output,
@@ -51,9 +56,22 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
             dtype,
             lambda name: weights.published_pieces(parts[name]),
             lambda folder: shutil.copytree(checkpoint / ASSETS, folder),
+            step=step,
+            figures=figures,
         )
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+
+
+def _validation(checkpoint: Path) -> tuple[int | None, dict[str, float]]:
+    """The step of a checkpoint, and what its run's validation has measured then; none where it lies in no run."""
+    path = checkpoint.absolute()
+    number = re.fullmatch("step-([0-9]+)", path.name)
+    if not number:
+        return None, {}
+    return int(number[1]), validation_figures(
+        path.parents[1], int(number[1])
+    ) if path.parent.name == "checkpoint" else {}
 
 
 def list_checkpoints(run: Path) -> list[str]:
@@ -119,9 +137,11 @@ def main() -> None:
                 raise UserError(f"the following arguments are required: --{name}; or --list RUN alone")
         started = time.perf_counter()
         export(arguments.checkpoint, arguments.output, getattr(torch, arguments.dtype))
-        print_lines(f"{arguments.output}: {arguments.dtype}, written in {time.perf_counter() - started:.1f} s")
         options = read_config_json(arguments.output)
-        before = options.get("tidar", {}).get("vocab_size_before_mask_token")
+        method, seconds = options.get("tidar", {}), time.perf_counter() - started
+        note = without_generate(method.get("pattern", ""))
+        print_lines(f"{arguments.output}: {arguments.dtype}, written in {seconds:.1f} s{note}")
+        before = method.get("vocab_size_before_mask_token")
         if before:
             print(f"the vocabulary has grown from {before} to {options['vocab_size']} rows, for the mask token")
 

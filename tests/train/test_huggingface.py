@@ -325,7 +325,7 @@ def test_the_export_target_is_not_overwritten(tmp_path, call):
     checkpoint, out = tmp_path / "run" / "checkpoint" / "step-0", tmp_path / "out"
     out.mkdir()
     export(checkpoint, out, torch.bfloat16)  # an empty one may be there
-    before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
+    before = sorted((path.name, path.read_bytes()) for path in out.rglob("*.*"))
     for source, message in (
         (checkpoint, f"--output {out}: exists and is not an empty folder"),
         (tmp_path / "run", "must be a checkpoint of a run"),
@@ -333,8 +333,31 @@ def test_the_export_target_is_not_overwritten(tmp_path, call):
         code, _, error = call(export_command, "--output", out, "--checkpoint", source)
         assert code == 1 and error.startswith("error: ") and message in error
         assert len(error.splitlines()) <= 2
-    assert before == sorted((path.name, path.read_bytes()) for path in out.iterdir())
+    assert before == sorted((path.name, path.read_bytes()) for path in out.rglob("*.*"))
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_an_export_says_of_itself(tmp_path, call):
+    """The card holds what was measured at that step; a base's own card is not taken over, but for its licence."""
+    base = tmp_path / "models--Qwen--Small" / "snapshots" / "0123"
+    base.parent.mkdir(parents=True)
+    make_model("qwen2").save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: x/y\n---\n# Small\nTheirs.\n")
+    for pattern, decodes in (("tidar", True), ("block_diffusion", False)):
+        run, out = tmp_path / pattern, tmp_path / f"{pattern}-out"
+        train(run, "--model.hf_path", str(base), "--training.steps", "0", "--tidar.pattern", pattern)
+        lines = [{"step": 0, "val/ar_loss": 1.25, "train/lr": 7.5}, {"step": 1, "val/ar_loss": 2.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        _, said, _ = call(export_command, "--checkpoint", run / "checkpoint" / "step-0", "--output", out)
+        assert (f"there is no custom_generate/generate.py for pattern {pattern}" in said) is not decodes
+        assert (out / "custom_generate" / "generate.py").is_file() is decodes
+        card = (out / "README.md").read_text()
+        front = card.split("---")[1].splitlines()
+        assert {"base_model: Qwen/Small", "license: apache-2.0", "library_name: transformers"} <= set(front)
+        assert "base_model: x/y" not in front and "Theirs" not in card
+        assert f"| pattern | {pattern} |" in card and "| block size | 8 |" in card
+        assert ("trust_remote_code=True" in card) is decodes
+        assert "1.2500" in card and "2.5000" not in card and "7.5" not in card
 
 
 def test_an_export_leaves_what_is_not_its_own(tmp_path, monkeypatch):

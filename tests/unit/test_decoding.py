@@ -2,11 +2,11 @@
 
 import math
 import random
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from laws import LAWS, check_law, joint_law
 from small_models import make_model
 
 from tidar import masks
@@ -85,29 +85,6 @@ def slow_decode(engine: Engine, prompt: list[int], n_new: int, choose) -> tuple[
         committed += draft[:accepted]
         draft = drafted(logits, length + block + (accepted - 1) * block, token)
     return steps, drafts
-
-
-def joint_law(engine: Engine, prompt: list[int], temperature: float, top_k: int = 0, top_p: float = 1.0) -> dict:
-    """Probability of each three tokens after a prompt, from causal passes over all of their beginnings."""
-
-    def law(texts: list[list[int]]) -> torch.Tensor:
-        with torch.no_grad():
-            logits = engine.model(torch.tensor(texts))[:, -1].double() / temperature
-        ranked = logits.sort(dim=-1, descending=True).values
-        if top_k:
-            logits = logits.masked_fill(logits < ranked[:, top_k - 1, None], -torch.inf)
-        p = logits.softmax(dim=-1)
-        ranked = p.sort(dim=-1, descending=True).values
-        smallest = ranked.gather(1, ((ranked.cumsum(dim=-1) - ranked < top_p).sum(dim=-1) - 1)[:, None])
-        p = p.where(p >= smallest, 0)
-        return p / p.sum(dim=-1, keepdim=True)
-
-    vocab = range(engine.model.config.vocab_size)
-    first = law([prompt])[0]
-    second = law([[*prompt, a] for a in vocab])
-    third = law([[*prompt, a, b] for a in vocab for b in vocab])
-    joint = first[:, None, None] * second[:, :, None] * third.view(len(vocab), len(vocab), -1)
-    return {(a, b, c): float(joint[a, b, c]) for a in vocab for b in vocab for c in vocab}
 
 
 def greedy(logits: torch.Tensor, position: int) -> int:
@@ -247,26 +224,14 @@ def test_the_picture_of_a_step_equals_the_loops(capsys, monkeypatch):
                 assert shown[q][k] == expected, (block, q, k)
 
 
-LAWS = (dict(temperature=0.5), dict(temperature=1.3, top_k=3), dict(temperature=1.3, top_p=0.8))
-
-
 @pytest.mark.parametrize("n", [4_000, pytest.param(200_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("options", LAWS)
 def test_joint_law_of_three_tokens(options, n):
     """The first three tokens of many samples against the model's own probabilities, by chi-square."""
     engine = random_engine(random.Random(3), 1, torch.float32, vocab_size=6, dim=8, n_layers=1, hidden_dim=8)
     engine.max_batch_size = 2000
-    law = joint_law(engine, [1, 2, 3], **options)
+    law = joint_law(engine.model, [1, 2, 3], **options)
     for block_size in (1, 4, 8):
         engine.method = Method("tidar", block_size, mask_token_id=5)
         completions = engine.generate([[1, 2, 3]] * n, 3, seed=block_size, **options)
-        counts = Counter(tuple(completion.tokens) for completion in completions)
-        assert all(law[triple] > 0 for triple in counts)
-        # triples that are too rare for chi-square form one cell
-        cells = [(counts[triple], n * p) for triple, p in law.items() if n * p >= 10]
-        rare = n - sum(count for count, _ in cells), n - sum(expected for _, expected in cells)
-        cells += [rare] if rare[1] >= 10 else []
-        statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-        freedom = len(cells) - 1
-        # one in 10,000 draws lies above, by the normal approximation of chi-square
-        assert statistic < freedom + 3.8 * math.sqrt(2 * freedom), (block_size, statistic, freedom)
+        check_law([completion.tokens for completion in completions], law)

@@ -14,13 +14,12 @@ from tidar.decoding.cache import KeyValueCache
 from tidar.decoding.forward import Forward, State
 from tidar.decoding.sampling import Sampling, prompt_key
 from tidar.models import Decoder
+from tidar.patterns import DECODABLE
 
 Mode = Literal["tidar", "ar"]
 # asked after each token: index of the prompt and its new tokens so far; True ends the sequence
 Stop = Callable[[int, list[int]], bool]
 
-# patterns whose masked blocks see the clean tokens before them and themselves, as a step has it
-DECODABLE = ("tidar", "tidar_random", "tidar_split")
 SMALLEST_CAPACITY, SMALLEST_PROMPT = 256, 128
 # tokens of one prefill, padding included, where it has several prompts
 PREFILL_TOKENS = 2**15

@@ -20,6 +20,7 @@ from tidar.patterns.block_diffusion import BlockDiffusion
 from tidar.patterns.causal import Causal
 from tidar.patterns.checks import check_pattern
 from tidar.patterns.registry import (
+    DECODABLE,
     EXPERIMENTS,
     PATTERNS,
     checked_pattern,
@@ -34,6 +35,7 @@ from tidar.patterns.tidar_random import TidarRandom
 from tidar.patterns.tidar_split import TidarSplit
 
 __all__ = [
+    "DECODABLE",
     "EXPERIMENTS",
     "LOSSES",
     "PADDING",

@@ -21,6 +21,8 @@ PATTERNS: dict[str, type[Pattern]] = {
     "block_diffusion": BlockDiffusion,
     "causal": Causal,
 }
+# patterns whose masked blocks see the clean tokens before them and themselves, as a step of decoding has it
+DECODABLE = ("tidar", "tidar_random", "tidar_split")
 # options of [tidar] that only training uses: validation measures what inference does
 EXPERIMENTS = ("block_sizes", "random_block_offset", "place_weights", "diffusion_share")
 

@@ -12,18 +12,21 @@ from tidar.config import UserError
 from tidar.models import DecoderConfig
 from tidar.models.huggingface import published_ranges, published_shapes, write_huggingface_folder
 from tidar.training.checkpoint.retention import remove_tree
+from tidar.training.reporting.metrics import validation_figures
 
 
 def export_parameters(
     folder: Path,
     parameters: dict[str, nn.Parameter],
     config: DecoderConfig,
+    step: int,
     write_assets: Callable[[Path], None],
     writes: bool,
     before_each: Callable[[], None],
 ) -> None:
     """Writes parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
 
+    folder: export/<name> of the run's folder. step: of the run.
     before_each: called by all ranks before each parameter; what it raises interrupts the export.
     Replaces what an earlier attempt has left of the folder. Raises UserError where it cannot be written.
     """
@@ -41,6 +44,7 @@ def export_parameters(
         return
     for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         remove_tree(old)
+    figures = validation_figures(folder.parents[1], step)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     parts = published_ranges(shapes, config)
 
@@ -49,6 +53,14 @@ def export_parameters(
             yield gather(parameter)[rows.at : rows.at + rows.length]
 
     try:
-        write_huggingface_folder(folder, published_shapes(shapes, config), torch.bfloat16, read, write_assets)
+        write_huggingface_folder(
+            folder,
+            published_shapes(shapes, config),
+            torch.bfloat16,
+            read,
+            write_assets,
+            step=step,
+            figures=figures,
+        )
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from tidar.config import Config, UserError, resolve_global_batch_size
-from tidar.decoding import DECODABLE
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Kernels, Sizes, choose_kernels
 from tidar.models import Decoder, DecoderConfig
-from tidar.patterns import Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
+from tidar.patterns import DECODABLE, Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
 
 
 @dataclass(frozen=True)

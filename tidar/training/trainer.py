@@ -30,7 +30,7 @@ from tidar.evaluation.scores import validate
 from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums
 from tidar.models import BatchMask, Decoder, MaskBuilder
-from tidar.models.huggingface import ModelSpec
+from tidar.models.huggingface import ModelSpec, without_generate
 from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.batches import Batches, count_targets
 from tidar.training.build import build_model
@@ -330,10 +330,10 @@ class Trainer:
         folder = self.folder / "export" / f"epoch_{number}"
         with self.throughput.paused():
             self.wait_for_all("the export")
-            model = self.checkpointer.parameters, self.spec.decoder, self.state.write_assets
+            model = self.checkpointer.parameters, self.spec.decoder, self.step, self.state.write_assets
             export_parameters(folder, *model, writes=self.world.rank == 0, before_each=self.stops.check)
             self.wait_for_all("the export")
-        self.log(f"exported {folder}")
+        self.log(f"exported {folder}{without_generate(self.config.tidar.pattern)}")
 
     def save(self) -> None:
         self.heartbeat("the checkpoint", self.config.comm.save_timeout_seconds)

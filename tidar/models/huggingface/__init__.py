@@ -2,7 +2,7 @@
 
 from tidar.models.huggingface.checkpoint_files import CheckpointReader, read_metadata
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
-from tidar.models.huggingface.export import write_huggingface_folder
+from tidar.models.huggingface.export import without_generate, write_huggingface_folder
 from tidar.models.huggingface.layout import published_ranges, published_shapes
 from tidar.models.huggingface.spec import (
     ASSETS,
@@ -42,5 +42,6 @@ __all__ = [
     "read_model",
     "recorded_model",
     "resolve_model",
+    "without_generate",
     "write_huggingface_folder",
 ]

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from tidar.config import UserError
+from tidar.models.huggingface.card import model_card
 from tidar.models.huggingface.config_json import DTYPE_NAMES, with_old_and_new_names
+from tidar.patterns import DECODABLE
 
 MAX_SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # upper bound of a file's header
+GENERATE = Path(__file__).with_name("custom_generate.py")
 SAFETENSORS_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -27,12 +30,16 @@ def write_huggingface_folder(
     read: Callable[[str], Iterable[Tensor]],
     write_assets: Callable[[Path], object],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    step: int | None = None,
+    figures: Mapping[str, float] | None = None,
 ) -> None:
     """Writes an exported model to `folder`, which must be empty or not exist. Files get their final names once whole.
 
     shapes: of the tensors by Hugging Face's names. read: the rows of a tensor, in one piece or several, of which one at
-    a time is held. write_assets: makes a folder with everything but the weights. Raises OSError if it cannot be
-    written, and UserError for a value that `dtype` cannot hold.
+    a time is held. write_assets: makes a folder with config.json, generation_config.json and the tokenizer. step: of
+    the run; figures: what its validation has measured then. A model that TiDAR has trained gets a card, README.md, and,
+    where the pattern is one of DECODABLE, custom_generate/generate.py. Raises OSError if it cannot be written, and
+    UserError for a value that `dtype` cannot hold.
     """
     folder = folder.resolve()
     into = folder if folder.exists() else folder.parent
@@ -44,6 +51,14 @@ def write_huggingface_folder(
         config = json.loads((written / "config.json").read_text(encoding="utf-8"))
         config = with_old_and_new_names(config | dict.fromkeys(DTYPE_NAMES, str(dtype).removeprefix("torch.")))
         (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        pattern = config.get("tidar", {}).get("pattern")
+        if pattern:
+            has_tokenizer = any(written.glob("tokenizer*.json"))
+            card = model_card(config, pattern in DECODABLE, has_tokenizer, step, figures or {})
+            (written / "README.md").write_text(card, encoding="utf-8")
+        if pattern in DECODABLE:
+            (written / "custom_generate").mkdir()
+            shutil.copyfile(GENERATE, written / "custom_generate" / "generate.py")
         files = _divide(shapes, dtype, max_shard_bytes)
         for file, names in files.items():
             _write_safetensors(written / file, {name: shapes[name] for name in names}, dtype, read)
@@ -61,6 +76,13 @@ def write_huggingface_folder(
             os.replace(written, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def without_generate(pattern: str) -> str:
+    """What is said of an export whose pattern custom_generate/generate.py does not decode; nothing of others."""
+    if pattern in DECODABLE:
+        return ""
+    return f", for plain decoding only: there is no custom_generate/generate.py for pattern {pattern}"
 
 
 def _divide(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from tidar.config import Config, UserError
 from tidar.config.hub import TOKENIZER_FILES, local_folder
 from tidar.models.decoder import DecoderConfig
+from tidar.models.huggingface.card import describe_base
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
 from tidar.models.sizes import TOKENIZER_SIZES, size_config
 
@@ -44,7 +45,9 @@ class ModelSpec:
         tidar: options of the method that config.json keeps, beside the mask token.
         """
         folder.mkdir()
-        tidar = {**(self.options.get("tidar") or {}), **tidar, "mask_token_id": self.mask_token_id}
+        before = self.options.get("tidar") or {}
+        base = describe_base(self.folder) if self.folder and not before else {}
+        tidar = {**({"base": base} if base else {}), **before, **tidar, "mask_token_id": self.mask_token_id}
         if self.vocab_size_before < self.decoder.vocab_size:
             tidar["vocab_size_before_mask_token"] = self.vocab_size_before
         options = {**self.options, "vocab_size": self.decoder.vocab_size, "tidar": tidar}

@@ -77,6 +77,20 @@ class MetricWriter:
             self.log(f"warning: metrics cannot be written ({error.strerror})")
 
 
+def validation_figures(run: Path, step: int) -> dict[str, float]:
+    """The scalars of a step's validation in a run's metrics.jsonl; none where it has none or cannot be read."""
+    figures: dict[str, float] = {}
+    try:
+        with open_regular(run / "metrics.jsonl") as file:
+            for line in file:
+                scalars = parse_json(line)
+                if scalars["step"] == step:
+                    figures |= {name: value for name, value in scalars.items() if name.startswith("val/")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {name: value for name, value in figures.items() if isinstance(value, float)}
+
+
 def _truncated(path: Path, first_step: int, validates_again: bool):
     """Removes the lines of what is repeated, and torn ones. Returns the file, open for appending."""
     kept, lines = [], []

@@ -56,8 +56,8 @@ class RankPool:
         "targets" are to weigh nothing, or whose files cannot grow beyond a megabyte from that step on, as on a full
         "disk".
 
-        Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", and its
-        "error" if it has ended with one of the user's.
+        Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", its
+        "error" if it has ended with one of the user's, and the bytes of keys and values that it "gathered" for others.
         """
         while len(self.processes) < ranks:
             self.processes.append(self._start())
@@ -83,7 +83,7 @@ def main() -> None:
     from results import whole
 
     from tidar.config import UserError, load_config
-    from tidar.distributed import leave_world
+    from tidar.distributed import context_parallel, leave_world
     from tidar.training.hooks import Hooks
     from tidar.training.trainer import Trainer
 
@@ -120,7 +120,7 @@ def main() -> None:
 
         def on_micro_batch(self, trainer, rows, loss, scores):
             if torch.is_grad_enabled():
-                self.targets.append(len(rows.targets["ar"].labels))
+                self.targets.append(len(next(iter(rows.targets.values())).labels))
                 what = self.faults.get(str(trainer.step + 1))
                 if what == "disk":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
@@ -131,12 +131,26 @@ def main() -> None:
                     print(f"row {rows.targets['ar'].index[-1] // rows.input_ids.shape[1]} of its micro-batch")
             return loss
 
+    class Counted:
+        """The collectives of context parallelism, which count the bytes that this rank gives to all-gathers."""
+
+        gathered = 0
+
+        def __getattr__(self, name: str):
+            return getattr(torch.ops._c10d_functional, name)
+
+        def all_gather_into_tensor(self, local, *arguments):
+            Counted.gathered += local.nbytes
+            return torch.ops._c10d_functional.all_gather_into_tensor(local, *arguments)
+
+    context_parallel.collectives = Counted()
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr  # what a run prints is no answer
     for line in sys.stdin:
         case = json.loads(line)
         os.environ.update(case["variables"])
         config = load_config(case["options"])
+        Counted.gathered = 0
         hooks, printed, error = Faults(case["faults"]), io.StringIO(), None
         try:
             with contextlib.redirect_stdout(printed):
@@ -160,6 +174,7 @@ def main() -> None:
         size = config.training.local_batch_size
         rows = [rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]
         answer = {"rows": rows, "targets": hooks.targets, "printed": printed.getvalue(), "error": error}
+        answer["gathered"] = Counted.gathered
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -75,6 +75,11 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, small, cuts):
         found = run_results(folder, weights)
         if cut == one:
             expected = found
+        if sharding in SHARING:
+            # keys and values of the clean half alone: layers, steps, rows, both, heads, dims, tokens, bytes of float32
+            gathered = 3 * STEPS * ROWS * 2 * 2 * 16 * 16 * 4 // size
+            again = {"none": 0, "selective": 1, "full": 2 / 3}[mode]  # recomputed, in two layers of three if full
+            assert [answer["gathered"] for answer in answers] == [gathered * (1 + again)] * size
         errors = differences(found, expected)
         row = f"{size:5} {sharding:9} {mode:11} {micro_batches:13} {reduced:11}"
         print(row, " ".join(f"{error:8.1e}" for error in errors))
@@ -151,3 +156,23 @@ def test_one_device_trains_as_under_fsdp(tmp_path, ranks, small, micro_batches):
     assert curves["plain"][:2] == curves["fsdp"][:2]
     assert curves["plain"] == pytest.approx(curves["fsdp"], rel=2e-3)
     assert (weights["plain"] - weights["fsdp"]).norm() < 2e-3 * weights["fsdp"].norm()
+
+
+@pytest.mark.parametrize("pattern", ["tidar_split", "tidar_random", "block_diffusion", "causal"])
+def test_ranks_that_share_rows_train_every_pattern_as_one_does(tmp_path, ranks, small, pattern):
+    """Packed rows, blocks of drawn sizes and a part of them where the pattern knows that, and validation."""
+    options = f"{small} --training.seq_len 64 --training.steps 4 --metrics.log_freq 1 --checkpoint.enable false"
+    options += f" --validation.share 0.17 --validation.freq 4 --tidar.pattern {pattern} --training.local_batch_size 8"
+    options += " --tidar.random_block_offset true" if pattern != "causal" else ""
+    options += " --tidar.diffusion_share 0.6" if pattern == "tidar_random" else ""
+    curves, weights = [], []
+    for size, cp_size in ((1, 1), (4, 4)):
+        folder, path = tmp_path / str(size), tmp_path / f"{size}.pt"
+        extra = f"--job.dump_folder {folder} --parallelism.context_parallel_degree {cp_size}"
+        ranks.run(size, *options.split(), *extra.split(), weights=path)
+        lines = read_metrics(folder)
+        names = ("train/batch_loss", "train/grad_norm", "val/loss", "val/accepted_prefix")
+        curves.append([line[name] for line in lines for name in names if name in line])
+        weights.append(read_weights(path))
+    assert len(curves[0]) >= 4 * 2 + 1 and curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert (weights[1] - weights[0]).norm() < 1e-4 * weights[0].norm()

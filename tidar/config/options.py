@@ -329,6 +329,9 @@ class Metrics:
     """Reporting."""
 
     log_freq: int = option(10, "steps between reports", minimum=1)
+    enable_wandb: bool = option(
+        False, "also report to Weights & Biases (extra wandb; WANDB_PROJECT, WANDB_NAME, WANDB_MODE, … as there)"
+    )
 
 
 @dataclass

@@ -9,6 +9,7 @@ from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards
 from tidar.kernels import Kernels, Sizes, choose_kernels
 from tidar.models import Decoder, DecoderConfig
 from tidar.patterns import DECODABLE, Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
+from tidar.training.reporting.weights_and_biases import check_wandb
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def plan_run(
     context_parallel = config.parallelism.context_parallel_degree
     dp_size = world_size // context_parallel
     global_batch_size = resolve_global_batch_size(config, dp_size)
+    check_wandb(config)
+    global_batch_size = resolve_global_batch_size(config, world_size)
     dtype = compute_dtype(config, device)
     pattern = checked_pattern(config, mask_token_id)
     validation_pattern = configured_pattern(config, mask_token_id, training=False)

@@ -50,6 +50,7 @@ from tidar.training.reporting.profiling import StepTraces
 from tidar.training.reporting.reports import Reports
 from tidar.training.reporting.summary import summarize
 from tidar.training.reporting.throughput import Throughput
+from tidar.training.reporting.weights_and_biases import WandbRun
 from tidar.training.run_lock import hold_folder
 from tidar.training.state import RunState
 from tidar.training.stopping import Stopped, StopRequests
@@ -150,7 +151,9 @@ class Trainer:
             self.watchdog, self.timeout = Watchdog(world, self.record_failure), config.comm.init_timeout_seconds
             self.throttle = HostThrottle(self.device)
             self.throughput = Throughput(self.spec.decoder, self.device, self.plan.context_parallel)
-            self.reports = Reports(self.folder, self.throughput, self.plan.loss_weights, world.rank == 0, self.log)
+            wandb = WandbRun(self.folder, config, self.log) if config.metrics.enable_wandb else None
+            weights, writes = self.plan.loss_weights, world.rank == 0
+            self.reports = Reports(self.folder, self.throughput, weights, writes, self.log, wandb)
             self.resources = resources.pop_all()
 
     def _read_inputs(self) -> None:

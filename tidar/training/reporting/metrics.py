@@ -15,6 +15,7 @@ from tidar.config import UserError
 from tidar.config.files import open_regular, parse_json, write_atomically
 from tidar.patterns import LOSSES
 from tidar.training.reporting.events import EventFile
+from tidar.training.reporting.weights_and_biases import WandbRun
 
 
 class MetricWriter:
@@ -23,11 +24,12 @@ class MetricWriter:
     metrics.jsonl holds one JSON object a line: "step" and the scalars by name, null where one is not finite.
     """
 
-    def __init__(self, folder: Path, enabled: bool, log: Callable[[str], None]):
-        """enabled: false where another process writes."""
+    def __init__(self, folder: Path, enabled: bool, log: Callable[[str], None], wandb: WandbRun | None = None):
+        """enabled: false where another process writes. wandb: gets all of it too."""
         self.folder = folder
         self.enabled = enabled
         self.log = log
+        self.wandb = wandb if enabled else None
         self.file: IO | None = None
         self.tensorboard: EventFile | None = None
 
@@ -45,9 +47,15 @@ class MetricWriter:
                 self.tensorboard = EventFile(self.folder / "tb", first_step)
         except OSError as error:
             raise UserError(f"{error.filename or path}: cannot be written ({error.strerror})") from None
+        if self.wandb:
+            self.wandb.open()
+        failed = True
         try:
             yield
+            failed = False
         finally:
+            if self.wandb:
+                self.wandb.close(failed)
             for file in (self.file, self.tensorboard):
                 if file:
                     with self._tolerant():
@@ -61,12 +69,16 @@ class MetricWriter:
                 self.file.flush()
             with self._tolerant():
                 self.tensorboard.write(step, scalars)
+            if self.wandb:
+                self.wandb.write(step, dict(scalars))
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Markdown, for TensorBoard alone."""
+        """Markdown, for TensorBoard and Weights & Biases."""
         if self.tensorboard:
             with self._tolerant():
                 self.tensorboard.write_text(step, name, text)
+            if self.wandb:
+                self.wandb.write(step, {name: text})
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

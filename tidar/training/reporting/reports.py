@@ -7,6 +7,7 @@ from tidar.losses.sums import LossSums
 from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line, validation_lines
 from tidar.training.reporting.samples import decoded_lines, sample_markdown
 from tidar.training.reporting.throughput import Throughput
+from tidar.training.reporting.weights_and_biases import WandbRun
 from tidar.training.validation import DecodedPrompts
 
 
@@ -20,9 +21,10 @@ class Reports:
         loss_weights: dict[str, float],
         writes: bool,
         log: Callable[[str], None],
+        wandb: WandbRun | None = None,
     ):
-        """writes: whether this rank writes the files."""
-        self.metrics = MetricWriter(folder, writes, log)
+        """writes: whether this rank writes the files, and to `wandb`."""
+        self.metrics = MetricWriter(folder, writes, log, wandb)
         self.throughput = throughput
         self.loss_weights = loss_weights
         self.log = log

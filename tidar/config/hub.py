@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tidar.config.errors import UserError
 
@@ -73,40 +73,28 @@ def commit_of(name: str | Path, folder: Path) -> str | None:
     return folder.name if hub_id(name) else None
 
 
-def find_commit(name: str, where: str) -> str:
-    """The commit that a data set's id stands for, by the cache or else by the hub. Raises UserError without one."""
-    match = HUB_ID.fullmatch(name)
-    if not match:
-        raise UserError(f"{where}: {name} must be ORG/NAME or ORG/NAME@REVISION")
-    revision = match["revision"] or "main"
-    # README.md keeps the commit in the cache, so that a run that is resumed finds it again
-    options: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": ["README.md"]}
-    folder = _snapshot(match["id"], revision, **options)
-    return (folder or _downloaded(match["id"], where, "data set", revision=revision, **options)).name
-
-
 def _revision(name: str | Path, match: re.Match[str]) -> str:
     return _pinned.get(str(name)) or match["revision"] or "main"
 
 
-def _snapshot(repo_id: str, revision: str, **options: Any) -> Path | None:
+def _snapshot(repo_id: str, revision: str) -> Path | None:
     """The folder of a revision in the hub's cache, whole or not."""
     from huggingface_hub import snapshot_download  # takes a second, and folders need none
     from huggingface_hub.errors import HFValidationError
 
-    # without patterns that match, no file is missed: what is needed is looked for by `_holds`
-    options = {"allow_patterns": [".tidar"]} | options
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, **options))
+        # with a pattern that nothing matches, no file is missed: what is needed is looked for by `_holds`
+        path = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[".tidar"])
     except (OSError, HFValidationError):
         return None
+    return Path(path)
 
 
 def _download(repo_id: str, revision: str, where: str, needs: Needs) -> Path:
     files = CONFIG_FILES + WEIGHT_FILES if needs == "weights" else CONFIG_FILES
     held = _snapshot(repo_id, revision)
     try:
-        folder = _downloaded(repo_id, where, "model", revision=revision, allow_patterns=list(files))
+        folder = _downloaded(repo_id, where, revision, list(files))
     except UserError:
         if held and _holds(held, needs):
             return held
@@ -117,25 +105,24 @@ def _download(repo_id: str, revision: str, where: str, needs: Needs) -> Path:
     return folder
 
 
-def _downloaded(repo_id: str, where: str, kind: str, **options: Any) -> Path:
-    """The folder of a revision in the cache, after the files of options["allow_patterns"] have been downloaded."""
+def _downloaded(repo_id: str, where: str, revision: str, files: list[str]) -> Path:
+    """The folder of a revision in the cache, after those of `files` that it has have been downloaded."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    revision = options["revision"]
     try:
         # where the hub does not answer, snapshot_download would return what the cache has, whole or not
-        huggingface_hub.HfApi().repo_info(repo_id, revision=revision, repo_type=options.get("repo_type"))
-        return Path(huggingface_hub.snapshot_download(repo_id, **options))
+        huggingface_hub.HfApi().repo_info(repo_id, revision=revision)
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except errors.GatedRepoError:
-        page = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' * (kind == 'data set')}{repo_id}"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
         raise UserError(f"{where}: is gated: accept its terms at {page}, then {SIGN_IN}") from None
     except errors.RepositoryNotFoundError:
-        reason = f"no folder is there, and the hub shows no such {kind}: if it is private, {SIGN_IN}"
+        reason = f"no folder is there, and the hub shows no such model: if it is private, {SIGN_IN}"
         raise UserError(f"{where}: {reason}{_near(repo_id)}") from None
     except errors.RevisionNotFoundError:
         raise UserError(
-            f"{where}: the hub's {kind} has no revision {revision}: must be a branch, a tag or a commit"
+            f"{where}: the hub's model has no revision {revision}: must be a branch, a tag or a commit"
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{where}: is no folder and no id of the hub ({_first_line(error)})") from None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
 from rank_pool import RankPool
+from small_models import make_model
 
 from tidar.config import load_config
 from tidar.training.inputs import load_inputs
@@ -64,3 +65,11 @@ def uneven_data(tmp_path_factory) -> str:
     options = "--data.source uneven --validation.enable false --job.dump_folder"
     load_inputs(load_config([*options.split(), str(folder)]))
     return f"--data.source prepared --data.paths {folder / 'data' / 'training'} --data.num_workers 0"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, uneven_data) -> str:
+    """Options that train a model of three small layers on these data, in less time than the debug model."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model("qwen3", tie_word_embeddings=False, num_hidden_layers=3).save_pretrained(folder)
+    return f"{uneven_data} --model.hf_path {folder}"

@@ -1,10 +1,12 @@
-"""python tests/faulty.py hang|stop|kill|slow|slow_commit ARGS: tidar.train, rank 1 at fault in its third step, once.
+"""Runs at fault. Most often rank 1 is, in its third step, once.
 
-slow is none: each of that step's micro-batches takes a second more, and rank 0's export too long for the others. Nor is
-slow_commit: a checkpoint takes a minute to get its name.
+It hangs, or is stopped or killed by a signal. Two are not: "slow", where each of that step's micro-batches takes a
+second more, and rank 0's export too long for the others; and "slow_commit", where a checkpoint takes a minute to get
+its name.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,43 +15,80 @@ from pathlib import Path
 
 import uneven  # noqa: F401  (registers the source)
 
-from tidar import train
+from tidar import prepare_data, train
+from tidar.data import source, text
 from tidar.models.huggingface import ModelSpec
+from tidar.training import trainer
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.hooks import Hooks
-
-FAULTS = ("hang", "stop", "kill", "slow", "slow_commit")
 
 
 class Faulty(Hooks):
     failed_at = None
 
-    def on_micro_batch(self, trainer, rows, loss, scores):
+    def __init__(self, fault: str):
+        self.fault = fault
+
+    def on_micro_batch(self, run, rows, loss, scores):
         first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if trainer.world.rank == 1 and trainer.step == 2 and first_attempt and FAULT != "slow_commit":
+        if run.world.rank == 1 and run.step == 2 and first_attempt and self.fault not in ("none", "slow_commit"):
             if self.failed_at is None:
                 self.failed_at = time.time()
                 print(f"fault at {self.failed_at}", flush=True)
-            if FAULT == "slow":
+            if self.fault == "slow":
                 time.sleep(1)
                 return loss
-            if FAULT == "hang":
+            if self.fault == "hang":
                 time.sleep(1000)
-            os.kill(os.getpid(), signal.SIGSTOP if FAULT == "stop" else signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if self.fault == "stop" else signal.SIGKILL)
         return loss
 
 
-def write_slowly(spec: ModelSpec, folder: Path, *arguments) -> None:
+def write_slowly(write, spec: ModelSpec, folder: Path, *arguments) -> None:
     write(spec, folder, *arguments)
     if "export" in str(folder):
         time.sleep(12)
 
 
-if __name__ == "__main__":
-    FAULT = sys.argv.pop(next(i for i, word in enumerate(sys.argv) if word in FAULTS))
-    if FAULT == "slow_commit":
+def train_with(fault: str, options: list[str]) -> None:
+    """tidar.train with these options and fault: "hang", "stop", "kill", "slow", "slow_commit" or "none"."""
+    if fault == "slow_commit":
         Checkpointer._commit = lambda *_: time.sleep(60)
-    if FAULT == "slow":
-        write, ModelSpec.write = ModelSpec.write, write_slowly
-    train.Trainer = partial(train.Trainer, hooks=Faulty())
+    if fault == "slow":
+        write = ModelSpec.write
+        ModelSpec.write = lambda *arguments: write_slowly(write, *arguments)
+    train.Trainer = partial(train.Trainer, hooks=Faulty(fault))
+    sys.argv[1:] = options
     train.main()
+
+
+def signalled_before_the_first_step(options: list[str]) -> None:
+    """tidar.train that gets SIGTERM as soon as its outcome is "running", and has data after a minute."""
+
+    class Signalled(trainer.Outcome):
+        def begin(self):
+            super().begin()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.Outcome = Signalled
+    trainer.load_inputs = lambda *_, **__: time.sleep(60)
+    sys.argv[1:] = options
+    train.main()
+
+
+def train_on_full_disk(n_bytes: int, options: list[str]) -> None:
+    """tidar.train whose files cannot grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    sys.argv[1:] = options
+    train.main()
+
+
+def prepare_small_parts(n_bytes: int, options: list[str]) -> None:
+    """tidar.prepare_data with parts so small that few data are many of them."""
+    source.PART_BYTES = text.PART_BYTES = n_bytes
+    sys.argv[1:] = options
+    prepare_data.main()
+
+
+if __name__ == "__main__":
+    train_with(sys.argv[1], sys.argv[2:])

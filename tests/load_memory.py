@@ -1,9 +1,8 @@
-"""python tests/load_memory.py FOLDER, under torchrun: loads a folder's weights into shards and prints this rank's peak
-of anonymous memory above what it had before, as a share of the whole model's float32 bytes.
+"""Loads a folder's weights into shards, as one rank of some, and prints its peak of anonymous memory above what it had
+before, as a share of the whole model's float32 bytes.
 """
 
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -45,7 +44,3 @@ def main(folder: str) -> None:
     line = f"rank {world.rank} peak {(peak - baseline) / size:.3f} of {size} sum {sum(sums):.6f}\n"
     print(line, end="", flush=True)  # in one write: both ranks have the same output
     leave_world()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

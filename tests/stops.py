@@ -21,9 +21,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import forks
 import torch
 import torture
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tidar import train
 from tidar.training.hooks import Hooks
@@ -78,14 +78,7 @@ def launch(ranks: int, options: list[str], log: Path, slowness: float = 0.0) -> 
         train.Trainer = partial(train.Trainer, hooks=Watched(board, slowness))
         sys.argv[1:] = options
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        options = {
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-            "local_addr": "localhost",
-            "run_id": str(log),
-        }
-        options |= {"start_method": "fork", "max_restarts": 0, "signals_to_handle": "SIGTERM,SIGUSR1"}
-        elastic_launch(LaunchConfig(1, 1, ranks, **options), train.main)()
+        forks.torchrun(ranks, train.main)
         code = 0
     finally:
         os._exit(code)

@@ -263,11 +263,11 @@ def prepare(folder: Path) -> str:
     return f"--data.source prepared --data.paths {folder / 'data' / 'data' / 'training'}"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = prepare(folder)
@@ -291,8 +291,8 @@ def main() -> int:
             shutil.rmtree(folder / str(number), ignore_errors=True)
     print(f"{arguments.trials} trials, killed first in: {', '.join(f'{p} {killed[p]}' for p in PHASES)}")
     print(f"{failures} failures")
-    return min(failures, 1)
+    sys.exit(min(failures, 1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

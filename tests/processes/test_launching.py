@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import faulty
+import forks
 import pytest
 from results import read_metrics
 
@@ -18,25 +21,27 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 8
 
 
-def run(command: list, **variables) -> tuple[int, str]:
-    """Exit code and output."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=200,
-    )  # fmt: skip
-    return finished.returncode, finished.stdout
+def train_with(fault: str, folder: Path, restarts: int, forked: bool = True) -> tuple[int, str, float]:
+    """Trains on two ranks, one of them at fault. Exit code, output, and the seconds from the fault to the end.
 
-
-def train_with(fault: str, folder: Path, restarts: int) -> tuple[int, str, float]:
-    """Trains on two ranks, one of them at fault. Exit code, output, and the seconds from the fault to the end."""
+    forked: or by the command torchrun, which looks at its processes otherwise and names the one that died first.
+    """
     options = "--data.source uneven --data.num_workers 0 --validation.enable false --training.seq_len 16".split()
     options += "--training.local_batch_size 2 --training.steps 5 --checkpoint.interval 1 --metrics.log_freq 1".split()
     options += ["--comm.train_timeout_seconds", str(TIMEOUT), "--job.dump_folder", str(folder)]
     if fault == "slow":
         options += ["--training.global_batch_size", "48", "--training.epochs", "1", "--checkpoint.export_epochs", "1"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    code, output = run([*launcher, "--max_restarts", str(restarts), "tests/faulty.py", fault, *options])
+    if forked:
+        launch = partial(forks.torchrun, restarts=restarts)
+        code, output = forks.call(launch, 2, faulty.train_with, fault, options, log=folder.with_suffix(".log"))
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        finished = subprocess.run(
+            [*command, "tests/faulty.py", fault, *options], cwd=ROOT, env=os.environ | variables,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+        )  # fmt: skip
+        code, output = finished.returncode, finished.stdout
     (fault_at,) = re.findall(r"fault at ([\d.]+)", output)
     return code, output, time.time() - float(fault_at)
 
@@ -63,7 +68,7 @@ def test_a_long_step_is_no_hang(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
-    code, output, seconds = train_with("kill", tmp_path, restarts=0)
+    code, output, seconds = train_with("kill", tmp_path, restarts=0, forked=False)
     assert code != 0 and seconds < TIMEOUT + 5
     assert re.search(r"rank +: 1", output) and "SIGKILL" in output
     # the SIGTERM that rank 0 gets for it is no request to save

@@ -13,13 +13,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import faulty
+import forks
 import pytest
 import torch
 from results import batch_losses, read_metrics
 from runs import train_run
 from torture import difference, end_of
 
-from tidar.check import signal_options
 from tidar.config import UserError, load_config
 from tidar.data import make_loader
 from tidar.distributed import leave_world
@@ -36,21 +37,10 @@ def outcome(folder: Path) -> dict:
     return json.loads((folder / "outcome.json").read_text())
 
 
-def launch(folder: Path, steps: int, *options: str, script: str = "tests/uneven.py") -> subprocess.Popen:
-    """Two ranks."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [*signal_options(load_config([])).split(), script, *OPTIONS.split(), str(steps)]
-    return subprocess.Popen(
-        [*command, *options, "--job.dump_folder", str(folder)], cwd=ROOT, text=True, start_new_session=True,
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.time() + 100
+def wait_for(condition, is_alive, log: Path) -> None:
+    deadline = time.time() + 200
     while not condition():
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        assert is_alive() and time.time() < deadline, log.read_text()
         time.sleep(0.02)
 
 
@@ -58,35 +48,52 @@ def is_past(folder: Path, step: int) -> bool:
     return (folder / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(folder))
 
 
-def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks):
-    """And the run ends as one that was left alone."""
-    folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = launch(folder, 24)
-    wait_for(lambda: is_past(folder, 3), process)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    found = outcome(folder)
+def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks, uneven_data):
+    """The script starts as many ranks as it is told, and the run ends as one that was left alone."""
+    folder, whole, log = tmp_path / "stopped", tmp_path / "whole", tmp_path / "log"
+    options = [*uneven_data.split(), *OPTIONS.split()[2:], "24", "--job.dump_folder"]
+    command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options, str(folder)]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | variables, start_new_session=True, stdout=output, stderr=output
+        )
+    try:
+        wait_for(lambda: is_past(folder, 3), lambda: process.poll() is None, log)
+        process.send_signal(signal.SIGUSR1)
+        process.wait(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found, output = outcome(folder), log.read_text()
+    assert "2 devices x 1 micro-batch x 2 rows" in output and len(re.findall(r"^step +1/24", output, re.M)) == 2
     assert (found["outcome"], found["reason"]) == ("stopped", "SIGUSR1"), output
     assert 3 <= found["step"] < 24
     saved = folder / "checkpoint" / f"step-{found['step']}"
     assert found["checkpoint"] == str(saved) and saved.exists()
     assert f"stopped after step {found['step']} by SIGUSR1: saved in {saved}" in output
     for path in (folder, whole):
-        ranks.run(2, *OPTIONS.split(), "24", "--job.dump_folder", str(path))
+        ranks.run(2, "--job.config_file", str(ROOT / "train_configs" / "debug.toml"), *options, str(path))
         assert outcome(path)["outcome"] == "finished"
     assert len(batch_losses(folder)) == 24 and batch_losses(folder) == batch_losses(whole)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path):
-    process = launch(tmp_path, 100_000, "slow_commit", script="tests/faulty.py")
-    wait_for(lambda: is_past(tmp_path, 2), process)
-    process.send_signal(signal.SIGTERM)
-    wait_for(lambda: list(tmp_path.glob("checkpoint/*.partial")), process)
-    time.sleep(0.6)
-    process.send_signal(signal.SIGTERM)
-    started = time.time()
-    process.communicate(timeout=30)
-    assert time.time() - started < 10 and process.returncode != 0
+def test_a_second_signal_ends_the_run_at_once(tmp_path, uneven_data):
+    options = [*uneven_data.split(), *OPTIONS.split()[2:], "100000", "--job.dump_folder", str(tmp_path)]
+    log = tmp_path / "log"
+    process = forks.start(forks.torchrun, 2, faulty.train_with, "slow_commit", options, log=log)
+    try:
+        wait_for(lambda: is_past(tmp_path, 2), process.is_alive, log)
+        os.kill(process.pid, signal.SIGTERM)
+        wait_for(lambda: list(tmp_path.glob("checkpoint/*.partial")), process.is_alive, log)
+        time.sleep(0.6)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)  # the commit would take a minute
+        assert process.exitcode, log.read_text()
+    finally:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
     assert outcome(tmp_path)["outcome"] == "failed"
     assert not list(tmp_path.glob("checkpoint/step-?")) + list(tmp_path.glob("checkpoint/step-??"))
 
@@ -113,25 +120,9 @@ def test_without_checkpoints_nothing_is_saved(tmp_path, uneven_data, capsys):
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     """From the moment that the outcome is "running"."""
-    script = """
-import os, signal, time
-from tidar import train
-from tidar.training import trainer
-
-class Signalled(trainer.Outcome):
-    def begin(self):
-        super().begin()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-trainer.Outcome = Signalled
-trainer.load_inputs = lambda *_, **__: time.sleep(60)
-train.main()
-"""
-    command = [sys.executable, "-c", script, *OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
-    finished = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
-    assert finished.returncode == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in finished.stderr
+    options = [*OPTIONS.split(), "9", "--job.dump_folder", str(tmp_path)]
+    code, output = forks.call(faulty.signalled_before_the_first_step, options, log=tmp_path / "log")
+    assert code == 128 + signal.SIGTERM and "error: SIGTERM before the first step" in output
     assert outcome(tmp_path)["outcome"] == "failed"
 
 
@@ -183,27 +174,27 @@ class SignalAt(Hooks):
                 time.sleep(0.001)
 
 
-def train_interrupted(folder: Path, data: str, hooks: Hooks | None = None) -> Trainer:
-    return train_run([*data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)], hooks)
+def train_interrupted(folder: Path, model_and_data: str, hooks: Hooks | None = None) -> Trainer:
+    return train_run([*model_and_data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)], hooks)
 
 
 @pytest.fixture(scope="module")
-def left_alone(tmp_path_factory, uneven_data) -> tuple:
+def left_alone(tmp_path_factory, small_model) -> tuple:
     folder = tmp_path_factory.mktemp("left-alone")
-    train_interrupted(folder, uneven_data)
+    train_interrupted(folder, small_model)
     return end_of(folder, 6)[:2], {path.name: path.read_bytes() for path in folder.glob("export/*/*")}
 
 
 @pytest.mark.parametrize("place, step, left", [("step", 2, [0, 0]), ("validation", 2, [1, 0]), ("export", 5, [0, 1])])
-def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, uneven_data, left_alone, place, step, left):
+def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, small_model, left_alone, place, step, left):
     """At the same step, with the state, the curve and the exports of a run that was left alone."""
-    stopped = train_interrupted(tmp_path, uneven_data, SignalAt(place))
+    stopped = train_interrupted(tmp_path, small_model, SignalAt(place))
     assert outcome(tmp_path)["outcome"] == "stopped" and outcome(tmp_path)["step"] == step
     assert stopped.progress.state["interrupted"].tolist() == left and not list(tmp_path.glob("export/*"))
     assert (
         not any("val/loss" in line and line["step"] == step for line in read_metrics(tmp_path)) or place != "validation"
     )
-    train_interrupted(tmp_path, uneven_data)
+    train_interrupted(tmp_path, small_model)
     assert outcome(tmp_path)["outcome"] == "finished"
     assert difference(end_of(tmp_path, 6)[:2], left_alone[0]) == ""
     assert {path.name: path.read_bytes() for path in tmp_path.glob("export/*/*")} == left_alone[1]

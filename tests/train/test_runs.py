@@ -1,14 +1,14 @@
 """Whole runs: real processes, real files."""
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import faulty
+import forks
 import pytest
 import torch
 from results import read_metrics
@@ -25,19 +25,6 @@ from tidar.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = "--training.seq_len 32 --training.local_batch_size 2 --metrics.log_freq 1 --data.num_workers 0".split()
-
-
-def start(command: list[str], **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
 
 
 def train_here(folder: Path, *options: str, hooks: Hooks | None = None) -> Trainer:
@@ -73,14 +60,14 @@ def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
 
 def test_killed_it_goes_on(tmp_path, capsys):
     options = ["--training.steps", "24", "--checkpoint.interval", "3", "--validation.enable", "false"]
-    command = [sys.executable, "-m", "tidar.train", *TINY, *options, "--job.dump_folder", str(tmp_path / "killed")]
-    process = start(command)
+    killed = [*TINY, *options, "--job.dump_folder", str(tmp_path / "killed")]
+    process = forks.start(faulty.train_with, "none", killed, log=tmp_path / "log")
     deadline = time.time() + 120
     while not (tmp_path / "killed" / "checkpoint" / "step-6").exists():
-        assert process.poll() is None and time.time() < deadline
+        assert process.is_alive() and time.time() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     train_here(tmp_path / "killed", *options)
     assert "resumed from step " in capsys.readouterr().out
     train_here(tmp_path / "whole", *options)
@@ -145,9 +132,9 @@ class Recorded(Hooks):
         return loss
 
 
-def test_epochs_are_reported(tmp_path, uneven_data):
+def test_epochs_are_reported(tmp_path, small_model):
     """Means over the target tokens of the epoch's steps, whatever a restart in its middle."""
-    options = f"{uneven_data} --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
+    options = f"{small_model} --validation.share 0.17 --training.steps 20 --checkpoint.interval 4".split()
     options += "--training.global_batch_size 40 --training.local_batch_size 20".split()
     trainer = train_here(tmp_path, *options, hooks=Recorded())
     names = ["train/epoch_loss", "train/epoch_ar_loss", "train/epoch_diffusion_loss"]
@@ -164,9 +151,9 @@ def test_epochs_are_reported(tmp_path, uneven_data):
     assert metrics(tmp_path, *names) == epochs
 
 
-def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
+def test_epochs_count_samples_and_not_steps(tmp_path, small_model):
     """One and a half passes over the data, the first half of them with smaller steps."""
-    options = [*uneven_data.split(), "--validation.enable", "false", "--training.local_batch_size", "20"]
+    options = [*small_model.split(), "--validation.enable", "false", "--training.local_batch_size", "20"]
     options += ["--training.global_batch_size"]
     first = train_here(tmp_path, *options, "20", "--training.epochs", "0.5")
     n_rows = len(first.batches.training_rows)
@@ -175,15 +162,6 @@ def test_epochs_count_samples_and_not_steps(tmp_path, uneven_data):
     samples = second.progress.samples
     assert samples == 20 * first.step + 60 * (second.step - first.step)
     assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
-
-
-def test_the_launcher_starts_as_many_processes_as_it_is_told(tmp_path):
-    options = [*TINY, "--training.steps", "2", "--validation.steps", "1", "--job.dump_folder", str(tmp_path)]
-    command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options]
-    output = finish(start(command))
-    assert "2 devices x 1 micro-batch x 2 rows" in output
-    assert output.count("step 2/2") == 2
-    assert (tmp_path / "checkpoint" / "step-2").exists()
 
 
 def test_bfloat16_follows_float32(tmp_path):
@@ -237,9 +215,10 @@ def test_bad_runs_are_refused_in_two_lines(tmp_path, call, monkeypatch):
 
 
 def test_the_launcher_passes_a_refusal_on():
-    process = start(["env", f"PYTHON={sys.executable}", "CONFIG_FILE=/no/such.toml", "./run_train.sh"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and len(output.splitlines()) <= 2
+    command = ["env", f"PYTHON={sys.executable}", "CONFIG_FILE=/no/such.toml", "./run_train.sh"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 1 and len(output.splitlines()) <= 2
     assert "job.config_file = /no/such.toml: cannot be read" in output
 
 

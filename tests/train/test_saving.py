@@ -12,8 +12,10 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+import torture
 from results import read_metrics
 from runs import train_run
 
@@ -230,14 +232,6 @@ def test_resharded_it_goes_on(tmp_path, ranks, uneven_data):
             assert losses == expected[3:] and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def torture(*arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/torture.py", *arguments]
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    assert finished.returncode == 0 and "0 failures" in finished.stdout, finished.stdout + finished.stderr
-
-
-def test_killed_anywhere_it_ends_the_same():
-    torture("--trials", "2")
+def test_killed_anywhere_it_ends_the_same(tmp_path):
+    code, output = forks.call(torture.main, ["--trials", "2"], log=tmp_path / "log", timeout=400)
+    assert code == 0 and "0 failures" in output, output

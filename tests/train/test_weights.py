@@ -5,12 +5,14 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import export_memory
+import forks
+import load_memory
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,14 +31,12 @@ from tidar.models.huggingface import decoder_config, load_weights, open_weights
 from tidar.training.checkpoint.manifest import describe, file_names, write_manifest
 from tidar.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
 
 @pytest.mark.parametrize("kind", ["folder", "step"])
 def test_two_processes_load_half_each(kind, tmp_path):
     """Peak of anonymous memory, per process, above what it had before: under 60 % of the model's float32 bytes."""
     shape = dict(vocab_size=20000, hidden_size=768, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4)
+    log = tmp_path / "log"
     model = make_model("qwen2", intermediate_size=3072, **shape).to(torch.bfloat16)
     total = sum(parameter.double().sum().item() for parameter in model.parameters())
     model.save_pretrained(tmp_path, max_shard_size="40MB")
@@ -47,10 +47,7 @@ def test_two_processes_load_half_each(kind, tmp_path):
         (tmp_path / "step-1" / "huggingface").mkdir()
         shutil.copy(tmp_path / "config.json", tmp_path / "step-1" / "huggingface")
         tmp_path = tmp_path / "step-1"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    output = subprocess.run(
-        [*command, "tests/load_memory.py", str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    ).stdout
+    _, output = forks.call(forks.torchrun, 2, load_memory.main, str(tmp_path), log=log)
     print(output)
     found = re.findall(r"peak (\S+) of (\d+) sum (\S+)", output)
     assert len(found) == 2
@@ -71,8 +68,8 @@ def test_an_export_holds_few_rows(tmp_path):
     (step / "huggingface").mkdir()
     (step / "huggingface" / "config.json").write_text(json.dumps(size_config("debug") | {"vocab_size": 320_000}))
     write_manifest(step, describe(step, file_names(step)), {"step": 1})
-    command = [sys.executable, "tests/export_memory.py", str(step), str(tmp_path / "out")]
-    output = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    code, output = forks.call(export_memory.main, step, tmp_path / "out", log=tmp_path / "log")
+    assert code == 0
     print(output)
     assert int(re.search(r"peak (\d+)", output)[1]) < 60e6
     expected = published_tensors(model.state_dict(), config.n_heads, config.n_kv_heads)

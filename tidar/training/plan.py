@@ -102,7 +102,6 @@ def plan_run(
     dp_size = world_size // context_parallel
     global_batch_size = resolve_global_batch_size(config, dp_size)
     check_wandb(config)
-    global_batch_size = resolve_global_batch_size(config, world_size)
     dtype = compute_dtype(config, device)
     pattern = checked_pattern(config, mask_token_id)
     validation_pattern = configured_pattern(config, mask_token_id, training=False)

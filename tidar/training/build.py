@@ -1,10 +1,10 @@
-"""The model of a run, from its plan."""
+"""The model of a run and its masks, from its plan."""
 
 import torch
 
-from tidar.distributed import OneDevice, Sharded, World, parallelize
+from tidar.distributed import OneDevice, Sharded, World, gathered_attention, parallelize
 from tidar.kernels import make_mlps_float8
-from tidar.models import Decoder
+from tidar.models import Decoder, MaskBuilder
 from tidar.training.plan import RunPlan
 
 
@@ -18,3 +18,12 @@ def build_model(plan: RunPlan, world: World) -> tuple[Decoder, Sharded | OneDevi
     if plan.kernels.float8 != "off":
         make_mlps_float8(model, emulate=plan.kernels.float8 == "emulated")
     return model, parallelize(model, world, plan.config, plan.dtype, plan.kernels.compile)
+
+
+def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:
+    """Of training, and of validation."""
+    attention = plan.kernels.attention
+    return (
+        MaskBuilder(plan.pattern, attention, gathered_attention(plan.sharding, world)),
+        MaskBuilder(plan.validation_pattern, attention, gathered_attention(plan.validation_sharding, world)),
+    )

@@ -21,7 +21,6 @@ from tidar.distributed import (
     Watchdog,
     World,
     compile_seconds,
-    gathered_attention,
     join_world,
     make_deterministic,
     shorten_timeout,
@@ -33,7 +32,7 @@ from tidar.models import BatchMask, Decoder, MaskBuilder
 from tidar.models.huggingface import ModelSpec, without_generate
 from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.batches import Batches, count_targets
-from tidar.training.build import build_model
+from tidar.training.build import build_mask_builders, build_model
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.compile_ahead import Compiler, start_compiler
 from tidar.training.epoch_export import export_parameters
@@ -50,7 +49,6 @@ from tidar.training.reporting.profiling import StepTraces
 from tidar.training.reporting.reports import Reports
 from tidar.training.reporting.summary import summarize
 from tidar.training.reporting.throughput import Throughput
-from tidar.training.reporting.weights_and_biases import WandbRun
 from tidar.training.run_lock import hold_folder
 from tidar.training.state import RunState
 from tidar.training.stopping import Stopped, StopRequests
@@ -130,12 +128,7 @@ class Trainer:
             self._read_inputs()
             self.model, self.parallel = build_model(self.plan, world)
             self.objective = Objective(self.plan.loss_weights, config.training.loss_chunk_size, self.plan.kernels)
-            attention = self.plan.kernels.attention
-            around, around_validation = (
-                gathered_attention(sharding, world) for sharding in (self.plan.sharding, self.plan.validation_sharding)
-            )
-            self.mask_builder = MaskBuilder(self.plan.pattern, attention, around)
-            self.validation_mask_builder = MaskBuilder(self.plan.validation_pattern, attention, around_validation)
+            self.mask_builder, self.validation_mask_builder = build_mask_builders(self.plan, world)
             self.compiler = start_compiler(self.plan, resources, self.log)
             n_rows, identity = len(self.batches.training_rows), self.inputs.data.identity(config)
             self.progress = Progress(n_rows, identity, self.device)
@@ -151,9 +144,8 @@ class Trainer:
             self.watchdog, self.timeout = Watchdog(world, self.record_failure), config.comm.init_timeout_seconds
             self.throttle = HostThrottle(self.device)
             self.throughput = Throughput(self.spec.decoder, self.device, self.plan.context_parallel)
-            wandb = WandbRun(self.folder, config, self.log) if config.metrics.enable_wandb else None
             weights, writes = self.plan.loss_weights, world.rank == 0
-            self.reports = Reports(self.folder, self.throughput, weights, writes, self.log, wandb)
+            self.reports = Reports(config, self.folder, self.throughput, weights, writes, self.log)
             self.resources = resources.pop_all()
 
     def _read_inputs(self) -> None:
@@ -220,7 +212,7 @@ class Trainer:
                     if self.step == first_step:
                         self.end_first_step()
                     collect_garbage(self.step)
-                    validates = config.validation.enable and self.is_due(config.validation.freq)
+                    validates = config.validation.enable and self.progress.is_due(config.validation.freq, self.steps)
                     exports = self.progress.epoch_to_export(config.checkpoint.export_epochs, epochs_before=epoch)
                     self.progress.interrupt(validates, exports)
                     self.finish_step()
@@ -268,7 +260,7 @@ class Trainer:
         self.progress.add_step(plan.global_batch_size, n_tokens, sums)
         if self.progress.epoch > epoch:
             self.reports.epoch(self.step, self.progress.epoch, self.progress.take_epoch_sums())
-        if self.is_due(self.config.metrics.log_freq) and self.hooks.reports_step(self):
+        if self.progress.is_due(self.config.metrics.log_freq, self.steps) and self.hooks.reports_step(self):
             self.updates.finish_step()  # waits for the device
             scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
             scalars |= self.checkpointer.take_stall()
@@ -302,7 +294,7 @@ class Trainer:
             self.stop_reason = self.stops.agreed(self.checkpointer.has_failed)
         except Stopped as stopped:
             self.stop_reason = str(stopped)
-        if options.enable and (self.stop_reason or self.is_due(options.interval)):
+        if options.enable and (self.stop_reason or self.progress.is_due(options.interval, self.steps)):
             self.save()
 
     def validate(self) -> None:
@@ -383,10 +375,6 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return self.progress.step
-
-    def is_due(self, every: int) -> bool:
-        """What happens every so many steps, if any, and after the last."""
-        return self.step == self.steps or (every > 0 and self.step % every == 0)
 
     def end_first_step(self) -> None:
         """Nothing slow is left to wait for: reports what was compiled, and lowers the timeouts."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from tidar.config import Config
 from tidar.losses.sums import LossSums
 from tidar.training.reporting.metrics import MetricWriter, peak_memory_gib, step_line, validation_lines
 from tidar.training.reporting.samples import decoded_lines, sample_markdown
@@ -16,14 +17,15 @@ class Reports:
 
     def __init__(
         self,
+        config: Config,
         folder: Path,
         throughput: Throughput,
         loss_weights: dict[str, float],
         writes: bool,
         log: Callable[[str], None],
-        wandb: WandbRun | None = None,
     ):
-        """writes: whether this rank writes the files, and to `wandb`."""
+        """writes: whether this rank writes the files, and to Weights & Biases."""
+        wandb = WandbRun(folder, config, log) if config.metrics.enable_wandb else None
         self.metrics = MetricWriter(folder, writes, log, wandb)
         self.throughput = throughput
         self.loss_weights = loss_weights

@@ -71,7 +71,7 @@ def signalled_before_the_first_step(options: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.Outcome = Signalled
-    trainer.load_inputs = lambda *_, **__: time.sleep(60)
+    trainer.read_inputs = lambda *_, **__: time.sleep(60)
     sys.argv[1:] = options
     train.main()
 

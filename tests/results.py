@@ -12,6 +12,11 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of each file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def batch_losses(folder: Path) -> list[float]:
     """train/batch_loss of all steps that were reported."""
     return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]

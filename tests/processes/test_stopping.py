@@ -17,7 +17,7 @@ import faulty
 import forks
 import pytest
 import torch
-from results import batch_losses, read_metrics
+from results import batch_losses, files_of, read_metrics
 from runs import train_run
 from torture import difference, end_of
 
@@ -182,7 +182,7 @@ def train_interrupted(folder: Path, model_and_data: str, hooks: Hooks | None = N
 def left_alone(tmp_path_factory, small_model) -> tuple:
     folder = tmp_path_factory.mktemp("left-alone")
     train_interrupted(folder, small_model)
-    return end_of(folder, 6)[:2], {path.name: path.read_bytes() for path in folder.glob("export/*/*")}
+    return end_of(folder, 6)[:2], files_of(folder / "export")
 
 
 @pytest.mark.parametrize("place, step, left", [("step", 2, [0, 0]), ("validation", 2, [1, 0]), ("export", 5, [0, 1])])
@@ -197,7 +197,7 @@ def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, small_model, 
     train_interrupted(tmp_path, small_model)
     assert outcome(tmp_path)["outcome"] == "finished"
     assert difference(end_of(tmp_path, 6)[:2], left_alone[0]) == ""
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("export/*/*")} == left_alone[1]
+    assert files_of(tmp_path / "export") == left_alone[1]
 
 
 @pytest.mark.long
@@ -229,7 +229,7 @@ def test_an_error_is_the_outcome(tmp_path, uneven_data):
     assert outcome(tmp_path)["outcome"] == "failed" and "must be a Hugging Face folder" in outcome(tmp_path)["reason"]
 
 
-@pytest.mark.parametrize("place", ["load_inputs", "build_model", "RunState", "Watchdog", "validate", "StepTraces"])
+@pytest.mark.parametrize("place", ["read_inputs", "build_model", "RunState", "Watchdog", "validate", "StepTraces"])
 def test_what_fails_half_way_closes_what_it_opened(tmp_path, uneven_data, monkeypatch, place):
     def fail(*_, **__):
         raise RuntimeError(f"{place} broke")

@@ -180,7 +180,7 @@ def test_tasks_need_lm_eval(run, monkeypatch, capsys):
         ("--model {run}/checkpoint/step-4 --n_prompts 0", "--n_prompts 0: must be at least 1"),
         ("--model {run}/checkpoint/step-4 --max_new_tokens 0", "max_new_tokens = 0: must be at least 1"),
         ("--model {run}/checkpoint/step-4 --output {run}", "--output {run}: must be a file"),
-        ("--model {run}/checkpoint/step-4 --tokenizer {run}", "must be bytes, or a local folder"),
+        ("--model {run}/checkpoint/step-4 --tokenizer {run}", "must be bytes, a local folder"),
     ],
 )
 def test_bad_input(run, tmp_path, arguments, message, capsys):

@@ -100,7 +100,7 @@ def wait(pid: int) -> int:
 def end_of(folder: Path) -> tuple:
     """State and curve of a finished run, and its exports."""
     state, curve, *_ = torture.end_of(folder, 6)
-    exports = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.glob("export/*/*"))}
+    exports = files_of(folder / "export")
     return state, curve, exports
 
 

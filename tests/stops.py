@@ -24,6 +24,7 @@ from pathlib import Path
 import forks
 import torch
 import torture
+from results import files_of
 
 from tidar import train
 from tidar.training.hooks import Hooks

@@ -7,13 +7,14 @@ as it is decoded. --chat holds a conversation with the model's chat template. --
 import os
 import sys
 import time
+import unicodedata
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tidar.config import ArgumentParser, UserError, print_lines, user_errors_exit
+from tidar.config import ArgumentParser, UserError, print_lines, printable, user_errors_exit
 from tidar.config.hub import local_folder
 from tidar.data import Tokenizer
 from tidar.decoding import Completion, Engine, load
@@ -81,6 +82,11 @@ def run(options: Namespace) -> None:
         session.complete(options.prompt)
 
 
+def safe_text(text: str) -> str:
+    """Control characters but newline and tab as escapes: what a model writes cannot steer the terminal."""
+    return "".join(printable(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
 class Session:
     """What the command does with one model."""
 
@@ -125,7 +131,8 @@ class Session:
         completions = self.engine.stream([prompt], stop=self._stop(stream), **self.settings)
         for step, completion in enumerate(completions):
             text = stream.new(completion.tokens, completion.finished)
-            print(f"{COLOURS[step % 2]}{text}{RESET}" if self.options.show_drafts else text, end="", flush=True)
+            shown = safe_text(text)
+            print(f"{COLOURS[step % 2]}{shown}{RESET}" if self.options.show_drafts else shown, end="", flush=True)
         self._count(len(completion.tokens), completion.n_forwards, started)
         return stream.text(completion.tokens)
 

@@ -49,6 +49,10 @@ def test_text_stream_shows_every_character_once_and_nothing_of_a_stop_string():
         assert shown == expected, (text, stops)
 
 
+def test_a_model_cannot_steer_the_terminal():
+    assert generate.safe_text("a\x1b[31m\tb\ncé\u200d\x9b\x07") == "a\\x1b[31m\tb\ncé\u200d\\x9b\\x07"
+
+
 def test_modes_print_the_same_text(folder, capsys):
     texts = []
     for mode in ("tidar", "ar"):

@@ -99,7 +99,7 @@ def differences(found, expected) -> tuple[float, float, float]:
 
 
 def test_validation_and_restart_do_not_depend_on_the_ranks(tmp_path, ranks, small_model):
-    """Two ranks validate as one does, and others go on from what they have saved, with the same losses."""
+    """Two ranks validate as one does, and others resume from what they have saved, with the same losses."""
     options = f"{small_model} --validation.share 0.17 --validation.freq 5 --checkpoint.interval 6 --training.steps 10"
     options += f" --training.seq_len 64 --tidar.block_size 3 --metrics.log_freq 1 --training.global_batch_size {ROWS}"
     options += " --validation.generate_prompts 3"

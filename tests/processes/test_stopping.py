@@ -49,7 +49,7 @@ def is_past(folder: Path, step: int) -> bool:
 
 
 def test_a_signal_to_the_launcher_saves_and_stops(tmp_path, ranks, uneven_data):
-    """The script starts as many ranks as it is told, and the run ends as one that was left alone."""
+    """The script starts as many ranks as NGPU says, and the run ends as one that was left alone."""
     folder, whole, log = tmp_path / "stopped", tmp_path / "whole", tmp_path / "log"
     options = [*uneven_data.split(), *OPTIONS.split()[2:], "24", "--job.dump_folder"]
     command = ["env", f"PYTHON={sys.executable}", "NGPU=2", "LOG_RANK=0, 1", "./run_train.sh", *options, str(folder)]

@@ -1,6 +1,6 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
-from tidar.config.errors import UserError, print_lines, printable, user_errors_exit
+from tidar.config.errors import UserError, first_line, print_lines, printable, user_errors_exit
 from tidar.config.loading import (
     ArgumentParser,
     in_range,
@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "UserError",
     "derive_seed",
+    "first_line",
     "in_range",
     "load_config",
     "make_dump_folder",

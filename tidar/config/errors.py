@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's text, or its type where it has none: errors of libraries may fill a page."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def print_lines(*lines: str, file: TextIO | None = None) -> None:
     """Prints each argument as one line (see `printable`), to stdout if no file is given."""
     print(*map(printable, lines), sep="\n", file=file, flush=True)

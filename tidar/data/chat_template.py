@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.data.chat_records import CALLS, REASONING, TEMPLATE_DATA, Conversation, Messages
 from tidar.data.corpus import BadDocument
 
@@ -151,7 +151,7 @@ class _Template:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **variables)
         except Exception as error:  # the template is a program, and raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise BadDocument(f"the chat template cannot be rendered ({reason})") from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tidar.config import first_line
 from tidar.data.corpus import MOST_IDS, BadDocument, Document
 from tidar.data.source import Part, Source, find_files
 
@@ -79,7 +80,7 @@ def _load(file: str) -> Any:
         # mapped: tensors that are not used are not read
         return torch.load(content, map_location="cpu", weights_only=True, mmap=content is file)
     except Exception as error:  # torch.load raises exceptions of any type for damaged and malicious files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadDocument(f"cannot be read safely as a file of torch.save: {reason}") from None
 
 
@@ -100,5 +101,5 @@ def _vector(saved: dict, key: str) -> np.ndarray:
     except BadDocument:
         raise
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # lists of anything, sparse tensors, …
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadDocument(f"{key} must be numbers of shape [S] or [1, S] ({reason})") from None

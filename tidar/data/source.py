@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.config.options import Data
 from tidar.data.corpus import BadDocument, Document
 from tidar.data.json_array import begins_array, split_array
@@ -312,7 +312,7 @@ def _damaged_parquet(file: str) -> tuple[type[Exception], ...]:
 
 def unreadable(error: Exception) -> BadDocument:
     """A file that cannot be read to its end."""
-    return BadDocument(f"cannot be read from here on ({(str(error).splitlines() or [type(error).__name__])[0]})")
+    return BadDocument(f"cannot be read from here on ({first_line(error)})")
 
 
 def rows_before(part: Part) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.config.hub import local_folder
 from tidar.data.pieces import BETWEEN_CHARACTERS, cut_pattern, cut_points
 
@@ -55,7 +55,7 @@ class FolderTokenizer:
             self.backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             vocabulary = self.backend.get_vocab()
         except Exception as error:  # files of any kind, read by a library
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{folder}: its tokenizer cannot be read ({reason})", *_saved_by_newer(folder)) from None
         if not self.backend.is_fast:
             raise UserError(f"{folder}: its tokenizer must be a fast one, with a tokenizer.json or vocab.json")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.data import Tokenizer
 from tidar.data.tokenizer import FolderTokenizer
 from tidar.decoding import Engine
@@ -107,7 +107,7 @@ def _manager(include_path: Path | None, confirm_run_unsafe_code: bool) -> Any:
             try:
                 loaded = super().load(task_list)
             except Exception as error:  # files and data sets of any kind, read by a library
-                raise UserError(f"--tasks: cannot be loaded ({_first_line(error)})") from None
+                raise UserError(f"--tasks: cannot be loaded ({first_line(error)})") from None
             for name, task in loaded["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
                     raise UserError(f"--tasks {name}: executes code that the model writes; --confirm_run_unsafe_code")
@@ -116,11 +116,7 @@ def _manager(include_path: Path | None, confirm_run_unsafe_code: bool) -> Any:
     try:
         return Manager(include_path=str(include_path) if include_path else None)
     except Exception as error:
-        raise UserError(f"--include_path {include_path}: cannot be read ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"--include_path {include_path}: cannot be read ({first_line(error)})") from None
 
 
 def task_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -10,7 +10,7 @@ GAMMA, MIX_1, MIX_2 = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF584
 CELLS = 2**16  # of equal probability, in which a normal number is uniform
 
 
-def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
+def random_bits(keys: Tensor | int, counters: Tensor) -> Tensor:
     """64 random bits for each (key, counter), as int64: splitmix64 as a counter-based generator."""
     return _mix_tensor(keys + counters * GAMMA)
 
@@ -26,7 +26,7 @@ def normals(key: int, counters: Tensor) -> Tensor:
     By a table of quantiles and exact arithmetic between them: logarithms and cosines are rounded differently on
     different devices.
     """
-    bits = random_bits(torch.tensor(key, device=counters.device), counters)
+    bits = random_bits(key, counters)
     quantiles = _quantiles(counters.device)
     cell = bits & CELLS - 1
     lower = quantiles[cell]

@@ -60,17 +60,18 @@ def read_inputs(config: Config, world: World, group: dist.ProcessGroup) -> Input
     group: all ranks, on gloo.
     """
 
+    names = hub_names(config)
+
     def download(is_first: bool) -> dict[str, str | None]:
         if not is_first:
             return {}
-        names = hub_names(config).items()
-        return {name: commit_of(name, local_folder(name, option, needs)) for option, (name, needs) in names}
+        return {name: commit_of(name, local_folder(name, option, needs)) for option, (name, needs) in names.items()}
 
-    if any(HUB_ID.fullmatch(name) for name, _ in hub_names(config).values()):
+    if any(HUB_ID.fullmatch(name) for name, _ in names.values()):
         found = [rank_zero_first(world, download)]
         dist.broadcast_object_list(found, src=0, group=group)
         pin(found[0])
-        for option, (name, needs) in hub_names(config).items():
+        for option, (name, needs) in names.items():
             local_folder(name, option, needs)
     return rank_zero_first(world, lambda is_first: load_inputs(config, prepares=is_first))
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tidar import __version__
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.config.files import open_regular
 
 METADATA = ".metadata"
@@ -83,7 +83,7 @@ def parse_metadata(folder: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # damaged or malicious bytes may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(f"is not the metadata of a checkpoint ({reason})") from None
     return metadata
 

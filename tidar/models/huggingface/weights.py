@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.config.files import parse_json
 from tidar.config.hub import local_folder
 from tidar.models.decoder import Decoder
@@ -102,7 +102,7 @@ class StateDictFile:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged or malicious pickle may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"{path}: is not a state dict that can be read safely ({reason})") from None
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided

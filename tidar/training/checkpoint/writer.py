@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tidar.config import first_line
 from tidar.models.huggingface import ASSETS
 from tidar.training.checkpoint.manifest import describe, file_names, flush_folder, write_manifest
 from tidar.training.checkpoint.retention import remove_tree
@@ -205,4 +206,4 @@ def error_text(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError) and cause.strerror:
         return f"{cause.strerror}{f', {cause.filename}' if cause.filename else ''}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

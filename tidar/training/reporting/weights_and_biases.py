@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tidar.config import Config, UserError
+from tidar.config import Config, UserError, first_line
 from tidar.config.files import open_regular, parse_json, write_atomically
 
 STATE = "wandb.json"  # of the run's folder: its id, and the last step of each scalar and text
@@ -86,7 +86,7 @@ class WandbRun:
 
     def _fail(self, reason: Exception | str) -> None:
         self.run = None
-        text = (str(reason).splitlines() or [type(reason).__name__])[0]
+        text = reason if isinstance(reason, str) else first_line(reason)
         self.log(f"warning: metrics.enable_wandb = true: the run goes on without Weights & Biases ({text})")
 
     def _read_state(self) -> tuple[str, dict[str, int]]:

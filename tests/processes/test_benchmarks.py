@@ -1,7 +1,10 @@
 """The benchmarks run anywhere: with the debug model on a CPU."""
 
 import json
+import sys
+from argparse import Namespace
 
+import forks
 import pytest
 import torch
 from results import read_metrics
@@ -39,6 +42,51 @@ def test_train_step_measures_a_case_its_baseline_and_its_start(run, monkeypatch)
     assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
 
 
+def measure_as_rank(*arguments: str) -> None:
+    sys.argv[1:] = arguments
+    train_step.main()
+
+
+def test_train_step_on_two_ranks(tmp_path):
+    """One of them prints, and a device's tokens are those of its rows, or its part of the rows that it shares."""
+    shared = "debug --parallelism.context_parallel_degree 2"
+    arguments = "--case", "debug", shared, *SMALL, "--steps", "1"
+    code, output = forks.call(forks.torchrun, 2, measure_as_rank, *arguments, log=tmp_path / "log")
+    assert code == 0, output
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [(result["case"], result["ngpu"]) for result in results] == [("debug", 2), (shared, 2)]
+    for result, tokens in zip(results, (64, 32)):
+        assert result["tokens_per_second"] * result["step_ms"] / 1e3 == pytest.approx(tokens)
+    assert output.count("GPUs") == 1
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capfd):
+    """Processes that print results until one is at fault: the next ones begin after it. Rates stand beside one's."""
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import json, sys\n"
+        "for case in sys.argv[sys.argv.index('--case') + 1 :]:\n"
+        "    if case == 'bad':\n"
+        "        print('error: rank 1: out of memory')\n"
+        "        sys.exit('error: rank 1 has died')\n"
+        "    print('its log')\n"
+        "    print(json.dumps({'case': case, 'ngpu': int(sys.argv[1]), 'tokens_per_second': 9 - int(sys.argv[1])}))\n"
+        "print('its table')\n"
+    )
+    monkeypatch.setattr(train_step, "launcher", lambda ngpu: [sys.executable, "-S", str(fake), str(ngpu)])
+    asked = Namespace(steps=2, start=False, baseline=False, overhead=False)
+    cases = ["a", "bad", "b", "bad"]
+    results = [result for ngpu in (1, 2) for result in train_step.measure_on(ngpu, cases, asked, [])]
+    assert [result["case"] for result in results] == cases * 2
+    assert [result.get("error") for result in results] == [None, "rank 1: out of memory"] * 4
+    printed = capfd.readouterr().out
+    assert printed.count("its log") == 4 and "its table" not in printed
+    lines = [line.split() for line in train_step.table(results).splitlines()[1:]]
+    assert [line for line in lines if line[0] in "ab"] == [
+        ["a", "1", "8"], ["a", "2", "7", "87.5%"], ["b", "1", "8"], ["b", "2", "7", "87.5%"]
+    ]  # fmt: skip
+
+
 def test_bare_steps_have_the_rows_of_the_reported_ones(monkeypatch):
     """Turn by turn, and are not reported."""
     monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
@@ -57,13 +105,13 @@ def test_bare_steps_have_the_rows_of_the_reported_ones(monkeypatch):
     options = [*SMALL, "--metrics.log_freq", "3", "--validation.enable", "false", "--training.steps", str(times.steps)]
     with running(options, times) as trainer:
         trainer.train()
+        assert abs(times.overhead(trainer)) < 1
     turns = range(times.first_turn, times.first_turn + 4)
     assert all(len(rows[turn]) == times.turn == 12 for turn in turns) and min(turns) * 12 > WARM_UP + 1
     for turn in turns[::2]:
         assert torch.stack(rows[turn]).equal(torch.stack(rows[turn + 1]))
         assert [step for step in reported if times.turn_of(step) == turn] == [12 * turn + i for i in (0, 3, 6, 9)]
     assert not any(times.turn_of(step) % 2 == 0 for step in reported)
-    assert abs(times.overhead()) < 1
 
 
 def test_the_baselines_micro_batches_have_the_losses_of_the_whole():

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tidar.benchmarks.cases import WARM_UP, Step
+from tidar.benchmarks.cases import WARM_UP, Step, free_memory
 from tidar.data import Batch
 from tidar.models import MaskBuilder, size_config
 from tidar.models.flops import batch_flops
@@ -16,18 +18,28 @@ from tidar.patterns import ModelBatch, Pattern
 
 
 def time_baseline(
-    name: str, vocab_size: int, pattern: Pattern, decoder, batches: list[Batch], rows_at_once: int
+    name: str, vocab_size: int, pattern: Pattern, decoder, batches: list[Batch], rows_at_once: int, mesh: DeviceMesh
 ) -> list[Step]:
     """Steps of the transformers model of this size with SDPA under a dense mask, one for each batch after the warm-up.
 
-    Full logits, the losses row by row, bfloat16 weights, fused AdamW, no clipping; batches on the device. The gradients
-    of a batch of more than `rows_at_once` rows are added up, a micro-batch of so many after the other.
+    Full logits, the losses row by row, fused AdamW, no clipping; batches on the device. The gradients of a batch of
+    more than `rows_at_once` rows are added up, a micro-batch of so many after the other. Weights are bfloat16; on
+    several devices float32 under FSDP2, with layers gathered and gradients reduced in bfloat16.
     """
     device = batches[0].rows.input_ids.device
     config = AutoConfig.for_model(**size_config(name) | {"vocab_size": vocab_size, "use_cache": False})
+    dtype = torch.bfloat16 if mesh.size() == 1 else torch.float32
     with device:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     model.train()
+    if mesh.size() > 1:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            if device.type == "cpu":  # gloo knows sums only
+                module.set_gradient_divide_factor(mesh.size())
+                module.set_force_sum_reduction_for_comms(True)
+        free_memory()  # that of the whole model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     dense = MaskBuilder(pattern, "sdpa")
     steps, ends = [], [_now(device)]

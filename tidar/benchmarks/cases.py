@@ -1,6 +1,9 @@
 """Training cases of the benchmarks by name, and hooks that measure the time of each step."""
 
 import gc
+import itertools
+import os
+import shlex
 import statistics
 import tempfile
 import time
@@ -10,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tidar.config import UserError, load_config
 from tidar.data import Batch
-from tidar.distributed import leave_world
-from tidar.models import pattern_mask
+from tidar.distributed import World, leave_world
+from tidar.models import count_pairs, pattern_mask
 from tidar.models.flops import batch_flops
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
@@ -43,19 +47,20 @@ CASES = {
 COMMON = "--validation.enable false --checkpoint.enable false --optimizer.lr 1e-5"
 
 
-def case_options(name: str) -> list[str]:
-    """Options of the trainer. Raises UserError for an unknown name."""
+def case_options(case: str) -> list[str]:
+    """Options of the trainer. case: a name, and options of its own, if any. Raises UserError for an unknown name."""
+    name, *own = shlex.split(case) or [""]
     if name not in CASES:
         raise UserError(f"--case {name}: must be one of {', '.join(CASES)}")
-    return f"{CASES[name]} {COMMON}".split()
+    return [*f"{CASES[name]} {COMMON}".split(), *own]
 
 
 @dataclass
 class Step:
-    """Seconds of a step, since the end of the step before on the device, and what it computed."""
+    """Seconds of a step, since the end of the step before on the device, and what a device computed of it."""
 
     seconds: float
-    tokens: int
+    tokens: float
     flops: float
 
 
@@ -69,8 +74,9 @@ class StepTimes(Hooks):
     def batches(self, trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             self.work[-1][0] += batch.n_tokens
-            pairs = int(pattern_mask(trainer.plan.pattern, batch.rows.documents).allowed_pairs())
-            self.work[-1][1] += batch_flops(trainer.spec.decoder, batch.rows, pairs)
+            rows = batch.rows
+            pairs = int(count_pairs(pattern_mask(trainer.plan.pattern, rows.documents, rows.share), rows.share))
+            self.work[-1][1] += batch_flops(trainer.spec.decoder, rows, pairs)
             yield batch
 
     def after_step(self, trainer: Trainer) -> None:
@@ -82,7 +88,7 @@ class StepTimes(Hooks):
         self.work.append([0, 0])
 
     def measured(self) -> list[Step]:
-        """All steps after the warm-up."""
+        """All steps of this rank after the warm-up."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         steps = []
@@ -92,15 +98,71 @@ class StepTimes(Hooks):
         return steps
 
 
+def gather(value: Any, cpu_group: dist.ProcessGroup) -> list:
+    """The value that each rank has."""
+    values: list[Any] = [None] * cpu_group.size()
+    dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+
+def steps_of_all(steps: list[Step], world: World, cpu_group: dist.ProcessGroup) -> list[Step]:
+    """Steps of all ranks together: the time of the slowest one, tokens and FLOPs of a device."""
+    size, shared = world.size, world.cp_size
+    return [
+        Step(
+            max(step.seconds for step in ranks),
+            sum(step.tokens for step in ranks) / size / shared,  # ranks that share rows count the same tokens
+            sum(step.flops for step in ranks) / size,
+        )
+        for ranks in zip(*gather(steps, cpu_group))
+    ]
+
+
 @contextmanager
 def running(options: list[str], hooks: Hooks | None = None) -> Iterator[Trainer]:
     """A trainer with these options, in a temporary folder."""
     free_memory()
-    with tempfile.TemporaryDirectory() as folder:
+    with _temporary_folder() as folder:
+        failed = True
         try:
             yield Trainer(load_config(["--job.dump_folder", folder, *options]), hooks)
+            failed = False
+        except UserError:
+            failed = False  # on all ranks
+            raise
         finally:
-            leave_world()
+            # after other errors it would wait for ranks that still compute
+            if not failed or not is_rank():
+                leave_world()
+
+
+_folders = itertools.count()
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """The same for all ranks, which are on one machine: rank 0 creates and removes it."""
+    store, rank = None, 0
+    if is_rank():
+        store, rank, _ = next(iter(dist.rendezvous("env://")))
+    key = f"benchmark-folder-{next(_folders)}"
+    if store and rank:
+        yield store.get(key).decode()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if store:
+            store.set(key, folder)
+        yield folder
+
+
+def is_rank() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def free_memory() -> None:

@@ -1,6 +1,7 @@
 """The processes of a run and the devices they hold."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,9 @@ T = TypeVar("T")
 
 # seconds that collectives wait longer than the watchdog, which can name the rank that they wait for
 BACKSTOP = 30
+
+# worlds that this process has joined, by the address of their store
+_joined: Counter[str] = Counter()
 
 
 @dataclass
@@ -107,6 +111,10 @@ def _variable(name: str, default: int) -> int:
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store of all processes, this one's rank, and how many there are."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # torchrun keeps the store, too, when a process leaves one world and joins the next
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    _joined[address] += 1
+    store = dist.PrefixStore(f"world-{_joined[address]}", store)
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps the store when it restarts the processes, with the addresses of those that have died
         # (pytorch/pytorch#135712). On several nodes the agents may count restarts differently

@@ -168,6 +168,12 @@ def pattern_mask(pattern: Pattern, documents: Documents, share: Share | None = N
     return make_mask(pattern.mask_mod(documents), batch, positions, positions, documents.index.device)
 
 
+def count_pairs(mask: PointMask, share: Share | None) -> Tensor:
+    """Number of query-key pairs that `pattern_mask` allows, scalar int64; those of unused slots are not counted."""
+    pairs = mask.allowed_pairs()
+    return pairs if share is None else pairs - (~share.used).sum()
+
+
 class BatchMask:
     """The mask of one batch, shared by all layers.
 
@@ -182,8 +188,7 @@ class BatchMask:
     @cached_property
     def allowed_pairs(self) -> Tensor:
         """Number of query-key pairs, scalar int64; those of unused slots are not counted."""
-        pairs = self.mask.allowed_pairs()
-        return pairs if self.share is None else pairs - (~self.share.used).sum()
+        return count_pairs(self.mask, self.share)
 
 
 class MaskBuilder:

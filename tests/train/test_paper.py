@@ -1,0 +1,139 @@
+"""The reduced form of the paper's table, its corpus, and what it counts."""
+
+import json
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from tidar.benchmarks.paper import __main__ as paper
+from tidar.benchmarks.paper import corpus as corpora
+from tidar.benchmarks.paper.corpus import Extent, Package, divide, find_packages, read_texts
+from tidar.benchmarks.paper.decoding import LEAST_LOOP, LEAST_REPEATS, LONGEST_PERIOD, counts, loop_start
+from tidar.benchmarks.paper.findings import FINDINGS, IDEAS
+from tidar.benchmarks.paper.runs import RUNS, run_config, select
+from tidar.config import UserError
+
+
+def test_loops():
+    """Against a plain search for a unit that follows itself."""
+    rng, found = random.Random(0), set()
+
+    def loops_from(text: list[int], start: int, period: int) -> bool:
+        end = start + max(LEAST_REPEATS * period, LEAST_LOOP)
+        return end + period <= len(text) and text[start:end] == text[start + period : end + period]
+
+    for _ in range(100):
+        unit = [rng.randrange(3) for _ in range(rng.randint(1, 40))]
+        text = [rng.randrange(50) for _ in range(rng.randint(0, 60))] + unit * rng.randint(0, 9)
+        text = (text + [rng.randrange(50) for _ in range(rng.randint(0, 9))])[:256]
+        starts = (s for s in range(len(text)) for p in range(1, LONGEST_PERIOD + 1) if loops_from(text, s, p))
+        expected = next(starts, len(text))
+        assert loop_start(text) == expected
+        found.add(expected < len(text))
+    assert found == {True, False}
+
+
+def test_a_loop_adds_neither_tokens_nor_forwards():
+    looping = SimpleNamespace(tokens=[1, 2, 3] + [7] * 60, accepted=[1, 1, 1] + [4] * 15, n_forwards=19)
+    plain = SimpleNamespace(tokens=[1, 2, 3, 4], accepted=[3, 1], n_forwards=3)
+    found = counts([looping, plain])
+    assert found["tokens_per_forward"] == (3 + 4) / (1 + 3 + 1 + 2) and found["whole_texts"] == 67 / 22
+    assert found["looped"] == 60 / 67
+
+
+def test_the_corpus_is_a_function_of_the_packages(tmp_path):
+    packages = []
+    for n in range(40):
+        folder = tmp_path / f"package{n}"
+        folder.mkdir()
+        (folder / "one.py").write_text(f"x = {n}\n" * 10)
+        packages.append(Package(folder.name, [folder / "one.py"], 60))
+    packages.sort(key=lambda package: package.rank)
+    training, held_out = divide(packages, Extent(held_out=0.1))
+    assert sum(package.n_bytes for package in held_out) == 240 and len(training) + len(held_out) == 40
+    assert (training, held_out) == divide(packages, Extent(held_out=0.1))
+    # what is held out stays out, whoever vendors it; the rest is skipped and counted
+    vendored = tmp_path / training[0].name
+    for name, content in (
+        ("copy.py", held_out[0].files[0].read_bytes()),
+        ("latin.py", "é".encode("latin-1")),
+        ("empty.py", b""),
+        ("table.py", b"1\n" * 2**20),
+    ):
+        (vendored / name).write_bytes(content)
+        training[0].files.append(vendored / name)
+    texts = read_texts(training, held_out)
+    assert len(texts.training) == len(training) and len(texts.held_out) == len(held_out)
+    assert sorted(texts.skipped.values()) == [1, 1, 1, 1]
+    vendored.joinpath("one.py").write_text("y = 1\n")
+    assert read_texts(training, held_out).digest != texts.digest
+    with pytest.raises(UserError, match="too few to hold any out"):
+        divide(packages[:1], Extent())
+    assert {"stdlib/json", "torch"} <= {package.name for package in find_packages()}
+
+
+def test_every_run_is_one_of_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr("tidar.benchmarks.paper.runs.last_step", lambda folder, name: folder / name)
+    for run in RUNS.values():
+        config = run_config(run, tmp_path, paper.FULL)
+        continued = bool(run.starts_from)
+        assert (config.training.steps, bool(config.checkpoint.initial_load_path)) == (
+            300 if continued else 900,
+            continued,
+        )
+        assert list(RUNS).index(run.starts_from or run.name) <= list(RUNS).index(run.name)
+    assert {name for finding in FINDINGS for name in finding.needs} | {*IDEAS, *IDEAS.values()} <= set(RUNS)
+    assert [run.name for run in select(["continued-8"])] == ["causal", "continued-8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("paper")
+
+
+def test_the_reduced_form_trains_decodes_and_reports(folder, monkeypatch, capsys):
+    """Three runs, one of which starts from another one's weights and text; then the same call does nothing."""
+    arguments = ["--output", str(folder), "--only", "smoke", "causal", "own-text-8"]
+    paper.main([*arguments, "--time_limit", "0.00001"])
+    assert "stopped at causal" in capsys.readouterr().out and not (folder / "runs").exists()
+    paper.main(arguments)
+    report = (folder / "report.md").read_text()
+    table = report.split("## All runs")[1].split("## Options")[0]
+    assert re.findall(r"^\| `(.*?)` \| \d\.\d{4} \|", table, re.MULTILINE) == ["causal", "tidar-8", "own-text-8"]
+    for name in ("tidar-8", "own-text-8"):
+        found = json.loads((folder / "runs" / name / "evaluation.json").read_text())
+        assert found["equal_float32"] == found["equal"] == 1
+        assert found["judged"]["ar, temperature 1"] == found["judged"]["temperature 1"] > 0
+        decoded = found["decoding"]["greedy"]
+        assert 16 / 17 <= decoded["tokens_per_forward"] == decoded["tokens"] / decoded["forwards"] <= 16 / 3
+    assert re.search(r"greedy TiDAR output is greedy autoregressive output \| held \|", report)
+    for picture in ("tokens_per_forward", "accuracy_by_position"):
+        assert (folder / "pictures" / f"{picture}.svg").read_text().endswith("</svg>\n")
+    monkeypatch.setattr(paper, "train", None)
+    monkeypatch.setattr(paper, "evaluate", None)
+    paper.main(arguments)
+    assert (folder / "report.md").read_text() == report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--only tidar-9", "--only tidar-9: must be of smoke, causal"),
+        ("--time_limit 0", "--time_limit 0.0: must be above 0"),
+        ("--only causal", "holds the results of another corpus"),
+    ],
+)
+def test_bad_input(folder, arguments, message, call, monkeypatch):
+    monkeypatch.setattr(corpora, "find_packages", lambda: find_packages()[:60])
+    code, _, error = call(paper.main, "--output", folder, *arguments.split())
+    assert code == 1 and message in error and len(error.splitlines()) <= 2
+
+
+def test_a_run_that_was_begun_with_other_options_is_refused(folder, call, monkeypatch):
+    monkeypatch.setitem(
+        RUNS, "causal", RUNS["causal"].__class__("causal", "", "--tidar.pattern causal --optimizer.lr 1")
+    )
+    code, _, error = call(paper.main, "--output", folder, "--only", "smoke", "causal")
+    assert code == 1 and "was trained with lr = 0.001, and now it is lr = 1.0" in error

@@ -1,0 +1,116 @@
+"""The paper's findings at small size: python -m tidar.benchmarks.paper --output FOLDER [--only NAME …] [--time_limit N]
+
+Trains small models from scratch on the Python source of this interpreter's packages, each by an ordinary run of
+tidar.train, decodes held-out prompts with them, and writes FOLDER/report.md: a table, pictures, and which of the
+findings of the paper held. Called again, it resumes; what is finished is not repeated. --only smoke: a reduced form
+that takes minutes on a CPU.
+"""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from tidar.benchmarks.cases import free_memory
+from tidar.benchmarks.paper.corpus import make_corpus
+from tidar.benchmarks.paper.decoding import evaluate, judge, read_evaluation, write_own_text
+from tidar.benchmarks.paper.report import write_report
+from tidar.benchmarks.paper.runs import (
+    CAUSAL,
+    FULL,
+    RUNS,
+    SMOKE,
+    Run,
+    Scale,
+    check_options,
+    is_finished,
+    run_config,
+    select,
+    train,
+)
+from tidar.config import ArgumentParser, Config, UserError, print_lines, user_errors_exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m tidar.benchmarks.paper", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the corpus, the runs and the report")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME",
+        help=f"runs [all], with those that they continue; smoke: the reduced form. Runs: {', '.join(RUNS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time_limit", type=float, metavar="MINUTES", help="stop after so many; the same call resumes (default: never)"
+    )
+    with user_errors_exit():
+        run(parser.parse_args(arguments))
+
+
+def run(options: Namespace) -> None:
+    started = time.monotonic()
+    if options.time_limit is not None and options.time_limit <= 0:
+        raise UserError(f"--time_limit {options.time_limit}: must be above 0")
+    scale = SMOKE if "smoke" in options.only else FULL
+    runs = select([name for name in options.only if name != "smoke"])
+    folder = options.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
+    deadline = None if options.time_limit is None else started + 60 * options.time_limit
+    corpus = make_corpus(folder, scale.extent)
+    for one in runs:
+        if not work(one, folder, scale, deadline):
+            print_lines(f"stopped at {one.name}: the same command resumes")
+            break
+        judge_all(folder)
+        write_report(folder, corpus, scale)
+    else:
+        print_lines(f"all {len(runs)} runs are done")
+    print_lines(f"report: {write_report(folder, corpus, scale)}")
+
+
+def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
+    """Trains and evaluates a run, unless that is done. Returns False where the time is over before it is."""
+    done = is_finished(folder, one.name)
+    if done and read_evaluation(folder, one.name):
+        check_options(config_of(one, folder, scale))
+        return True
+    if is_over(deadline):
+        return False
+    print_lines(f"=== {one.name}: {one.about}")
+    config = config_of(one, folder, scale)
+    check_options(config)
+    if not done:
+        free_gpu()
+        if not train(config, deadline) or is_over(deadline):
+            return False
+    free_gpu()
+    evaluate(config_of(one, folder, scale), folder, one.name, scale)
+    return True
+
+
+def config_of(one: Run, folder: Path, scale: Scale) -> Config:
+    config = run_config(one, folder, scale)
+    if one.own_text:
+        config = run_config(one, folder, scale, *write_own_text(folder, one.starts_from, config, scale))
+    return config
+
+
+def is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def free_gpu() -> None:
+    """Frees the memory of what came before, and what it has compiled, which does not fit another run."""
+    if torch.cuda.is_available():
+        free_memory()
+
+
+def judge_all(folder: Path) -> None:
+    if is_finished(folder, CAUSAL):
+        judge(folder, list(RUNS))
+
+
+if __name__ == "__main__":
+    main()

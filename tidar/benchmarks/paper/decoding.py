@@ -1,0 +1,212 @@
+"""What a trained run gives: scores under full masking, decoding of held-out prompts, and how good its texts are."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tidar.benchmarks.paper.corpus import prepare_texts
+from tidar.benchmarks.paper.runs import CAUSAL, Scale, last_step, run_folder
+from tidar.config import Config
+from tidar.config.files import parse_json, write_atomically
+from tidar.data import Corpus, load_tokenizer, make_rows
+from tidar.decoding import Completion, Engine, load
+from tidar.decoding.prompts import end_tokens
+from tidar.distributed import compute_dtype, join_world, leave_world
+from tidar.evaluation import held_out_prompts, measure_speed, n_new_tokens, validate
+from tidar.evaluation.scores import scorer
+from tidar.patterns import DECODABLE
+from tidar.training.batches import Batches
+from tidar.training.inputs import load_inputs
+from tidar.training.plan import plan_run
+
+LONGEST_PERIOD, LEAST_REPEATS, LEAST_LOOP = 32, 3, 32
+# how decoding is asked; "ar" and "greedy" are to be equal
+GREEDY: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "greedy": {},
+    "greedy, trust diffusion": {"draft_mix": 0.0},
+}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "ar, temperature 1": {"mode": "ar", "temperature": 1.0},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 1, trust diffusion": {"temperature": 1.0, "draft_mix": 0.0},
+}
+EXACT_PROMPTS, EXACT_TOKENS = 16, 128  # decoded in float32, in which rounding changes no greedy token
+SPEED_PROMPTS = 8  # decoded one at a time
+JUDGED_AT_ONCE = 8  # texts whose logits exist at one time
+
+
+def loop_start(tokens: Sequence[int]) -> int:
+    """Where a text begins to loop: the first index from which at most LONGEST_PERIOD tokens are followed by themselves
+    at least LEAST_REPEATS times, over LEAST_LOOP tokens or more. The length of the text where it does not.
+    """
+    first = len(tokens)
+    for period in range(1, LONGEST_PERIOD + 1):
+        needed, run = max(LEAST_REPEATS * period, LEAST_LOOP), 0
+        for index in range(len(tokens) - period - 1, -1, -1):
+            run = run + 1 if tokens[index] == tokens[index + period] else 0
+            if run >= needed:
+                first = min(first, index)
+    return first
+
+
+def counts(completions: Sequence[Completion]) -> dict[str, float]:
+    """Tokens per forward pass of texts up to where each begins to loop, with its standard error over texts; that of
+    whole texts; and the share of tokens that loop.
+
+    The pass that reaches the loop is counted whole.
+    """
+    tokens, forwards, whole, passes = [], [], 0, 0
+    for completion in completions:
+        start = loop_start(completion.tokens)
+        ends = list(itertools.accumulate(completion.accepted))
+        tokens.append(start)
+        forwards.append(1 + next((n for n, end in enumerate(ends, start=1) if end >= start), len(ends)) if start else 0)
+        whole += len(completion.tokens)
+        passes += completion.n_forwards
+    ratio = sum(tokens) / sum(forwards) if sum(forwards) else 0.0
+    squares = sum((t - ratio * f) ** 2 for t, f in zip(tokens, forwards))
+    return {
+        "tokens_per_forward": ratio,
+        "error": math.sqrt(squares) / sum(forwards) if sum(forwards) else 0.0,
+        "whole_texts": whole / passes,
+        "looped": 1 - sum(tokens) / whole,
+        "tokens": whole,
+        "forwards": passes,
+    }
+
+
+def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
+    """Writes evaluation.json of a finished run: see `read_evaluation`."""
+    step = last_step(folder, name)
+    inputs = load_inputs(config, prepares=False)
+    prompts = held_out_prompts(make_rows(config, inputs.data)[1], scale.prompts)
+    n_new = min(scale.new_tokens, n_new_tokens(config.training.seq_len))
+    decodable = config.tidar.pattern in DECODABLE
+    result: dict[str, Any] = {"prompts": prompts}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # texts: step by step, without a graph, whose capture would take longer than they do
+    engine = load(step, dtype=compute_dtype(config, device), device=device, max_batch_size=scale.prompts, graph=False)
+    if config.tidar.pattern == "block_diffusion":  # neither half is trained to predict the next token
+        _write(folder, name, result | {"decoding": {}})
+        return
+    options: dict[str, Any] = {"stop_token_ids": end_tokens(engine, inputs.tokenizer), "max_new_tokens": n_new}
+    wanted = {how: asked for how, asked in (GREEDY | SAMPLED).items() if decodable or asked.get("mode") == "ar"}
+    completions = {how: engine.generate(prompts, **options, **asked) for how, asked in wanted.items()}
+    result["decoding"] = {how: counts(found) for how, found in completions.items()}
+    result["texts"] = {
+        how: [completion.tokens[: loop_start(completion.tokens)] for completion in completions[how]]
+        for how in SAMPLED.keys() & completions.keys()
+    }
+    if decodable:
+        result["scores"] = _scores(config, engine, inputs)
+        result["equal"] = _share_equal(completions["greedy"], completions["ar"])
+        fast = load(step, dtype=engine.dtype, device=device, max_batch_size=1)
+        speeds = measure_speed(fast, prompts[:SPEED_PROMPTS], "tidar", **options)
+        result["speed"] = {mode: decoded.tokens / decoded.seconds for mode, decoded in speeds.items()}
+        del fast, engine
+        exact = load(step, dtype=torch.float32, device=device, graph=False)
+        options["max_new_tokens"] = min(n_new, EXACT_TOKENS)
+        pairs = [exact.generate(prompts[:EXACT_PROMPTS], **options | asked) for asked in ({}, {"mode": "ar"})]
+        result["exact_prompts"], result["equal_float32"] = len(pairs[0]), _share_equal(*pairs)
+    _write(folder, name, result)
+
+
+def _share_equal(some: list[Completion], others: list[Completion]) -> float:
+    return sum(one.tokens == other.tokens for one, other in zip(some, others, strict=True)) / len(some)
+
+
+def _scores(config: Config, engine: Engine, inputs: Any) -> dict[str, float]:
+    """Validation with full masks, as decoding has them, whatever the run was trained with."""
+    config.tidar.pattern = "tidar"
+    plan = plan_run(config, 1, engine.device, inputs.spec.decoder, inputs.spec.mask_token_id)
+    try:
+        batches = Batches(plan, inputs.data, join_world(config))
+        pattern, weights = plan.validation_pattern, plan.loss_weights
+        score = scorer(engine.model, pattern, weights, config.training.loss_chunk_size)
+        return validate(batches.validation(), score, pattern.block_size, weights, engine.device)
+    finally:
+        leave_world()
+
+
+def _path(folder: Path, name: str) -> Path:
+    return run_folder(folder, name) / "evaluation.json"
+
+
+def _write(folder: Path, name: str, result: dict[str, Any]) -> None:
+    write_atomically(_path(folder, name), json.dumps(result) + "\n")
+
+
+def read_evaluation(folder: Path, name: str) -> dict[str, Any] | None:
+    """Of a run, None where it is not evaluated.
+
+    decoding: `counts` by how it was asked. scores: the `val/` scalars under full masking. equal, equal_float32: share
+    of the greedy texts that are those of autoregressive decoding. speed: tokens/s by mode, one prompt at a time.
+    judged: mean loss of its sampled texts under the causal model, where `judge` has been called.
+    """
+    try:
+        return parse_json(_path(folder, name).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def judge(folder: Path, names: list[str]) -> None:
+    """Adds the causal model's mean loss of the sampled texts to the evaluations that do not have it yet.
+
+    It is that of their new tokens after their prompts: what a reader that has never seen a draft makes of them.
+    """
+    waiting = {name: found for name in names if (found := read_evaluation(folder, name)) and "judged" not in found}
+    if not waiting:
+        return
+    engine = load(last_step(folder, CAUSAL), graph=False)
+    for name, found in waiting.items():
+        judged = {}
+        for how, texts in found.get("texts", {}).items():
+            pairs = [(prompt, text) for prompt, text in zip(found["prompts"], texts) if text]
+            parts = [pairs[at : at + JUDGED_AT_ONCE] for at in range(0, len(pairs), JUDGED_AT_ONCE)]
+            total = sum(_loss(engine, part) for part in parts)
+            judged[how] = total / max(1, sum(len(text) for _, text in pairs))
+        _write(folder, name, found | {"judged": judged})
+
+
+def _loss(engine: Engine, pairs: list[tuple[list[int], list[int]]]) -> float:
+    """Sum of the losses of texts after their prompts."""
+    rows = [prompt + text for prompt, text in pairs]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
+    logits = engine.model(tokens)
+    total = 0.0
+    for row, (prompt, text) in enumerate(pairs):
+        predicted = logits[row, len(prompt) - 1 : len(prompt) + len(text) - 1].float()
+        total += F.cross_entropy(predicted, torch.tensor(text, device=engine.device), reduction="sum").item()
+    return total
+
+
+def write_own_text(folder: Path, name: str, config: Config, scale: Scale) -> tuple[Path, str]:
+    """A run's greedy completions of beginnings of training documents, prepared, if they are not there yet.
+
+    config: of a run on the corpus alone. Returns the prepared folder, and the data.weights with which an epoch has as
+    many tokens of the corpus as of these texts. A text ends where it begins to loop.
+    """
+    texts, prepared = folder / "own_text" / f"{name}.jsonl", folder / "own_text" / name
+    if not texts.is_file():
+        inputs = load_inputs(config, prepares=False)
+        engine = load(last_step(folder, name), max_batch_size=min(256, scale.own_prompts))
+        prompts = held_out_prompts(make_rows(config, inputs.data)[0], scale.own_prompts)
+        n_new = min(scale.new_tokens, n_new_tokens(config.training.seq_len))
+        ends = end_tokens(engine, inputs.tokenizer)
+        found = engine.generate(prompts, n_new, mode="ar", stop_token_ids=ends)
+        decode = load_tokenizer(str(folder / "tokenizer")).decode
+        own = (decode(prompt + text.tokens[: loop_start(text.tokens)]) for prompt, text in zip(prompts, found))
+        texts.parent.mkdir(exist_ok=True)
+        write_atomically(texts, "".join(json.dumps({"text": text}) + "\n" for text in own))
+    n_own = prepare_texts(folder, texts, prepared)
+    n_corpus = Corpus.open(folder / "data" / "training", verify=False).meta["tokens"]
+    return prepared, f"{min(1.0, n_own / n_corpus):.6f} 1"

@@ -6,10 +6,15 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+
+from tidar.config import hub
+
 CALL = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<id>[\w.-]+/[\w.-]+)(/(?P<call>revision|tree|paths-info)/(?P<rev>[^/]+)(/(?P<path>.*))?)?"
+    r"/api/(?P<kind>models|datasets)/(?P<id>[\w.-]+/[\w.-]+)(/(?P<call>revision|tree|paths-info|auth-check)(/(?P<rev>[^/]+)(/(?P<path>.*))?)?)?"
 )
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
 
@@ -29,8 +34,25 @@ class Hub:
         self.refs[name] = {"main": commit, commit: commit}
 
 
+def empty_cache(monkeypatch, folder: Path) -> None:
+    """An empty cache of the hub, and a working folder beside it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(hub, "_pinned", {})
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+
+
+def connect(monkeypatch, address: str) -> None:
+    """Makes this process's library ask the server at `address`."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @contextmanager
-def serving(hub: Hub):
+def serving(server: Hub):
     """Yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,26 +69,29 @@ def serving(hub: Hub):
                 self.wfile.write(body)
 
         def handle_call(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"{self.command} {path}")
-            match = CALL.fullmatch(path) or FILE.fullmatch(path)
+            url = urlsplit(self.path)
+            server.requests.append(f"{self.command} {unquote(url.path)}")
+            match = CALL.fullmatch(url.path) or FILE.fullmatch(url.path)
+            parts = {name: unquote(part or "") for name, part in match.groupdict().items()} if match else {}
             length = int(self.headers.get("Content-Length", 0))
             asked = self.rfile.read(length)
-            name = match["id"] if match else ""
-            if name in hub.status:
-                status, code = hub.status[name]
+            name = parts.get("id")
+            if name in server.status:
+                status, code = server.status[name]
                 return self.answer(status, X_Error_Code=code)
-            if name not in hub.repos:
+            if name not in server.repos:
                 return self.answer(401, X_Error_Code="RepoNotFound")
-            files, parts = hub.repos[name], match.groupdict()
-            commit = hub.refs[name].get(parts["rev"] or "main")
+            files = server.repos[name]
+            commit = server.refs[name].get(parts["rev"] or "main")
             if commit is None:
                 return self.answer(404, X_Error_Code="RevisionNotFound")
             if "file" in parts:
                 return self.file(files, parts["file"], commit)
             if parts["call"] == "tree":
-                under = [file for file in files if not parts["path"] or file.startswith(parts["path"] + "/")]
-                body = [self.entry(file, files[file]) for file in under]
+                folder = parts["path"] and parts["path"] + "/"
+                body = self.tree(files, folder, recursive="recursive=true" in url.query.lower())
+                if not body:
+                    return self.answer(404, X_Error_Code="EntryNotFound")
             elif parts["call"] == "paths-info":
                 wanted = re.findall(r"paths=([^&]+)", unquote(asked.decode())) or json.loads(asked)["paths"]
                 body = [self.entry(file, files[file]) for file in wanted if file in files]
@@ -79,6 +104,13 @@ def serving(hub: Hub):
         def entry(self, name: str, content: bytes) -> dict:
             return {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
 
+        def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
+            names = [name.removeprefix(folder).split("/") for name in files if name.startswith(folder)]
+            folders = {folder + "/".join(name[:i]) for name in names for i in range(1, len(name))}
+            entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in sorted(folders)]
+            entries += [self.entry(name, files[name]) for name in sorted(files) if name.startswith(folder)]
+            return [entry for entry in entries if recursive or "/" not in entry["path"].removeprefix(folder)]
+
         def file(self, files: dict[str, bytes], name: str, commit: str) -> None:
             if name not in files:
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
@@ -87,22 +119,22 @@ def serving(hub: Hub):
                 start, stop = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
                 more["Content_Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
                 content, status = content[start:stop], 206
-                hub.requests[-1] += f" from {start}"
+                server.requests[-1] += f" from {start}"
             headers = {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X_Repo_Commit": commit, **more}
             length = str(len(content))
-            if name == hub.truncate and self.command == "GET":
-                hub.truncate, content, self.close_connection = None, content[: len(content) // 2], True
+            if name == server.truncate and self.command == "GET":
+                server.truncate, content, self.close_connection = None, content[: len(content) // 2], True
             return self.answer(status, content, Content_Length=length, Accept_Ranges="bytes", **headers)
 
         def log_message(self, *args) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{http.server_port}"
     finally:
-        server.shutdown()
-        server.server_close()
+        http.shutdown()
+        http.server_close()
         thread.join()

@@ -4,12 +4,12 @@ import os
 
 import huggingface_hub
 import pytest
-from hub import Hub, serving
+from hub import Hub, connect, empty_cache, serving
 from runs import train_run
 from small_models import make_model, write_tokenizer
 
 from tidar import check
-from tidar.config import UserError, hub, load_config
+from tidar.config import UserError, load_config
 from tidar.config.hub import local_folder
 from tidar.data import load_tokenizer
 from tidar.decoding import load
@@ -33,13 +33,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of the hub, and a working folder beside it."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_pinned", {})
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    empty_cache(monkeypatch, tmp_path)
     return tmp_path / "cache"
 
 
@@ -48,14 +42,8 @@ def server(cache, files, monkeypatch):
     server = Hub()
     server.add(ID, files)
     with serving(server) as address:
-        _connect(monkeypatch, address)
+        connect(monkeypatch, address)
         yield server
-
-
-def _connect(monkeypatch, address: str) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def lay_out(cache, files: dict[str, bytes], commit: str = COMMIT) -> None:
@@ -135,7 +123,7 @@ def test_what_the_hub_refuses(server, answer, expected, monkeypatch):
 
 
 def test_no_network_and_misspelt_folders(cache, monkeypatch):
-    _connect(monkeypatch, "http://127.0.0.1:9")
+    connect(monkeypatch, "http://127.0.0.1:9")
     os.makedirs("models/Qwen3-8B")
     with pytest.raises(UserError, match=r"cannot be downloaded \(ConnectError.* the folder models holds Qwen3-8B$"):
         local_folder("models/Qwen3-8b", "model.hf_path")

@@ -7,6 +7,8 @@ downloaded: config.json, the tokenizer, generation_config.json and safetensors.
 import difflib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -108,36 +110,51 @@ def _download(repo_id: str, revision: str, where: str, needs: Needs) -> Path:
 def _downloaded(repo_id: str, where: str, revision: str, files: list[str]) -> Path:
     """The folder of a revision in the cache, after those of `files` that it has have been downloaded."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
+    with hub_errors(where, repo_id, revision):
         # where the hub does not answer, snapshot_download would return what the cache has, whole or not
         huggingface_hub.HfApi().repo_info(repo_id, revision=revision)
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+
+
+@contextmanager
+def hub_errors(where: str, repo_id: str, revision: str, kind: Literal["model", "dataset"] = "model") -> Iterator[None]:
+    """Turns what the hub's libraries raise about a model or a dataset into a UserError of one line.
+
+    where: the option and its value, with which the line begins.
+    """
+    from huggingface_hub import constants, errors
+
+    no_folder, near, prefix = "", "", "datasets/"
+    if kind == "model":
+        no_folder, near, prefix = "no folder is there, and ", _near(repo_id), ""
+    try:
+        yield
+    except UserError:
+        raise
     except errors.GatedRepoError:
-        page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
+        page = f"{constants.ENDPOINT}/{prefix}{repo_id}"
         raise UserError(f"{where}: is gated: accept its terms at {page}, then {SIGN_IN}") from None
     except errors.RepositoryNotFoundError:
-        reason = f"no folder is there, and the hub shows no such model: if it is private, {SIGN_IN}"
-        raise UserError(f"{where}: {reason}{_near(repo_id)}") from None
+        raise UserError(
+            f"{where}: {no_folder}the hub shows no such {kind}: if it is private, {SIGN_IN}{near}"
+        ) from None
     except errors.RevisionNotFoundError:
         raise UserError(
-            f"{where}: the hub's model has no revision {revision}: must be a branch, a tag or a commit"
+            f"{where}: the hub's {kind} has no revision {revision}: must be a branch, a tag or a commit"
         ) from None
     except errors.HFValidationError as error:
         raise UserError(f"{where}: is no folder and no id of the hub ({_first_line(error)})") from None
     except Exception as error:  # of any of the libraries that it downloads with
         cause = error.__cause__ or error
-        if huggingface_hub.constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
-            raise UserError(
-                f"{where}: no folder is there, revision {revision} is not whole in the hub's cache, and "
-                f"HF_HUB_OFFLINE forbids a download: unset it{_near(repo_id)}"
-            ) from None
+        if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+            held = f"no folder is there, revision {revision} is not whole in the hub's cache, and " * (kind == "model")
+            raise UserError(f"{where}: {held}HF_HUB_OFFLINE forbids a download: unset it{near}") from None
         if getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403):
             raise UserError(f"{where}: the hub denies access ({_first_line(cause)}): {SIGN_IN}") from None
         raise UserError(
-            f"{where}: no folder is there, and it cannot be downloaded ({_first_line(cause)}): start again when "
-            f"{huggingface_hub.constants.ENDPOINT} can be reached; finished files are kept{_near(repo_id)}"
+            f"{where}: {no_folder}it cannot be downloaded ({_first_line(cause)}): start again when "
+            f"{constants.ENDPOINT} can be reached; finished {'files' if kind == 'model' else 'parts'} are kept{near}"
         ) from None
 
 

@@ -92,7 +92,9 @@ class Data:
         "python_source", "python_source, text, chat, gumiho, or prepared (folders written by tidar.prepare_data)"
     )
     paths: list[str] = option(
-        [], "files, folders or globs to read (python_source: folders in addition to the standard library)"
+        [],
+        "files, folders or globs to read (python_source: folders in addition to the standard library); text and chat: "
+        "also datasets of the hub, hf://datasets/OWNER/NAME[@REVISION][/SUBSET[/SPLIT]]",
     )
     weights: list[float] = option(
         [],

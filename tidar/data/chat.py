@@ -11,7 +11,7 @@ from tidar.data.chat_records import Conversation, conversation, without_nulls
 from tidar.data.chat_template import encode_chats, template_variables
 from tidar.data.corpus import BadDocument, Corpus, Document
 from tidar.data.source import Part, batched
-from tidar.data.text import RecordSource, is_parquet
+from tidar.data.text import RecordSource, is_table
 from tidar.data.tokenizer import Tokenizer
 
 
@@ -47,7 +47,7 @@ class Chat(RecordSource):
                 yield record
                 continue
             try:
-                yield conversation(without_nulls(record) if is_parquet(part) else record, *fields, self.variables)
+                yield conversation(without_nulls(record) if is_table(part) else record, *fields, self.variables)
             except BadDocument as error:
                 yield error
 

@@ -15,12 +15,13 @@ from tidar.config.options import Data
 from tidar.data.chat import Chat
 from tidar.data.corpus import Corpus
 from tidar.data.gumiho import Gumiho
+from tidar.data.hub_dataset import is_on_hub
 from tidar.data.order import held_out_documents
 from tidar.data.packing import PackedRows
 from tidar.data.preparation import Progress, prepare
 from tidar.data.python_source import PythonSource
 from tidar.data.source import Source
-from tidar.data.text import Text
+from tidar.data.text import RecordSource, Text
 from tidar.data.tokenizer import BytesTokenizer, Tokenizer
 
 SOURCES: dict[str, type[Source]] = {"python_source": PythonSource, "text": Text, "chat": Chat, "gumiho": Gumiho}
@@ -62,6 +63,9 @@ def make_source(options: Data, tokenizer: Tokenizer | None, vocab_size: int | No
     source = SOURCES[options.source]
     if source.needs_paths and not options.paths:
         raise UserError(f"data.paths: is empty: data.source = {options.source} needs files or folders")
+    on_hub = next(filter(is_on_hub, options.paths), None)
+    if on_hub and not issubclass(source, RecordSource):
+        raise UserError(f"data.paths = {on_hub}: must be read with data.source = text or chat")
     return source(options, tokenizer, vocab_size)
 
 

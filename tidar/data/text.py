@@ -1,10 +1,13 @@
-"""Text: JSON lines, JSON arrays, plain files (one is one document) and Parquet; gzip, and zstd with the extra data."""
+"""Text: JSON lines, JSON arrays, plain files (one is one document) and Parquet; gzip; with the extra data, zstd and
+datasets on the hub.
+"""
 
 import mmap
 from collections.abc import Iterator
 from typing import Any
 
 from tidar.data.corpus import BadDocument, Document
+from tidar.data.hub_dataset import find_shards, is_on_hub, read_shard
 from tidar.data.pieces import cut_points
 from tidar.data.source import (
     PART_BYTES,
@@ -31,8 +34,9 @@ PARQUET = (".parquet",)
 PLAIN = (".txt",)
 
 
-def is_parquet(part: Part) -> bool:
-    return part.files[0].lower().endswith(PARQUET)
+def is_table(part: Part) -> bool:
+    """Whether all records have the same fields, null where a record has none."""
+    return is_on_hub(part.files[0]) or part.files[0].lower().endswith(PARQUET)
 
 
 def _is_plain(part: Part) -> bool:
@@ -40,18 +44,21 @@ def _is_plain(part: Part) -> bool:
 
 
 class RecordSource(Source):
-    """Files of records: JSON lines, JSON arrays and Parquet. Subclasses make a document of a record."""
+    """Records of JSON lines, JSON arrays, Parquet and datasets on the hub. Subclasses make a document of a record."""
 
     suffixes: tuple[str, ...] = LINES + COMPRESSED + PARQUET
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of Parquet that are read; empty: all."""
+        """Columns of a table that are read; empty: all."""
         return ()
 
     def parts(self, paths: list[str]) -> list[Part]:
         found = []
         for group, path in enumerate(paths):
+            if is_on_hub(path):
+                found += [Part(group, (shard,)) for shard in find_shards(path)]
+                continue
             plain: list[str] = []
             for file in find_files(path, self.suffixes):
                 if file.lower().endswith(PLAIN) and PLAIN[0] in self.suffixes:
@@ -87,15 +94,17 @@ class RecordSource(Source):
         return [Part(group, (file,), start, stop) for start, stop in zip([0, *ends], ends)]
 
     def place(self, part: Part, index: int, before: int) -> str:
-        if part.stop is None and not part.files[0].lower().endswith((".gz", ".zst")):
+        if part.stop is None and not is_table(part) and not part.files[0].lower().endswith((".gz", ".zst")):
             return part.files[index]
-        unit = "row" if is_parquet(part) else "element" if is_array(part.files[0]) else "line"
+        unit = "row" if is_table(part) else "element" if is_array(part.files[0]) else "line"
         return f"{part.files[0]}: {unit} {before + index + 1}"
 
     def records(self, part: Part) -> Iterator[Any | BadDocument | None]:
         """The parsed records of a part; None for a blank line. A file that is damaged ends with a BadDocument."""
         try:
-            if is_parquet(part):
+            if is_on_hub(part.files[0]):
+                yield from read_shard(part.files[0], self.columns)
+            elif is_table(part):
                 yield from read_parquet(part, self.columns)
             else:
                 for record in read_records(part):

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidar.models import CachedAttention, DecoderConfig, KeyEnds, Mask, PrefillAttention, StepAttention
+from tidar.kernels.selection import has_decode_attention
+from tidar.models import (
+    CachedAttention,
+    DecoderConfig,
+    FusedStepAttention,
+    Mask,
+    PrefillAttention,
+    RangeMask,
+    StepAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,14 @@ class KeyValueCache:
         ]
         return KeyValueCache(layers, capacity)
 
-    def for_step(self, slots: Tensor, mask: Tensor | KeyEnds) -> list[CachedAttention]:
+    def for_step(self, slots: Tensor, mask: RangeMask) -> list[CachedAttention]:
         """What `Decoder.forward` takes in place of a mask, see `StepAttention`."""
-        return [StepAttention(keys, values, slots, mask) for keys, values in self.layers]
+        keys = self.layers[0][0]
+        if has_decode_attention(keys.device, keys.dtype, keys.shape[-1]):
+            (_, end), own = mask.ranges
+            return [FusedStepAttention(*layer, slots, end, *own) for layer in self.layers]
+        dense = mask.dense()
+        return [StepAttention(*layer, slots, dense) for layer in self.layers]
 
     def for_prefill(self, rows: Tensor, length: int, mask: Mask) -> list[CachedAttention]:
         """See `PrefillAttention`."""

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from tidar.decoding.cache import KeyValueCache
 from tidar.decoding.layout import Layout, prefill_layout, step_layout
 from tidar.decoding.sampling import Sampling, choose
-from tidar.kernels.selection import has_decode_attention
-from tidar.models import CachedAttention, Decoder, KeyEnds, RangeMask
+from tidar.models import CachedAttention, Decoder
+
+PROJECTED = 256  # rows up to which the output projection is bound by reading its weight
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Forward:
         self.model, self.cache, self.state = model, cache, state
         self.mask_token_id, self.masks, self.sampling = mask_token_id, masks, sampling
         self.block_size = state.draft.shape[1]
+        # few rows cost as much as one, which reads the weight too; so all groups are projected with the draft
+        self.projects_all = state.draft.device.type == "cuda" and len(state.draft) * self.block_size**2 <= PROJECTED
         # what a step leaves for the host: the draft that it verified, and how many of its tokens it committed
         self.verified, self.accepted = torch.zeros_like(state.draft), torch.zeros_like(state.lengths)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -79,7 +82,8 @@ class Forward:
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
             last = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
-            logits = self._logits(hidden.gather(1, last), hidden[:, padded : padded + 1], weight)
+            logits = F.linear(hidden.gather(1, last), weight)
+            logits = self._mixed(logits, hidden[:, padded : padded + 1], weight)
             token = choose(logits, self.sampling, new_keys, lengths[:, None])
             return torch.cat([token, F.linear(hidden[:, padded + 1 :], weight).argmax(dim=-1)], dim=1)
 
@@ -98,49 +102,61 @@ class Forward:
 
     @torch.no_grad()
     def _step(self) -> None:
-        state, block = self.state, self.block_size
-        layout = step_layout(state.lengths, block, self.cache.capacity, self.masks)
-
-        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self._logits(hidden[:, :block], hidden[:, block::block], weight)
-            positions = state.lengths[:, None] + torch.arange(1, block + 1, device=logits.device)
-            chosen = choose(logits, self.sampling, state.keys, positions)
-            matches = state.draft[:, 1:] == chosen[:, :-1]
-            accepted = 1 + matches.long().cumprod(dim=1).sum(dim=1)
-            certain = chosen.gather(1, accepted[:, None] - 1)
-            if not self.masks:
-                return accepted, certain
-            # the masks after the first of the group that stands behind the accepted tokens
-            rows = accepted[:, None] * block + torch.arange(1, block, device=logits.device)
-            masked = hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))
-            return accepted, torch.cat([certain, F.linear(masked, weight).argmax(dim=-1)], dim=1)
-
-        attention = self.cache.for_step(layout.slots, self._step_mask(layout.mask))
-        accepted, draft = self._run(state.draft, layout, attention, head)
+        state = self.state
+        layout = self._layout(state.lengths)
+        attention = self.cache.for_step(layout.slots, layout.mask)
+        accepted, draft = self._run(state.draft, layout, attention, self._verify)
         self.verified.copy_(state.draft)
         self.accepted.copy_(accepted)
         state.lengths += accepted * state.active
         state.draft.copy_(draft.where(state.active[:, None], state.draft))
+
+    def _layout(self, lengths: Tensor) -> Layout:
+        return step_layout(lengths, self.block_size, self.cache.capacity, self.masks)
+
+    def _verify(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens of the draft are committed `[batch]`, and the next draft, from a step's hidden states."""
+        state, block, sampling = self.state, self.block_size, self.sampling
+        batch, _, dim = hidden.shape
+        clean = hidden[:, :block]
+        # of each group the masks after the first, whose token is certain: [batch, groups, block - 1, dim]
+        masked = hidden[:, block:].view(batch, block if self.masks else 0, block, dim)[:, :, 1:]
+        drafts = None
+        if self.masks and self.projects_all:
+            logits = F.linear(torch.cat([clean, masked.flatten(1, 2)], dim=1), weight)
+            drafts = logits[:, block:].argmax(dim=-1).view(batch, block, block - 1)
+            logits = logits[:, :block]
+        else:
+            logits = F.linear(clean, weight)
+        positions = state.lengths[:, None] + torch.arange(1, block + 1, device=logits.device)
+        chosen = choose(self._mixed(logits, hidden[:, block::block], weight), sampling, state.keys, positions)
+        matches = state.draft[:, 1:] == chosen[:, :-1]
+        accepted = 1 + matches.long().cumprod(dim=1).sum(dim=1)
+        certain = chosen.gather(1, accepted[:, None] - 1)
+        if not self.masks:
+            return accepted, certain
+        # the group that stands behind the accepted tokens
+        group = (accepted - 1)[:, None, None]
+        if drafts is not None:
+            draft = drafts.gather(1, group.expand(-1, 1, block - 1))[:, 0]
+        else:
+            rows = masked.gather(1, group[..., None].expand(-1, 1, block - 1, dim))[:, 0]
+            draft = F.linear(rows, weight).argmax(dim=-1)
+        return accepted, torch.cat([certain, draft], dim=1)
 
     def _run(self, clean: Tensor, layout: Layout, attention: list[CachedAttention], head: Callable) -> Any:
         """One pass over clean tokens `[batch, n]` and as many masks as the layout has behind them."""
         masks = clean.new_full((len(clean), layout.slots.shape[1] - clean.shape[1]), self.mask_token_id)
         return self.model(torch.cat([clean, masks], dim=1), layout.position_ids, attention, head=head)
 
-    def _step_mask(self, mask: RangeMask) -> Tensor | KeyEnds:
-        if not has_decode_attention(mask.device, self.cache.layers[0][0].dtype, self.model.config.head_dim):
-            return mask.dense()
-        (_, end), (own_start, own_end) = mask.ranges
-        return KeyEnds(end, own_start, own_end)
-
-    def _logits(self, clean: Tensor, first_masks: Tensor, weight: Tensor) -> Tensor:
-        """Logits that decide tokens: the autoregressive ones, mixed with those of the mask at the same position."""
-        logits, mix = F.linear(clean, weight), self.sampling.draft_mix
+    def _mixed(self, logits: Tensor, first_masks: Tensor, weight: Tensor) -> Tensor:
+        """The logits that decide tokens: the autoregressive ones, mixed with those of the mask at the same position."""
+        mix = self.sampling.draft_mix
         return logits if mix == 1 else logits.lerp(F.linear(first_masks, weight), 1 - mix)
 
     def _capture(self) -> None:
         """No row is active yet, so the steps that warm up change nothing that counts."""
-        with compiled_layers(self.model):
+        with self._compiled():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -151,14 +167,21 @@ class Forward:
             with torch.cuda.graph(self.graph):
                 self._step()
 
+    @contextmanager
+    def _compiled(self):
+        """Compiles the parts of a step for the forward passes inside the context. All layers share one graph.
 
-@contextmanager
-def compiled_layers(model: Decoder):
-    """Compiles the decoder's layers, which share one compiled graph, for the forward passes inside the context."""
-    for layer in model.layers:
-        layer.forward = torch.compile(type(layer).forward.__get__(layer), fullgraph=True, dynamic=False)
-    try:
-        yield
-    finally:
-        for layer in model.layers:
-            del layer.forward
+        `_verify` stays as it is: a compiled arg-max takes four times as long, and the order of a draw's sums must not
+        depend on the batch.
+        """
+        model = self.model
+        parts: list[tuple[Any, str]] = [(layer, "forward") for layer in model.layers]
+        parts += [(model, "embed"), (model.norm, "forward"), (self, "_layout")]
+        for owner, name in parts:
+            method = getattr(type(owner), name).__get__(owner)
+            setattr(owner, name, torch.compile(method, fullgraph=True, dynamic=False))
+        try:
+            yield
+        finally:
+            for owner, name in parts:
+                delattr(owner, name)

@@ -27,9 +27,11 @@ class RopeScaling:
     truncate: bool = True
 
 
-def rotary(position_ids: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions `[batch, positions]`, each `[batch, 1, positions, head_dim]`, float32."""
-    frequencies = inverse_frequencies(head_dim, theta, scaling, position_ids.device)
+def rotary(position_ids: Tensor, frequencies: Tensor, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions `[batch, positions]`, each `[batch, 1, positions, head_dim]`, float32.
+
+    frequencies: see `inverse_frequencies`.
+    """
     angles = position_ids[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     attention_factor = scaling.attention_factor if scaling else 1.0

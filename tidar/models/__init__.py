@@ -1,6 +1,14 @@
 """One decoder for the Qwen family, its sizes and first values, attention backends, block masks, FLOPs."""
 
-from tidar.models.attention import CachedAttention, KeyEnds, KeySource, Mask, PrefillAttention, StepAttention, attention
+from tidar.models.attention import (
+    CachedAttention,
+    FusedStepAttention,
+    KeySource,
+    Mask,
+    PrefillAttention,
+    StepAttention,
+    attention,
+)
 from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.huggingface.weights import from_pretrained
 from tidar.models.initialize import initialize
@@ -19,7 +27,7 @@ from tidar.models.sizes import size_config
 
 __all__ = [
     "CachedAttention",
-    "KeyEnds",
+    "FusedStepAttention",
     "KeySource",
     "PrefillAttention",
     "StepAttention",

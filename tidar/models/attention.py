@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from tidar.kernels.compiling import compiled
+from tidar.kernels.norm import RMSNorm
 
 Mask = BlockMask | Tensor | None
 
@@ -19,7 +20,7 @@ class KeySource(Protocol):
     """
 
     @property
-    def mask(self) -> "Mask | KeyEnds": ...
+    def mask(self) -> "Mask": ...
 
     def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to, given those of the positions; `[batch, n_kv_heads, keys, head_dim]`."""
@@ -30,13 +31,13 @@ class StepAttention(NamedTuple):
     """For one layer of a decoding step, in place of a mask: queries attend to the whole cache.
 
     keys, values: the cache, `[batch, n_kv_heads, slots, head_dim]`, written in place. slots: where to store the key and
-    value of each query, `[batch, positions]` int64. mask: over queries and slots; KeyEnds run our own kernel.
+    value of each query, `[batch, positions]` int64. mask: over queries and slots.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    mask: "Tensor | KeyEnds"
+    mask: Tensor
 
     def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores `[batch, n_kv_heads, positions, head_dim]`, and returns the keys and values to attend to."""
@@ -44,12 +45,29 @@ class StepAttention(NamedTuple):
         return self.keys.scatter_(2, index, k), self.values.scatter_(2, index, v)
 
 
-class KeyEnds(NamedTuple):
-    """A query sees the slots 0 … end and own_start … own_end, ends excluded: all `[batch, queries]` int32."""
+class FusedStepAttention(NamedTuple):
+    """The same in fused kernels, from the projected heads to the input of the output projection.
 
+    A query sees the slots 0 … end and own_start … own_end, ends excluded: all `[batch, queries]` int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
     end: Tensor
     own_start: Tensor
     own_end: Tensor
+
+    def attend(self, heads: Tensor, norms: tuple[nn.Module, nn.Module], cos: Tensor, sin: Tensor) -> Tensor:
+        """`[batch, positions, n_heads * head_dim]` from `[batch, positions, all heads, head_dim]`, see `split_heads`.
+
+        norms: of queries and keys, RMSNorm or Identity.
+        """
+        from tidar.kernels.decode_attention import decode_attention  # Triton comes with CUDA's torch only
+
+        weights = [norm.weight if isinstance(norm, RMSNorm) else None for norm in norms]
+        eps = norms[0].eps if isinstance(norms[0], RMSNorm) else 0.0
+        return decode_attention(heads, *weights, eps, cos, sin, *self)
 
 
 class PrefillAttention(NamedTuple):
@@ -70,7 +88,7 @@ class PrefillAttention(NamedTuple):
         return k, v
 
 
-CachedAttention = StepAttention | PrefillAttention
+CachedAttention = StepAttention | FusedStepAttention | PrefillAttention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | KeySource, flash: bool = False) -> Tensor:
@@ -83,10 +101,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | KeySource, flash: bo
     """
     if mask is not None and not isinstance(mask, (BlockMask, Tensor)):
         k, v = mask.attended(k, v)
-        if isinstance(mask.mask, KeyEnds):
-            from tidar.kernels.decode_attention import decode_attention  # Triton comes with CUDA's torch only
-
-            return decode_attention(q, k, v, *mask.mask)
         mask = mask.mask
     if isinstance(mask, BlockMask):
         # FlexAttention is fused only when compiled

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from tidar.kernels.norm import RMSNorm
 from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
-from tidar.kernels.rotary import RopeScaling, rotary, rotate, split_heads
+from tidar.kernels.rotary import RopeScaling, inverse_frequencies, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
-from tidar.models.attention import KeySource, Mask, attention
+from tidar.models.attention import FusedStepAttention, KeySource, Mask, attention
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Attention(nn.Module):
         """The residual plus attention from x, all `[batch, positions, dim]`."""
         batch, positions, _ = x.shape
         heads = self.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).view(batch, positions, -1, self.head_dim)
+        if isinstance(mask, FusedStepAttention):
+            return self.linear(
+                mask.attend(heads, (self.q_norm, self.k_norm), cos, sin), self.o_proj.weight, self.o_proj.bias, residual
+            )
         if self.rotates_fused:
             q, k, v = RotatedHeads.apply(heads, cos, sin, self.n_kv_heads)
         else:
@@ -154,10 +158,16 @@ class Decoder(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        x = self.embed_tokens(input_ids)
-        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        config = self.config
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, input_ids.device)
+        x, cos, sin = self.embed(input_ids, position_ids, frequencies)
         for layer, layer_mask in zip(self.layers, mask if isinstance(mask, list) else repeat(mask)):
             x = layer(x, cos, sin, layer_mask)
         x = self.norm(x)
         return (head or F.linear)(x, self.output_weight())
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, and cosines and sines of the positions, all of one dtype."""
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary(position_ids, frequencies, self.config.rope_scaling)
+        return x, cos.to(x.dtype), sin.to(x.dtype)

@@ -1,11 +1,8 @@
 """Training cases of the benchmarks by name, and hooks that measure the time of each step."""
 
 import gc
-import itertools
-import os
 import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tidar.benchmarks.ranks import common_folder, gather, n_ranks
 from tidar.config import UserError, load_config
 from tidar.data import Batch
 from tidar.distributed import World, leave_world
@@ -98,31 +96,11 @@ class StepTimes(Hooks):
         return steps
 
 
-def gather(value: Any, cpu_group: dist.ProcessGroup) -> list:
-    """The value that each rank has."""
-    values: list[Any] = [None] * cpu_group.size()
-    dist.all_gather_object(values, value, group=cpu_group)
-    return values
-
-
-def steps_of_all(steps: list[Step], world: World, cpu_group: dist.ProcessGroup) -> list[Step]:
-    """Steps of all ranks together: the time of the slowest one, tokens and FLOPs of a device."""
-    size, shared = world.size, world.cp_size
-    return [
-        Step(
-            max(step.seconds for step in ranks),
-            sum(step.tokens for step in ranks) / size / shared,  # ranks that share rows count the same tokens
-            sum(step.flops for step in ranks) / size,
-        )
-        for ranks in zip(*gather(steps, cpu_group))
-    ]
-
-
 @contextmanager
 def running(options: list[str], hooks: Hooks | None = None) -> Iterator[Trainer]:
     """A trainer with these options, in a temporary folder."""
     free_memory()
-    with _temporary_folder() as folder:
+    with common_folder() as folder:
         failed = True
         try:
             yield Trainer(load_config(["--job.dump_folder", folder, *options]), hooks)
@@ -132,37 +110,8 @@ def running(options: list[str], hooks: Hooks | None = None) -> Iterator[Trainer]
             raise
         finally:
             # after other errors it would wait for ranks that still compute
-            if not failed or not is_rank():
+            if not failed or n_ranks() == 1:
                 leave_world()
-
-
-_folders = itertools.count()
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[str]:
-    """The same for all ranks, which are on one machine: rank 0 creates and removes it."""
-    store, rank = None, 0
-    if is_rank():
-        store, rank, _ = next(iter(dist.rendezvous("env://")))
-    key = f"benchmark-folder-{next(_folders)}"
-    if store and rank:
-        yield store.get(key).decode()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if store:
-            store.set(key, folder)
-        yield folder
-
-
-def is_rank() -> bool:
-    """Whether torchrun has started this process."""
-    return "RANK" in os.environ
-
-
-def is_first_rank() -> bool:
-    """Whether this process prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def free_memory() -> None:
@@ -200,6 +149,19 @@ def sustained_seconds(work: Callable[[], object], device: torch.device, seconds:
         end.record()
         torch.cuda.synchronize()
     return start.elapsed_time(end) / REPEATS / 1e3
+
+
+def steps_of_all(steps: list[Step], world: World, cpu_group: dist.ProcessGroup) -> list[Step]:
+    """Steps of all ranks together: the time of the slowest one, tokens and FLOPs of a device."""
+    size, shared = world.size, world.cp_size
+    return [
+        Step(
+            max(step.seconds for step in ranks),
+            sum(step.tokens for step in ranks) / size / shared,  # ranks that share rows count the same tokens
+            sum(step.flops for step in ranks) / size,
+        )
+        for ranks in zip(*gather(steps, cpu_group))
+    ]
 
 
 def medians(steps: list[Step], peak_flops: float | None) -> dict[str, float]:

@@ -1,13 +1,18 @@
-"""Breaks down the time of a step: python -m tidar.benchmarks.profile [--case NAME] [--section.option value ...]
+"""Breaks down the time of a step: python -m tidar.benchmarks.profile [--case CASE] [--section.option value ...]
 
 Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the time of each kind of kernel in a step
 beside its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
-both measured first. Further options go to the trainer.
+both measured first. Further options go to the trainer. With --ngpu, or under torchrun, it trains on several devices of
+this machine and traces rank 0. Collectives run beside other kernels, and wait for the slowest rank; "exposed
+communication" is the time in which nothing else runs.
 """
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,18 +28,27 @@ from tidar.benchmarks.cases import (
     running,
     sustained_seconds,
 )
-from tidar.config import ArgumentParser, user_errors_exit
+from tidar.benchmarks.ranks import is_rank, launcher, numbers_of_devices
+from tidar.config import ArgumentParser, UserError, user_errors_exit
+from tidar.distributed import OneDevice, check_device_count
 from tidar.models import DecoderConfig
 from tidar.training.trainer import Trainer
 
 # the first pattern that is found in a kernel's name says its kind
-KINDS = {
+COLLECTIVES = {
+    "all-gather": r"(?i)^nccl.*all_?gather",
+    "reduce-scatter": r"(?i)^nccl.*reduce_?scatter",
+    "other collectives": r"(?i)^nccl",
+}
+KINDS = COLLECTIVES | {
     "attention backward": r"(?i)(flex|flash|fmha|attention).*(bwd|backward)",
     "attention forward": r"(?i)flex_attention|flash|fmha|attention",
     "loss": r"cross_entropy|log_softmax",
-    "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply",
+    "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply(?!.*copy)",
     "matmuls": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
-    "memory movement": r"Memcpy|Memset|^(?!triton).*(copy|chunk_cat|CatArray|[Ff]ill|split_with_sizes)",
+    # FSDP2's, around collectives and between dtypes
+    "cast and copy": r"(?i)^(?!triton).*(copy|chunk_cat|catarray|split_with_sizes)|^aten::(cat|to)$",
+    "memory movement": r"(?i)memcpy|memset|^(?!triton).*fill",
     "norm and elementwise": "",
 }
 
@@ -49,6 +63,8 @@ class Traced(StepTimes):
 
     def after_step(self, trainer: Trainer) -> None:
         super().after_step(trainer)
+        if trainer.world.rank:
+            return
         if trainer.step == WARM_UP:
             self.profiler.start()
         if trainer.step == trainer.steps:
@@ -84,6 +100,11 @@ def busy_ms(found: list[tuple[str, float, float]]) -> float:
     return total
 
 
+def exposed_ms(found: list[tuple[str, float, float]]) -> float:
+    """Time in which collectives ran and nothing else."""
+    return busy_ms(found) - busy_ms([kernel for kernel in found if kind_of(kernel[0]) not in COLLECTIVES])
+
+
 def longest_gaps(found: list[tuple[str, float, float]], number: int) -> list[tuple[float, str, str]]:
     """The longest times in which nothing ran: (ms, kernel before, kernel after)."""
     gaps, until, before = [], float("inf"), ""
@@ -117,13 +138,14 @@ def floors_ms(
     scored: int,
     flops: float,
     rates: tuple[float, float],
-    one_device: bool,
+    shards: int,
+    gathers: int,
     with_logits: bool,
 ) -> dict[str, float]:
     """The least time of each kind in a step of one micro-batch, float32 states, a plain MLP, nothing recomputed.
 
-    one_device: without FSDP2, whose weights are rounded to bfloat16, and gradients widened to float32, by themselves.
-    with_logits: include the loss's reads and writes of the logits.
+    shards: of the states. gathers: how often FSDP2 gathers each parameter, 0 without FSDP2. with_logits: include the
+    loss's reads and writes of the logits.
     """
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
@@ -133,6 +155,8 @@ def floors_ms(
     # with what the forward pass has kept read again
     width = 6 * decoder.dim + 2 * heads + 3 * decoder.hidden_dim
     elementwise = decoder.n_layers * positions * 2 * width * 2.5
+    # FSDP2 rounds its shard to bfloat16, copies what is gathered, and widens gradients to float32 for their reduction
+    copied = gathers * (6 / shards + (4 if shards > 1 else 0)) + 6 if gathers else 0
     return {
         "matmuls": matmuls / rate * 1e3,
         "attention forward": (flops - matmuls) / 3 / rate * 1e3,
@@ -140,27 +164,44 @@ def floors_ms(
         "loss": with_logits * 3 * 2 * decoder.vocab_size * scored / bandwidth * 1e3,
         "norm and elementwise": elementwise / bandwidth * 1e3,
         # AdamW reads 16 bytes a parameter and writes 12, and the norm reads 4; or 14, 14 and 2
-        "optimizer": (30 if one_device else 32) * parameters / bandwidth * 1e3,
-        "memory movement": (0 if one_device else 12) * parameters / bandwidth * 1e3,
-        "idle": 0.0,
+        "optimizer": (32 if gathers else 30) * parameters / shards / bandwidth * 1e3,
+        "cast and copy": copied * parameters / bandwidth * 1e3,
     }
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tidar.benchmarks.profile", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--case", default="debug", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--case", default="debug", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--ngpu", type=numbers_of_devices, default=[], metavar="N,...", help="on so many devices, one after the other"
+    )
     parser.add_argument("--steps", type=int, default=3, help="steps that are traced [3]")
     parser.add_argument("--top", type=int, default=30, help="longest kernels that are listed [30]")
     with user_errors_exit():
         arguments, others = parser.parse_known_args()
         n_steps = arguments.steps
+        if arguments.ngpu:
+            profile_on(arguments, others)
+            return
         options = [*case_options(arguments.case), "--training.steps", str(WARM_UP + n_steps), *others]
         times = Traced()
         with running(options, times) as trainer:
             rates = ceilings(trainer.device, trainer.plan.dtype)
             trainer.train()
             flops = sum(work[1] for work in times.work[WARM_UP:]) / n_steps
-            report(trainer, kernels(times.profiler), n_steps, flops, rates, arguments.top)
+            if trainer.world.rank == 0:
+                report(trainer, kernels(times.profiler), n_steps, flops, rates, arguments.top)
+
+
+def profile_on(arguments: Namespace, others: list[str]) -> None:
+    """By processes of their own, for each number of devices."""
+    if is_rank():
+        raise UserError("--ngpu starts processes itself: start this without torchrun")
+    check_device_count(max(arguments.ngpu))
+    options = ["--case", arguments.case, "--steps", str(arguments.steps), "--top", str(arguments.top), *others]
+    for ngpu in arguments.ngpu:
+        if code := subprocess.run([*launcher(ngpu), "tidar.benchmarks.profile", *options]).returncode:
+            sys.exit(code)
 
 
 def report(
@@ -174,6 +215,7 @@ def report(
         by_kind[kind_of(name)] += (end - start) / n_steps
         by_name[name].append(end - start)
     wall = (max(end for *_, end in found) - min(start for _, start, _ in found)) / n_steps
+    by_kind["exposed communication"] = exposed_ms(found) / n_steps
     by_kind["idle"] = wall - busy_ms(found) / n_steps
     tokens = config.training.local_batch_size * config.training.seq_len * plan.micro_batches
     floors = floors_ms(
@@ -183,16 +225,19 @@ def report(
         2 * tokens,
         flops,
         rates,
-        one_device=bool(trainer.parallel.copies),
+        plan.shards,
+        gathers=0 if isinstance(trainer.parallel, OneDevice) else 2 if trainer.parallel.reshards else 1,
         with_logits=not plan.kernels.loss_without_logits,
     )
-    print(f"{device_name(trainer.device)}, torch {torch.__version__}, {plan.dtype}, {plan.kernels.describe()}")
+    devices = f"{plan.world_size} x {device_name(trainer.device)}"
+    print(f"{devices}, torch {torch.__version__}, {plan.dtype}, {plan.kernels.describe()}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
-    print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'times':>7}")
-    for kind in [*KINDS, "idle"]:
-        times = f" {by_kind[kind] / floors[kind]:7.2f}" if floors[kind] else ""
-        print(f"{kind:22}{by_kind[kind]:10.2f} {floors[kind]:8.2f}{times}")
-    print(f"{'a step':22}{wall:10.2f} {sum(floors.values()):8.2f} {wall / sum(floors.values()):7.2f}")
+    print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'of step':>8} {'times':>7}")
+    for kind in [*KINDS, "exposed communication", "idle"]:
+        floor = floors.get(kind, 0.0)
+        times = f" {by_kind[kind] / floor:7.2f}" if floor else ""
+        print(f"{kind:22}{by_kind[kind]:10.2f} {floor:8.2f} {by_kind[kind] / wall:8.1%}{times}")
+    print(f"{'a step':22}{wall:10.2f} {sum(floors.values()):8.2f} {'':8} {wall / sum(floors.values()):7.2f}")
     print("\nlongest kernels: ms a step, calls a step, kind, name")
     for name, spans in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(spans) / n_steps:8.2f} {len(spans) / n_steps:6.0f}  {kind_of(name):21} {name[:110]}")

@@ -33,14 +33,12 @@ from tidar.benchmarks.cases import (
     device_name,
     first_batches,
     free_memory,
-    gather,
-    is_first_rank,
-    is_rank,
     medians,
     running,
     steps_of_all,
 )
 from tidar.benchmarks.power import power_log
+from tidar.benchmarks.ranks import gather, is_first_rank, is_rank, launcher, n_ranks, numbers_of_devices
 from tidar.config import ArgumentParser, UserError, load_config, user_errors_exit
 from tidar.data import Batch
 from tidar.distributed import check_device_count, resolve_degrees
@@ -252,7 +250,7 @@ def measure_all(options: list[str], arguments: Namespace) -> dict:
 def measure_here(cases: list[str], arguments: Namespace, others: list[str]) -> Iterator[dict]:
     """The result of each case, measured by this process, one rank of several or the only one."""
     for case in cases:
-        result: dict[str, Any] = {"case": case, "ngpu": int(os.environ.get("WORLD_SIZE", "1"))}
+        result: dict[str, Any] = {"case": case, "ngpu": n_ranks()}
         try:
             result |= measure_all([*case_options(case), *others], arguments)
         except torch.OutOfMemoryError:
@@ -262,11 +260,6 @@ def measure_here(cases: list[str], arguments: Namespace, others: list[str]) -> I
                 sys.exit(1)
             result["error"] = OUT_OF_MEMORY
         yield result
-
-
-def launcher(ngpu: int) -> list[str]:
-    """The first words of a command that runs a module in so many processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ngpu), "-m"]
 
 
 def measure_on(ngpu: int, cases: list[str], arguments: Namespace, others: list[str]) -> Iterator[dict]:
@@ -292,13 +285,6 @@ def measure_on(ngpu: int, cases: list[str], arguments: Namespace, others: list[s
         if done < len(cases):
             yield {"case": cases[done], "ngpu": ngpu, "error": (errors or ["failed"])[0]}
         cases = cases[done + 1 :]
-
-
-def numbers_of_devices(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--ngpu {text}: must be numbers of devices, separated by commas")
-    return [int(part) for part in parts]
 
 
 def check(cases: list[str], arguments: Namespace, others: list[str]) -> None:

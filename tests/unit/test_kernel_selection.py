@@ -28,8 +28,8 @@ def hopper(monkeypatch):
     return monkeypatch
 
 
-def choose(options: str = "", device=CUDA, dtype=BF16, sizes=SIZES):
-    return choose_kernels(load_config(options.split()), device, dtype, sizes)
+def choose(options: str = "", device=CUDA, dtype=BF16, sizes=SIZES, elsewhere=None):
+    return choose_kernels(load_config(options.split()), device, dtype, sizes, elsewhere)
 
 
 def test_a_hopper_gpu_runs_everything(hopper):
@@ -39,6 +39,7 @@ def test_a_hopper_gpu_runs_everything(hopper):
     assert kernels.describe() == "flash attention, compile True, QuACK matmuls, loss without logits"
     assert not kernels.warnings
     assert choose("--activation_checkpoint.mode selective") == kernels
+    assert choose(elsewhere=(9, 0)) == kernels
     assert not choose("--training.enable_cpu_offload true").adamw
     float8 = choose("--training.float8 true")
     assert float8.float8 == "on" and not float8.fused_matmul and float8.loss_without_logits
@@ -80,6 +81,15 @@ def test_reasons_are_given_for_what_does_not_run(hopper):
     assert "no flash attention: needs a Hopper GPU, not H100; no QuACK matmuls: needs a Hopper" in choose().describe()
     hopper.setattr("tidar.kernels.selection.metadata.version", lambda _: "0.7.1")
     assert "needs quack-kernels 0.6.5 or later, before 0.7, not 0.7.1" in choose().describe()
+
+
+def test_what_runs_on_another_machine_is_known_here():
+    """Without a GPU or packages."""
+    kernels = choose(elsewhere=(9, 0))
+    assert kernels.describe() == "flash attention, compile True, QuACK matmuls, loss without logits"
+    assert choose("--training.float8 true", elsewhere=(9, 0)).float8 == "on"
+    older = choose(elsewhere=(8, 0))
+    assert older.describe().endswith("no flash attention: needs a Hopper GPU; no QuACK matmuls: needs a Hopper GPU")
 
 
 def test_a_cpu_runs_plain_kernels():

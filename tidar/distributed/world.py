@@ -73,13 +73,13 @@ def join_world(config: Config) -> World:
             "let it start ./run_train.sh once on each node, which starts a process for each GPU (docs/launching.md)",
         )
     replicas, shards = resolve_degrees(config, size)
-    check_offload(config)
     local_rank = _variable("LOCAL_RANK", default=0)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         check_device_count(_variable("LOCAL_WORLD_SIZE", default=1))
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    check_offload(config, device)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
     store, rank, size = (dist.HashStore(), 0, 1) if missing else _rendezvous(timeout)
     dist.init_process_group(
@@ -164,9 +164,9 @@ def logging_ranks(size: int) -> list[int]:
     return [int(rank) for rank in ranks]
 
 
-def check_offload(config: Config) -> None:
+def check_offload(config: Config, device: torch.device) -> None:
     """Raises UserError where training.enable_cpu_offload has nothing to offload from."""
-    if config.training.enable_cpu_offload and not torch.cuda.is_available():
+    if config.training.enable_cpu_offload and device.type != "cuda":
         raise UserError("training.enable_cpu_offload = true: needs CUDA; without it all is in the host's memory anyway")
 
 

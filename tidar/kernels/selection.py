@@ -27,6 +27,8 @@ FLOAT8_CAPABILITY = (8, 9)
 FLASH_HEAD_DIM, HOPPER = 128, 9
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
+Capability = tuple[int, int]
+
 
 class Sizes(NamedTuple):
     """Sizes of a decoder that decide which kernels can compute it."""
@@ -98,11 +100,18 @@ def has_decode_attention(device: torch.device, dtype: torch.dtype, head_dim: int
     return device.type == "cuda" and dtype != torch.float64 and 16 <= head_dim <= 256 and is_power_of_two
 
 
-def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Kernels:
+def choose_kernels(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes | None = None,
+    elsewhere: Capability | None = None,
+) -> Kernels:
     """The fastest kernels that the device, the compute dtype, the sizes, the options and the installed packages allow.
 
     sizes: None where the model is not known yet; then only what the options ask for explicitly is checked, and the rest
-    is not final. Raises UserError where what they ask for explicitly cannot run.
+    is not final. elsewhere: of GPUs of another machine, which is taken to have all packages; None: ask the device.
+    Raises UserError where what they ask for explicitly cannot run.
     """
     on_cuda = device.type == "cuda"
     compile = on_cuda if config.compile.enable == "auto" else config.compile.enable
@@ -121,7 +130,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
     if not on_cuda:
         attention = "sdpa"
     elif attention in ("auto", "flash") and (sizes or attention == "flash"):
-        obstacle = _flash_obstacle(device, dtype, sizes, config.training.deterministic)
+        obstacle = _flash_obstacle(device, dtype, sizes, config.training.deterministic, elsewhere)
         if obstacle and attention == "flash":
             raise UserError(f"model.attention_backend = flash: {obstacle.reason}; use flex or auto")
         attention = "flash" if is_free("flash attention", obstacle) else "flex"
@@ -133,7 +142,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
 
     float8: Literal["off", "on", "emulated"] = "off"
     if config.training.float8:
-        obstacle = _float8_obstacle(device, dtype, sizes)
+        obstacle = _float8_obstacle(device, dtype, sizes, elsewhere)
         if obstacle:
             raise UserError(f"training.float8 = true: {obstacle.reason}")
         float8 = "on" if on_cuda else "emulated"
@@ -144,7 +153,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
             "warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out"
         )
 
-    quack = compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes))
+    quack = compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes, elsewhere))
     # e has to have bfloat16's range (see anchored_cross_entropy)
     fits_loss = sizes is not None and sizes.vocab_size % VOCAB_MULTIPLE == 0 and dtype == torch.bfloat16
     return Kernels(
@@ -163,55 +172,58 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype, siz
 
 
 def _flash_obstacle(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes | None, deterministic: bool
+    device: torch.device, dtype: torch.dtype, sizes: Sizes | None, deterministic: bool, elsewhere: Capability | None
 ) -> Obstacle | None:
     try:
-        installed = find_spec("flash_attn.cute") is not None
+        installed = elsewhere is not None or find_spec("flash_attn.cute") is not None
     except ImportError:
         installed = False
     if not installed:
         return Obstacle("is not installed: pip install -e '.[flash]'")
-    if torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return Obstacle(f"needs a Hopper GPU, not {torch.cuda.get_device_name(device)}")
+    if (elsewhere or torch.cuda.get_device_capability(device))[0] != HOPPER:
+        return Obstacle(f"needs a Hopper GPU{'' if elsewhere else f', not {torch.cuda.get_device_name(device)}'}")
     if dtype not in NARROW_DTYPES:
         return Obstacle(f"needs training.mixed_precision_param = bfloat16 or float16, not {_name(dtype)}")
     if sizes and sizes.head_dim != FLASH_HEAD_DIM:
         return Obstacle(f"needs heads of {FLASH_HEAD_DIM}, not {sizes.head_dim}")
     if deterministic:
         return Obstacle("training.deterministic = true: its backward pass does not repeat bit for bit")
-    return _import_obstacle("flash-attn-4", "flash_attn.cute")
+    return None if elsewhere else _import_obstacle("flash-attn-4", "flash_attn.cute")
 
 
-def _quack_obstacle(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Obstacle | None:
+def _quack_obstacle(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, elsewhere: Capability | None
+) -> Obstacle | None:
     first, end = QUACK_VERSIONS
-    version = _version("quack-kernels", 3)
+    version = first if elsewhere else _version("quack-kernels", 3)
     if version is None:
         return Obstacle("is not installed: pip install -e '.[flash]'")
     if not first <= version < end:
         known = f"{'.'.join(map(str, first))} or later, before {'.'.join(map(str, end))}"
         return Obstacle(f"needs quack-kernels {known}, not {metadata.version('quack-kernels')}")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+    if device.type != "cuda" or (elsewhere or torch.cuda.get_device_capability(device))[0] != HOPPER:
         return Obstacle("needs a Hopper GPU")
     if dtype not in NARROW_DTYPES:
         return Obstacle(f"needs training.mixed_precision_param = bfloat16 or float16, not {_name(dtype)}")
     if sizes.dim % ALIGNED or sizes.hidden_dim % ALIGNED:
         return Obstacle(f"needs sizes that are multiples of {ALIGNED}, not {sizes.dim} and {sizes.hidden_dim}")
-    return _import_obstacle(
-        "quack-kernels", "quack.gemm_interface", "quack.epilogue.library", "tidar.kernels.anchored_cross_entropy"
-    )
+    modules = "quack.gemm_interface", "quack.epilogue.library", "tidar.kernels.anchored_cross_entropy"
+    return None if elsewhere else _import_obstacle("quack-kernels", *modules)
 
 
-def _float8_obstacle(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Obstacle | None:
+def _float8_obstacle(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes | None, elsewhere: Capability | None
+) -> Obstacle | None:
     needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: pip install -e '.[fp8]'"
-    version = _version("torchao", 2)
+    version = FIRST_TORCHAO if elsewhere else _version("torchao", 2)
     if version is None:
         return Obstacle(needed)
     if version < FIRST_TORCHAO:
         return Obstacle(f"{needed}, not {metadata.version('torchao')}")
-    if obstacle := _import_obstacle("torchao", "torchao.float8"):
+    if not elsewhere and (obstacle := _import_obstacle("torchao", "torchao.float8")):
         return obstacle
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        if (elsewhere or torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
             return Obstacle(f"needs an Ada, Hopper or later GPU, not {torch.cuda.get_device_name(device)}")
         if dtype != torch.bfloat16:  # what it was tested with there
             return Obstacle(f"needs training.mixed_precision_param = bfloat16, not {_name(dtype)}")

@@ -25,13 +25,17 @@ def useful_flops(config: DecoderConfig, positions: int, scored: int, allowed_pai
     6 per matrix weight of the layers and position, 6 * vocab * dim per scored position, and `attention_flops`.
     Embedding look-ups and recomputation are not counted.
     """
-    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    layer_weights = config.dim * heads + 3 * config.dim * config.hidden_dim
     return (
-        6 * config.n_layers * layer_weights * positions
+        6 * config.n_layers * layer_weights(config) * positions
         + attention_flops(config, allowed_pairs)
         + 6 * config.vocab_size * config.dim * scored
     )
+
+
+def layer_weights(config: DecoderConfig) -> int:
+    """Elements of the matrices of a layer."""
+    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    return config.dim * heads + 3 * config.dim * config.hidden_dim
 
 
 def attention_flops(config: DecoderConfig, allowed_pairs: int) -> float:

@@ -1,12 +1,13 @@
 """What a run needs to know before anything is allocated, resolved from its options in one place."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from tidar.config import Config, UserError, resolve_global_batch_size
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
-from tidar.kernels import Kernels, Sizes, choose_kernels
+from tidar.kernels import Capability, Kernels, Sizes, choose_kernels
 from tidar.models import Decoder, DecoderConfig
 from tidar.patterns import DECODABLE, Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
 from tidar.training.reporting.weights_and_biases import check_wandb
@@ -51,11 +52,21 @@ class RunPlan:
         return needs_fsdp(self.config, self.world_size)
 
     @property
+    def dp_size(self) -> int:
+        """Ranks, or groups of them, that have rows of their own."""
+        return self.world_size // self.context_parallel
+
+    @property
     def positions(self) -> int:
         """Model positions of a micro-batch on each device."""
         training, sharding = self.config.training, self.sharding
         row = sharding.n_positions if sharding else self.pattern.model_positions(training.seq_len)
         return training.local_batch_size * row
+
+    @property
+    def n_keys(self) -> int:
+        """Keys that the queries of a row attend to on each device."""
+        return self.sharding.n_keys if self.sharding else self.pattern.model_positions(self.config.training.seq_len)
 
     # memory in bytes; the model must be known
 
@@ -63,13 +74,16 @@ class RunPlan:
     def states_bytes(self) -> float:
         """Of parameters, moments and gradients, and of the copies in the compute dtype: of each device or its host."""
         moments = 2 * {"float32": 4, "bfloat16": 2}[self.config.optimizer.state_dtype]
-        if self.uses_fsdp:
-            # parameters and gradients in float32
-            return (8 + moments) * self.n_parameters / self.shards
-        # gradients of several micro-batches are accumulated in float32
-        copies = self.dtype.itemsize if self.dtype.itemsize < 4 else 0
-        gradients = self.dtype.itemsize if self.micro_batches == 1 else 4
-        return (4 + moments + copies + gradients) * self.n_parameters
+        # under FSDP2 no copies: it casts what it gathers
+        copies = self.dtype.itemsize if self.dtype.itemsize < 4 and not self.uses_fsdp else 0
+        return (4 + moments + copies) * self.n_parameters / self.shards + self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of the gradients among the states."""
+        # on one device without FSDP2 those of several micro-batches are accumulated in float32
+        size = 4 if self.uses_fsdp or self.micro_batches > 1 else self.dtype.itemsize
+        return size * self.n_parameters / self.shards
 
     @property
     def gathered_bytes(self) -> int:
@@ -90,14 +104,16 @@ def plan_run(
     device: torch.device,
     decoder: DecoderConfig | None = None,
     mask_token_id: int = 0,
+    elsewhere: Capability | None = None,
 ) -> RunPlan:
     """Resolves the options for so many devices. Allocates nothing, and needs no process group.
 
     decoder, mask_token_id: of the model; where it is not read yet, what depends on it is left open.
+    elsewhere: capability of the devices, if they are GPUs of another machine.
     Raises UserError for options that do not fit each other, the devices or the model.
     """
     replicas, shards = resolve_degrees(config, world_size)
-    check_offload(config)
+    check_offload(config, device)
     context_parallel = config.parallelism.context_parallel_degree
     dp_size = world_size // context_parallel
     global_batch_size = resolve_global_batch_size(config, dp_size)
@@ -120,8 +136,7 @@ def plan_run(
     sizes, n_parameters = None, 0
     if decoder:
         sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)
-        with torch.device("meta"):
-            n_parameters = sum(parameter.numel() for parameter in Decoder(decoder).parameters())
+        n_parameters = count_parameters(decoder)
     return RunPlan(
         config=config,
         device=device,
@@ -132,7 +147,7 @@ def plan_run(
         global_batch_size=global_batch_size,
         micro_batches=global_batch_size // (config.training.local_batch_size * dp_size),
         dtype=dtype,
-        kernels=choose_kernels(config, device, dtype, sizes),
+        kernels=choose_kernels(config, device, dtype, sizes, elsewhere),
         pattern=pattern,
         validation_pattern=validation_pattern,
         loss_weights=loss_weights(config, pattern),
@@ -141,3 +156,9 @@ def plan_run(
         model=decoder,
         n_parameters=n_parameters,
     )
+
+
+@lru_cache
+def count_parameters(decoder: DecoderConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(decoder).parameters())

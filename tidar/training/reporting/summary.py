@@ -1,27 +1,25 @@
 """What a run is about to do, logged before it starts."""
 
-import torch
-
 from tidar.data import PackedRows
-from tidar.models import pattern_mask
-from tidar.models.flops import batch_flops
+from tidar.models.flops import useful_flops
 from tidar.patterns import experiments
 from tidar.training.batches import Batches
+from tidar.training.estimate.gpus import this_gpu
+from tidar.training.estimate.report import in_one_line
+from tidar.training.estimate.row import row_work
+from tidar.training.estimate.shapes import estimate, not_estimated
 from tidar.training.plan import RunPlan
 
 
 def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> list[str]:
-    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states, kernels.
+    """Parameters, data, tokens and FLOPs of a step and of the run, memory of the states, kernels, an estimate.
 
     n_unusable: documents that were dropped at preparation.
     """
     config, rows = plan.config, batches.training_rows
     seq_len = config.training.seq_len
-    row = torch.zeros(1, seq_len, dtype=torch.long)
-    batch = plan.pattern.layout(row, row, torch.ones_like(row))
-    positions = plan.pattern.model_positions(seq_len)
-    pairs = int(pattern_mask(plan.pattern, batch.documents).allowed_pairs())
-    flops = batch_flops(plan.decoder, batch, pairs) * plan.global_batch_size
+    row = row_work(plan.pattern, seq_len)
+    flops = useful_flops(plan.decoder, *row) * plan.global_batch_size
     padding = 1 - rows.n_tokens / (len(rows) * seq_len)
     long = rows.n_long / max(rows.n_documents, 1)
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
@@ -41,7 +39,7 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
         "data": f"{config.data.source}, {rows.n_tokens:,} tokens of {rows.n_documents:,} documents "
         f"in {len(rows):,} rows of {seq_len} ({padding:.2%} padding, {long_documents}), "
         f"{len(batches.held_out_rows):,} rows held out{_without_targets(batches.held_out_rows)}",
-        "pattern": ", ".join([config.tidar.pattern, *blocks, *changed, f"{positions} model positions a row"]),
+        "pattern": ", ".join([config.tidar.pattern, *blocks, *changed, f"{row.positions} model positions a row"]),
         "step": f"{step_tokens:,} tokens: {_devices(plan)} x "
         f"{_count(plan.micro_batches, 'micro-batch')} x {_count(config.training.local_batch_size, 'row')}, "
         f"{flops / 1e12:.3g} useful TFLOPs",
@@ -50,6 +48,9 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
         "memory": _memory(plan),
         "engine": f"{plan.device.type}, {plan.dtype}, {plan.kernels.describe()}",
     }
+    gpu = this_gpu(plan.device)
+    if gpu and not not_estimated(plan):
+        lines["estimate"] = in_one_line(estimate(plan, gpu, row))
     return [f"{name:<8} {text}" for name, text in lines.items()]
 
 

@@ -1,0 +1,1 @@
+"""What a run will need, from its plan: memory at the peak of a step, its time, and shapes that fit."""

@@ -1,0 +1,144 @@
+"""Time of a step, from FLOPs, bytes and measured rates, for layers that are compiled."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from tidar.distributed import reshards_after_forward
+from tidar.models.flops import ATTENTION_FLOPS, layer_weights, useful_flops
+from tidar.models.masks import TILE
+from tidar.training.estimate.gpus import NETWORK, PER_HOST, Gpu
+from tidar.training.estimate.memory import WIDE
+from tidar.training.estimate.row import RowWork
+from tidar.training.plan import RunPlan
+
+# seconds of a step in which the device waits for its host: data, reports
+BETWEEN_STEPS = 10e-3
+# seconds by which a second of FSDP2's communication lengthens a step, though both overlap: persistent kernels wait
+# where NCCL holds SMs, and the host is late (measured on four H200s, see docs/performance.md)
+COLLISION = 2.2
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """parts: seconds by what takes them. tokens_per_second: of data, by device. mfu: of useful FLOPs."""
+
+    parts: dict[str, float]
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
+    """row: work of each row."""
+    layers = _layers(plan, gpu, row)
+    parts = {name: plan.micro_batches * seconds for name, seconds in layers.items()}
+    parts["optimizer"] = _optimizer_bytes(plan) / gpu.copy
+    copied, sharing = _fsdp(plan, gpu)
+    parts["copies"], parts["sharding"] = copied, COLLISION * sharing
+    parts["host"] = BETWEEN_STEPS
+    seconds = sum(parts.values())
+    rows = plan.global_batch_size / plan.world_size
+    flops = useful_flops(plan.decoder, row.positions, row.scored, row.pairs)
+    tokens = rows * plan.config.training.seq_len
+    return StepTime(parts, tokens / seconds, rows * flops / seconds / gpu.peak)
+
+
+def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
+    """Seconds of a micro-batch's forward and backward pass."""
+    decoder, positions, kernels = plan.decoder, plan.positions, plan.kernels
+    rows, sharing = plan.config.training.local_batch_size, plan.context_parallel
+    options, n_layers = plan.config.activation_checkpoint, decoder.n_layers
+    recomputing = 0 if options.mode != "full" else n_layers if options.layers == -1 else min(options.layers, n_layers)
+
+    # GEMMs; those of the MLP may be in FP8. Checkpointed layers repeat the forward pass but for its last GEMM
+    mlp, down = 3 * decoder.dim * decoder.hidden_dim, decoder.dim * decoder.hidden_dim
+    others = layer_weights(decoder) - mlp
+    mlp_flops = 2 * positions * (3 * n_layers * mlp + recomputing * (mlp - down))
+    flops = 2 * positions * (3 * n_layers + recomputing) * others
+    scored = rows * row.scored // sharing
+    flops += 6 * decoder.vocab_size * decoder.dim * scored
+    gemms = flops / gpu.gemm + mlp_flops / (gpu.gemm if kernels.float8 == "off" else gpu.float8_gemm)
+
+    # attention: a third of it forward
+    passes = n_layers + recomputing / 3
+    pairs = rows * row.pairs / sharing
+    tiles = ceil(positions / rows / TILE) + ceil(plan.n_keys / TILE)
+    rate = gpu.flash if kernels.attention == "flash" else gpu.flex
+    attention = ATTENTION_FLOPS * pairs * decoder.n_heads * decoder.head_dim / rate
+    attention += gpu.program * rows * tiles * decoder.n_heads / gpu.n_sms
+
+    elements = n_layers * _elementwise(plan) + recomputing * _elementwise_forward(plan)
+    moved = plan.dtype.itemsize * elements
+    if not kernels.loss_without_logits:
+        moved += 3 * plan.dtype.itemsize * decoder.vocab_size * scored
+    seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
+    if plan.sharding:
+        # shared keys and values, and their gradients
+        size = 2 * plan.sharding.n_shared * rows * decoder.n_kv_heads * decoder.head_dim * plan.dtype.itemsize
+        seconds["context parallel"] = (n_layers + recomputing) * _collective(size, sharing, 1, gpu.gather)
+        seconds["context parallel"] += n_layers * _collective(size, sharing, 1, gpu.scatter)
+    return seconds
+
+
+def _elementwise_forward(plan: RunPlan) -> int:
+    """Elements of a layer's forward pass that norms, rotary embeddings and the activation read and write."""
+    decoder = plan.decoder
+    rotated = (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
+    elements = 4 * decoder.dim + 2 * rotated
+    if not plan.kernels.fused_matmul:
+        elements += 3 * decoder.hidden_dim + 6 * decoder.dim  # the activation and the residual connections
+    if plan.kernels.float8 != "off":
+        elements += 3 * decoder.hidden_dim
+    return plan.positions * elements
+
+
+def _elementwise(plan: RunPlan) -> int:
+    """The same of the forward and the backward pass, which recomputes results of norms and of the activation."""
+    decoder = plan.decoder
+    heads = (decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
+    elements = 12 * decoder.dim + 2 * heads
+    if decoder.qkv_bias:
+        elements += heads
+    if decoder.qk_norm:
+        elements += 3 * (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
+    if not plan.kernels.fused_matmul:
+        elements += 6 * decoder.hidden_dim
+    if plan.kernels.float8 != "off":
+        # results are read for their largest magnitude, rounded, and transposed for the gradients of weights
+        elements += 6 * decoder.hidden_dim
+    return _elementwise_forward(plan) + plan.positions * elements
+
+
+def _optimizer_bytes(plan: RunPlan) -> float:
+    """Read and written by AdamW and the norm of the gradients; moments are read and written."""
+    moments = 4 * {"float32": 4, "bfloat16": 2}[plan.config.optimizer.state_dtype]
+    copies = 0 if plan.uses_fsdp else plan.dtype.itemsize
+    return (2 * WIDE + moments + copies) * plan.n_parameters / plan.shards + 2 * plan.gradient_bytes
+
+
+def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of a step in which parameters and gradients are copied, and in which they travel."""
+    size, n, micro_batches = plan.dtype.itemsize, plan.n_parameters, plan.micro_batches
+    if not plan.uses_fsdp:
+        # gradients of several micro-batches are added up
+        return ((size + 2 * WIDE) * n * micro_batches / gpu.copy if micro_batches > 1 else 0.0), 0.0
+    once = plan.config.parallelism.gradient_reduction == "step"
+    gathers = 2 * micro_batches if reshards_after_forward(plan.config, plan.shards) else 1
+    reduces = 1 if once else micro_batches
+    # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
+    copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + WIDE) * n
+    seconds = gathers * _collective(size * n, plan.shards, 1, gpu.gather)
+    seconds += reduces * _collective(WIDE * n, plan.shards, 1, gpu.scatter)
+    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, plan.shards, gpu.scatter)
+    return copied / gpu.copy, seconds
+
+
+def _collective(size: float, ranks: int, stride: int, rate: float) -> float:
+    """Seconds of an all-gather or reduce-scatter of `size` bytes in all over ranks that are `stride` apart."""
+    if ranks * stride > PER_HOST:
+        # all GPUs of a host that take part have a link of their own to other hosts
+        rate = min(rate, NETWORK * max(PER_HOST // stride, 1))
+    return size * (ranks - 1) / ranks / rate

@@ -92,8 +92,9 @@ def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
 
 def config_of(one: Run, folder: Path, scale: Scale) -> Config:
     config = run_config(one, folder, scale)
-    if one.own_text:
-        config = run_config(one, folder, scale, *write_own_text(folder, one.starts_from, config, scale))
+    if one.own_text is not None:
+        own = write_own_text(folder, one.starts_from, one.own_text, config, scale)
+        config = run_config(one, folder, scale, *own)
     return config
 
 

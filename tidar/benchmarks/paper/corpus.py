@@ -195,10 +195,14 @@ def make_corpus(folder: Path, extent: Extent) -> dict[str, Any]:
     return about | {"tokens": tokens}
 
 
-def prepare_texts(folder: Path, texts: Path, prepared: Path) -> int:
-    """Tokenises a file of texts with the corpus's tokenizer, if that is not done yet. Returns the number of tokens."""
+def prepare_texts(folder: Path, texts: Path, prepared: Path, end: str = END_OF_TEXT) -> int:
+    """Tokenises a file of texts with the corpus's tokenizer, if that is not done yet. Returns the number of tokens.
+
+    end: see `data.end_of_document`.
+    """
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    source = make_source(load_config(["--data.source", "text", "--data.paths", str(texts)]).data, tokenizer)
+    options = ["--data.source", "text", "--data.paths", str(texts), "--data.end_of_document", end]
+    source = make_source(load_config(options).data, tokenizer)
     prepare(source, make_source, [str(texts)], prepared, os.cpu_count() or 1, progress_printer())
     return int(Corpus.open(prepared, verify=False).meta["tokens"])
 

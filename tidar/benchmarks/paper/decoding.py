@@ -189,24 +189,25 @@ def _loss(engine: Engine, pairs: list[tuple[list[int], list[int]]]) -> float:
     return total
 
 
-def write_own_text(folder: Path, name: str, config: Config, scale: Scale) -> tuple[Path, str]:
-    """A run's greedy completions of beginnings of training documents, prepared, if they are not there yet.
+def write_own_text(folder: Path, name: str, temperature: float, config: Config, scale: Scale) -> tuple[Path, str]:
+    """A run's completions of beginnings of training documents, prepared, if they are not there yet.
 
     config: of a run on the corpus alone. Returns the prepared folder, and the data.weights with which an epoch has as
     many tokens of the corpus as of these texts. A text ends where it begins to loop.
     """
-    texts, prepared = folder / "own_text" / f"{name}.jsonl", folder / "own_text" / name
+    prepared = folder / "own_text" / f"{name}-{temperature:g}"
+    texts = prepared.parent / f"{prepared.name}.jsonl"
     if not texts.is_file():
         inputs = load_inputs(config, prepares=False)
         engine = load(last_step(folder, name), max_batch_size=min(256, scale.own_prompts))
         prompts = held_out_prompts(make_rows(config, inputs.data)[0], scale.own_prompts)
         n_new = min(scale.new_tokens, n_new_tokens(config.training.seq_len))
         ends = end_tokens(engine, inputs.tokenizer)
-        found = engine.generate(prompts, n_new, mode="ar", stop_token_ids=ends)
+        found = engine.generate(prompts, n_new, mode="ar", temperature=temperature, stop_token_ids=ends)
         decode = load_tokenizer(str(folder / "tokenizer")).decode
         own = (decode(prompt + text.tokens[: loop_start(text.tokens)]) for prompt, text in zip(prompts, found))
         texts.parent.mkdir(exist_ok=True)
         write_atomically(texts, "".join(json.dumps({"text": text}) + "\n" for text in own))
-    n_own = prepare_texts(folder, texts, prepared)
+    n_own = prepare_texts(folder, texts, prepared, "none")  # most texts stop before their end
     n_corpus = Corpus.open(folder / "data" / "training", verify=False).meta["tokens"]
     return prepared, f"{min(1.0, n_own / n_corpus):.6f} 1"

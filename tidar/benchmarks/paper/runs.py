@@ -25,14 +25,14 @@ CONTINUES = "--training.steps 300 --training.seed 1 --optimizer.lr 7.5e-4"
 class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
-    own_text: whether half of its training text was written by that run.
+    own_text: temperature of the text by that run that is half of what it trains on; None: there is no such text.
     """
 
     name: str
     about: str
     options: str = ""
     starts_from: str = ""
-    own_text: bool = False
+    own_text: float | None = None
 
 
 # In the order in which they are trained: what the findings need most comes first
@@ -48,8 +48,9 @@ RUNS = {
         Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
         Run("causal-more", "the causal model, continued as such", f"--tidar.pattern causal {CONTINUES}", CAUSAL),
         Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
-        Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=True),
+        Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
+        Run("own-samples-8", "the same, on own text of temperature 1", CONTINUES, MAIN, own_text=1.0),
         Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
         Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
         Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),

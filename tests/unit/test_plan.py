@@ -57,6 +57,8 @@ def test_a_plan_of_one_device(micro_batches, expected):
         ("--model.attention_backend flex", "has no backward pass without CUDA"),
         ("--training.enable_cpu_offload", "needs CUDA"),
         ("--tidar.ar_loss_weight 0 --tidar.diffusion_loss_weight 0", "must be above 0"),
+        ("--tidar.draft_targets model --tidar.pattern tidar_random", "both losses .* not tidar.pattern = tidar_random"),
+        ("--tidar.draft_targets model --tidar.diffusion_share 0.5", "not tidar.diffusion_share = 0.5"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_read(options, message):

@@ -29,9 +29,16 @@ class Objective:
     micro-batches. So the losses and gradients of the micro-batches add up to those of the step, however it is split.
     """
 
-    def __init__(self, loss_weights: dict[str, float], chunk_size: int, kernels: Kernels = PLAIN):
-        """chunk_size: target positions whose logits exist at one time."""
+    def __init__(
+        self, loss_weights: dict[str, float], chunk_size: int, kernels: Kernels = PLAIN, drafts_from_model: bool = False
+    ):
+        """chunk_size: target positions whose logits exist at one time.
+
+        drafts_from_model: where gradients are computed, the labels of the diffusion loss are the tokens that the model
+        finds most likely by its autoregressive half. Both losses must then have the same tokens as targets, in order.
+        """
         self.loss_weights = loss_weights
+        self.drafts_from_model = drafts_from_model
         self.chunk_size = chunk_size
         self.kernels = kernels
         multiply = torch.matmul
@@ -54,8 +61,11 @@ class Objective:
             denominator = denominators[loss].to(dtype).clamp_min(torch.finfo(dtype).tiny)
             shares.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
         index = torch.cat([target.index for target in targets.values()])
-        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(shares)
         with_gradient = torch.is_grad_enabled()
+        labels_of = {loss: target.labels for loss, target in targets.items()}
+        if self.drafts_from_model and with_gradient:
+            labels_of["diffusion"] = self._choices(hidden, output_weight, targets["ar"].index)
+        labels, coefficients = torch.cat(list(labels_of.values())), torch.cat(shares)
         score, padding = self.by_logits, 0
         if with_gradient and self.kernels.loss_without_logits:
             from tidar.kernels import anchored_cross_entropy  # needs QuACK
@@ -75,6 +85,13 @@ class Objective:
         sizes = [len(target.labels) for target in targets.values()]
         parts = zip(nll.split([*sizes, padding]), correct.split([*sizes, padding]))
         return value, {loss: TokenScores(*part) for loss, part in zip(targets, parts)}
+
+    @torch.no_grad()
+    def _choices(self, hidden: Tensor, output_weight: Tensor, index: Tensor) -> Tensor:
+        """The most likely token at each of these positions, `[n]` int64."""
+        hidden = hidden.flatten(0, 1)
+        chunks = [F.linear(hidden[part], output_weight).argmax(dim=-1) for part in index.split(self.chunk_size)]
+        return torch.cat(chunks)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -4,6 +4,7 @@ import torch
 
 from tidar.distributed import OneDevice, Sharded, World, gathered_attention, parallelize
 from tidar.kernels import make_mlps_float8
+from tidar.losses.objective import Objective
 from tidar.models import Decoder, MaskBuilder
 from tidar.training.plan import RunPlan
 
@@ -18,6 +19,12 @@ def build_model(plan: RunPlan, world: World) -> tuple[Decoder, Sharded | OneDevi
     if plan.kernels.float8 != "off":
         make_mlps_float8(model, emulate=plan.kernels.float8 == "emulated")
     return model, parallelize(model, world, plan.config, plan.dtype, plan.kernels.compile)
+
+
+def build_objective(plan: RunPlan) -> Objective:
+    options = plan.config
+    drafts_from_model = options.tidar.draft_targets == "model"
+    return Objective(plan.loss_weights, options.training.loss_chunk_size, plan.kernels, drafts_from_model)
 
 
 def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:

@@ -32,7 +32,7 @@ from tidar.models import BatchMask, Decoder, MaskBuilder
 from tidar.models.huggingface import ModelSpec, without_generate
 from tidar.patterns import LOSSES, ModelBatch
 from tidar.training.batches import Batches, count_targets
-from tidar.training.build import build_mask_builders, build_model
+from tidar.training.build import build_mask_builders, build_model, build_objective
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.compile_ahead import Compiler, start_compiler
 from tidar.training.epoch_export import export_parameters
@@ -127,7 +127,7 @@ class Trainer:
             make_deterministic(config)
             self._read_inputs()
             self.model, self.parallel = build_model(self.plan, world)
-            self.objective = Objective(self.plan.loss_weights, config.training.loss_chunk_size, self.plan.kernels)
+            self.objective = build_objective(self.plan)
             self.mask_builder, self.validation_mask_builder = build_mask_builders(self.plan, world)
             self.compiler = start_compiler(self.plan, resources, self.log)
             n_rows, identity = len(self.batches.training_rows), self.inputs.data.identity(config)

@@ -163,6 +163,7 @@ IDEAS = {
     "mixed-offset-8": MAIN,
     "positions-8": MAIN,
     "share-8": MAIN,
+    "own-targets-8": MAIN,
     "own-text-8": "more-8",
     "own-samples-8": "more-8",
 }

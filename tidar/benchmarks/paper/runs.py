@@ -51,6 +51,7 @@ RUNS = {
         Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
         Run("own-samples-8", "the same, on own text of temperature 1", CONTINUES, MAIN, own_text=1.0),
+        Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
         Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
         Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
         Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),

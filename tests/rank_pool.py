@@ -11,6 +11,7 @@ import random
 import resource
 import socket
 import tempfile
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tidar.config import UserError, load_config
 from tidar.distributed import context_parallel, leave_world
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
+
+SLOW = 0.1
 
 
 def free_port() -> int:
@@ -60,8 +63,8 @@ class RankPool:
         """Trains on so many ranks, and saves what was trained to the file `weights`.
 
         faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row", whose
-        "targets" are to weigh nothing, or whose files cannot grow beyond a megabyte from that step on, as on a full
-        "disk".
+        "targets" are to weigh nothing, whose files cannot grow beyond a megabyte from that step on, as on a full
+        "disk", whose "data" come SLOW seconds late, or whose "layer" takes so much longer from that step on.
 
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", its
         "error" if it has ended with one of the user's, and the bytes of keys and values that it "gathered" for others.
@@ -111,7 +114,12 @@ class Faults(Hooks):
 
     def batches(self, trainer, batches):
         for batch in batches:
-            if self.faults.get(trainer.step + 1) == "targets":
+            what = self.faults.get(trainer.step + 1)
+            if what == "data":
+                time.sleep(SLOW)
+            if what == "layer":
+                trainer.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(SLOW))
+            if what == "targets":
                 for targets in batch.rows.targets.values():
                     targets.weights.zero_()
             yield batch

@@ -76,9 +76,13 @@ class Progress:
         samples_left = training.epochs * self.n_rows - self.samples
         return self.step + max(0, math.ceil(samples_left / global_batch_size))
 
-    def is_due(self, every: int, last: int) -> bool:
-        """Whether it is time for what happens every so many steps, if any, and after step `last`."""
-        return self.step == last or (every > 0 and self.step % every == 0)
+    def is_due(self, every: int, last: int, ahead: int = 0) -> bool:
+        """Whether it is time for what happens every so many steps, if any, and after step `last`.
+
+        ahead: or will be after so many more steps.
+        """
+        step = self.step + ahead
+        return step == last or (every > 0 and step % every == 0)
 
     def count_time(self) -> None:
         """Adds the time since the last call, or since this object was created."""

@@ -144,8 +144,8 @@ class Trainer:
             self.watchdog, self.timeout = Watchdog(world, self.record_failure), config.comm.init_timeout_seconds
             self.throttle = HostThrottle(self.device)
             self.throughput = Throughput(self.spec.decoder, self.device, self.plan.context_parallel)
-            weights, writes = self.plan.loss_weights, world.rank == 0
-            self.reports = Reports(config, self.folder, self.throughput, weights, writes, self.log)
+            weights, ranks = self.plan.loss_weights, (world, self.cpu_group)
+            self.reports = Reports(config, self.folder, self.throughput, weights, self.model.layers, *ranks, self.log)
             self.resources = resources.pop_all()
 
     def _read_inputs(self) -> None:
@@ -232,6 +232,7 @@ class Trainer:
         wait_started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.micro_batches)]
         self.throughput.count_step(micro_batches, data_wait=time.perf_counter() - wait_started)
+        self.reports.slowness.watch(reports := self.progress.is_due(self.config.metrics.log_freq, self.steps, ahead=1))
         micro_batches = [batch.to(self.device) for batch in micro_batches]
 
         denominators, n_tokens = count_targets(micro_batches, plan.context_parallel)
@@ -260,7 +261,7 @@ class Trainer:
         self.progress.add_step(plan.global_batch_size, n_tokens, sums)
         if self.progress.epoch > epoch:
             self.reports.epoch(self.step, self.progress.epoch, self.progress.take_epoch_sums())
-        if self.progress.is_due(self.config.metrics.log_freq, self.steps) and self.hooks.reports_step(self):
+        if reports and self.hooks.reports_step(self):
             self.updates.finish_step()  # waits for the device
             scalars = {"train/lr": lr, "train/grad_norm": grad_norm.item()} | self.updates.scalars()
             scalars |= self.checkpointer.take_stall()

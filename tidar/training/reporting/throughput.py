@@ -10,6 +10,7 @@ from torch import Tensor
 from tidar.data import Batch
 from tidar.models import DecoderConfig
 from tidar.models.flops import attention_flops, batch_flops, peak_flops
+from tidar.training.reporting.slowness import Slowness
 
 
 class Throughput:
@@ -35,6 +36,12 @@ class Throughput:
         for batch in micro_batches:
             self.tokens += batch.n_tokens
             self.flops += batch_flops(self.decoder, batch.rows, allowed_pairs=0)
+
+    def compare_ranks(self, slowness: Slowness) -> list[str]:
+        """Log lines about ranks that are slow. From here on the data wait is the longest one of any rank."""
+        seconds = time.perf_counter() - self.started
+        self.data_wait, lines = slowness.compare(self.data_wait, seconds, self.steps)
+        return lines
 
     def count_pairs(self, allowed_pairs: Tensor) -> None:
         """Adds the query-key pairs that a micro-batch's mask allows: a scalar that the host does not wait for."""

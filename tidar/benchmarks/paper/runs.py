@@ -44,22 +44,29 @@ RUNS = {
         Run("tidar-4", "blocks of 4", "--tidar.block_size 4"),
         Run("tidar-16", "blocks of 16", "--tidar.block_size 16"),
         Run("random-8", "random masking", "--tidar.pattern tidar_random"),
-        Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
-        Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
         Run("causal-more", "the causal model, continued as such", f"--tidar.pattern causal {CONTINUES}", CAUSAL),
         Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
         Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
-        Run("own-samples-8", "the same, on own text of temperature 1", CONTINUES, MAIN, own_text=1.0),
         Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
+        Run(
+            "own-samples-8",
+            "tidar-8 continued, half of it on its own text, temperature 1",
+            CONTINUES,
+            MAIN,
+            own_text=1.0,
+        ),
+        Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
+        Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
         Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
         Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
         Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),
         Run("tidar-8-seed-1", "blocks of 8, second seed", "--training.seed 1"),
         Run(
             "positions-8",
-            "early positions weigh more in the diffusion loss",
-            "--tidar.place_weights 1.6 1.6 1.4 1.2 0.8 0.6 0.4 0.4",
+            # the first mask of a group stands where the certain token does
+            "what is drafted first weighs more in the diffusion loss",
+            "--tidar.place_weights 0.5 1.8 1.5 1.2 1.0 0.8 0.6 0.6",
         ),
         Run("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),
         Run(
@@ -74,9 +81,10 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the whole table. steps: of runs that continue another one, None as their options say.
+    """Sizes of the whole table.
 
     prompts, new_tokens: of decoding; own_prompts: prompts that a model completes for a run of its own text.
+    continued_steps: of runs that continue another one, None as their options say.
     """
 
     toml: Path

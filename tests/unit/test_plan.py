@@ -1,6 +1,8 @@
 """What a run needs, known before anything is allocated; and what a run says that needs more than there is."""
 
+import importlib.metadata
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -39,6 +41,19 @@ def test_a_plan_of_sixteen_devices():
     assert found.gathered_bytes == found.unsharded_gradient_bytes == 0 and found.uses_fsdp
     once = plan(f"{options} --training.mixed_precision_param bfloat16 --parallelism.gradient_reduction step", 16)
     assert (once.gathered_bytes, once.unsharded_gradient_bytes) == (2 * n_parameters, 4 * n_parameters)
+
+
+@pytest.mark.parametrize("installed, accepted", [(None, False), ("0.29.1", False), ("0.30.0", True), ("1.0", True)])
+def test_wandb_is_there_and_new_enough(monkeypatch, installed, accepted):
+    def version(package: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    expected = nullcontext() if accepted else pytest.raises(UserError, match="enable_wandb = true: needs wandb 0.30")
+    with expected:
+        plan("--metrics.enable_wandb true", world_size=1)
 
 
 @pytest.mark.parametrize("micro_batches, expected", [(1, 4 + 8 + 2 + 2), (3, 4 + 8 + 2 + 4)])

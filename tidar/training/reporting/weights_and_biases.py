@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-import importlib.util
+import importlib.metadata
 import json
 import os
 import secrets
@@ -14,12 +14,21 @@ from tidar.config import Config, UserError, first_line
 from tidar.config.files import open_regular, parse_json, write_atomically
 
 STATE = "wandb.json"  # of the run's folder: its id, and the last step of each scalar and text
+# the first whose login() can be told not to ask at a terminal
+FIRST_WANDB = (0, 30)
 
 
 def check_wandb(config: Config) -> None:
-    """Raises UserError where metrics.enable_wandb is set and the extra is not installed."""
-    if config.metrics.enable_wandb and not importlib.util.find_spec("wandb"):
-        raise UserError("metrics.enable_wandb = true: needs wandb, of the extra wandb: pip install 'tidar[wandb]'")
+    """Raises UserError where metrics.enable_wandb is set, and wandb is not installed or too old."""
+    if not config.metrics.enable_wandb:
+        return
+    needed = f"needs wandb {'.'.join(map(str, FIRST_WANDB))} or later, of the extra wandb: pip install 'tidar[wandb]'"
+    try:
+        installed = importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"metrics.enable_wandb = true: {needed}") from None
+    if tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal()) < FIRST_WANDB:
+        raise UserError(f"metrics.enable_wandb = true: {needed}; {installed} is installed")
 
 
 class WandbRun:

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_the_reduced_form_trains_decodes_and_reports(folder, monkeypatch, capsys
         assert 16 / 17 <= decoded["tokens_per_forward"] == decoded["tokens"] / decoded["forwards"] <= 16 / 3
     assert re.search(r"greedy TiDAR output is greedy autoregressive output \| held \|", report)
     for picture in ("tokens_per_forward", "accuracy_by_position"):
-        assert (folder / "pictures" / f"{picture}.svg").read_text().endswith("</svg>\n")
+        assert len(ElementTree.parse(folder / "pictures" / f"{picture}.svg").getroot()) > 10
     monkeypatch.setattr(paper, "train", None)
     monkeypatch.setattr(paper, "evaluate", None)
     paper.main(arguments)

@@ -30,6 +30,9 @@ from tidar.benchmarks.paper.runs import (
     train,
 )
 from tidar.config import ArgumentParser, Config, UserError, print_lines, user_errors_exit
+from tidar.config.files import write_atomically
+
+SECONDS = "seconds.txt"  # of all calls
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,21 +62,39 @@ def run(options: Namespace) -> None:
         raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
     deadline = None if options.time_limit is None else started + 60 * options.time_limit
     corpus = make_corpus(folder, scale.extent)
+    before, works = seconds_before(folder), not all(is_done(folder, one.name) for one in runs)
+
+    def report() -> Path:
+        seconds = before + (time.monotonic() - started) * works
+        write_atomically(folder / SECONDS, f"{seconds:.1f}\n")
+        return write_report(folder, corpus, scale, seconds)
+
     for one in runs:
         if not work(one, folder, scale, deadline):
             print_lines(f"stopped at {one.name}: the same command resumes")
             break
         judge_all(folder)
-        write_report(folder, corpus, scale)
+        report()
     else:
         print_lines(f"all {len(runs)} runs are done")
-    print_lines(f"report: {write_report(folder, corpus, scale)}")
+    print_lines(f"report: {report()}")
+
+
+def seconds_before(folder: Path) -> float:
+    """Wall time of the calls before that had something to do, each up to its last report."""
+    try:
+        return float((folder / SECONDS).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def is_done(folder: Path, name: str) -> bool:
+    return is_finished(folder, name) and read_evaluation(folder, name) is not None
 
 
 def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
     """Trains and evaluates a run, unless that is done. Returns False where the time is over before it is."""
-    done = is_finished(folder, one.name)
-    if done and read_evaluation(folder, one.name):
+    if is_done(folder, one.name):
         check_options(config_of(one, folder, scale))
         return True
     if is_over(deadline):
@@ -81,7 +102,7 @@ def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
     print_lines(f"=== {one.name}: {one.about}")
     config = config_of(one, folder, scale)
     check_options(config)
-    if not done:
+    if not is_finished(folder, one.name):
         free_gpu()
         if not train(config, deadline) or is_over(deadline):
             return False

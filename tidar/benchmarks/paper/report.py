@@ -29,13 +29,16 @@ greedy texts, in the run's dtype; in float32. tokens/s: greedy, one prompt at a 
 decoding of the same model."""
 
 
-def write_report(folder: Path, corpus: dict[str, Any], scale: Scale) -> Path:
-    """Writes report.md and its pictures from what is finished so far. corpus: see `make_corpus`. Returns its path."""
+def write_report(folder: Path, corpus: dict[str, Any], scale: Scale, seconds: float) -> Path:
+    """Writes report.md and its pictures from what is finished so far. Returns its path.
+
+    corpus: see `make_corpus`. seconds: that all of it has taken.
+    """
     results = read_results(folder)
     lines = ["# The paper's findings at small size", ""]
     if scale is SMOKE:
         lines += ["Reduced form (`--only smoke`): it shows that all parts run; its figures mean nothing.", ""]
-    lines += [*_setting(corpus, scale, results), "", "## Findings of the paper", ""]
+    lines += [*_setting(corpus, scale, results, seconds), "", "## Findings of the paper", ""]
     lines += _table(("finding", "here", "figures"), [finding.row(results) for finding in FINDINGS])
     lines += [
         "",
@@ -56,7 +59,7 @@ def write_report(folder: Path, corpus: dict[str, Any], scale: Scale) -> Path:
     return path
 
 
-def _setting(corpus: dict[str, Any], scale: Scale, results: dict[str, Result]) -> list[str]:
+def _setting(corpus: dict[str, Any], scale: Scale, results: dict[str, Result], seconds: float) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files, tokens = corpus["files"], corpus["tokens"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus["skipped"].items()) or "none"
@@ -68,7 +71,8 @@ def _setting(corpus: dict[str, Any], scale: Scale, results: dict[str, Result]) -
         f"{tokens['held_out']:,} tokens; vocabulary {corpus['vocabulary']:,}; digest {corpus['digest'][:16]}",
         f"- files that were skipped: {skipped}",
         f"- decoding: {scale.prompts} held-out prompts, up to {scale.new_tokens} new tokens, fewer where a text ends",
-        f"- {len(results)} of {len(RUNS)} runs are finished; they trained for {minutes:.1f} minutes, startup included",
+        f"- {len(results)} of {len(RUNS)} runs are finished, in {seconds / 60:.1f} minutes; they trained for "
+        f"{minutes:.1f} of these, startup included",
     ]
 
 

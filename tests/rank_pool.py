@@ -175,7 +175,8 @@ def serve(connection: Connection) -> None:
             error = str(raised)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         if case["weights"]:
-            weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
+            model = trainer.model
+            weights = {name: model.shard.whole(name, whole(p.detach())) for name, p in model.named_parameters()}
             if trainer.world.rank == 0:
                 torch.save(weights, case["weights"])
         leave_world()

@@ -17,7 +17,7 @@ from tidar.losses.objective import Objective, _fused_score_logits, _score_logits
 from tidar.models import size_config
 from tidar.models.decoder import plain_linear
 from tidar.patterns import Targets
-from tidar.training.optim.optimizer import OfParameter, _update_in_pieces, addressable
+from tidar.training.optim.optimizer import Numbers, OfParameter, _update_in_pieces, addressable
 
 pytestmark = pytest.mark.gpu
 
@@ -194,8 +194,12 @@ def plain_mlp(x, gate_up, down, residual):
 
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
-    """Sizes around the kernel's block, with copies where gradients are narrow; and a step that is to be skipped."""
+@pytest.mark.parametrize("gap", [0, 30])
+def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype, gap):
+    """Sizes around the kernel's block, with copies where gradients are narrow; and a step that is to be skipped.
+
+    gap: of the numbers of elements after each 10, as where columns are divided.
+    """
     from tidar.kernels.adamw import BLOCK, update_all  # Triton comes with CUDA's torch only
 
     sizes = [1, BLOCK - 1, 0, BLOCK, 12 * BLOCK + 5, 3]
@@ -208,7 +212,11 @@ def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
             parameter, gradient, first, second = values
             copy = None if gradient_dtype == torch.float32 else parameter.to(gradient_dtype)
             moments = (first / 10).to(state_dtype), second.square().div(100).to(state_dtype)
-            made.append(OfParameter(parameter, gradient.to(gradient_dtype), *moments, copy, 7 * size))
+            made.append(
+                OfParameter(
+                    parameter, gradient.to(gradient_dtype), *moments, copy, Numbers(7 * size, 2 * size, 10, gap)
+                )
+            )
         return made
 
     salts = torch.randint(-(2**31), 2**31, (len(sizes),), device=CUDA, dtype=torch.int32)
@@ -217,8 +225,8 @@ def test_the_optimizers_kernel_equals_plain_torch(state_dtype, gradient_dtype):
         plain, fused = make(), make()
         for tensors, salt in zip(plain, salts):
             _update_in_pieces(tensors, salt, scalars, (0.9, 0.999), 1e-8)
-        firsts = [tensors.first for tensors in fused]
-        update_all(addressable(fused), firsts, salts, scalars, (0.9, 0.999), 1e-8)
+        numbers = [tensors.numbers for tensors in fused]
+        update_all(addressable(fused), numbers, salts, scalars, (0.9, 0.999), 1e-8)
         kinds = ["parameter", "exp_avg", "exp_avg_sq"] + ["copy"] * (gradient_dtype != torch.float32)
         for kind in kinds:
             expected, found, before = (

@@ -5,9 +5,9 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import export_memory
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from tidar import __version__
 from tidar.config import UserError
 from tidar.export import export
-from tidar.models import Decoder, from_pretrained, initialize, size_config
+from tidar.models import Decoder, TensorShard, from_pretrained, initialize, size_config
 from tidar.models.huggingface import decoder_config, load_weights, open_weights
 from tidar.training.checkpoint.manifest import describe, file_names, write_manifest
 from tidar.training.trainer import Trainer
@@ -78,9 +78,12 @@ def test_an_export_holds_few_rows(tmp_path):
     assert all(tensor.equal(expected[name].bfloat16()) for name, tensor in exported.items())
 
 
-@pytest.mark.parametrize("n_ranks", [2, 3, 7])
-def test_a_rank_reads_the_rows_that_it_keeps(n_ranks, tmp_path, monkeypatch):
-    """Shards that begin anywhere in heads, gate and up: of a folder, of a step's folder, and of first values."""
+@pytest.mark.parametrize("n_ranks, n_parts", [(2, 1), (3, 2), (7, 1)])
+def test_a_rank_reads_the_rows_that_it_keeps(n_ranks, n_parts, tmp_path, monkeypatch):
+    """Shards that begin anywhere in heads, gate and up: of a folder, of a step's folder, and of first values.
+
+    n_parts: of tensor parallelism; each rank also reads no more columns than it keeps.
+    """
     make_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path)
     whole = from_pretrained(tmp_path)
     saved = {f"model.{name}": parameter for name, parameter in whole.named_parameters()}
@@ -89,25 +92,30 @@ def test_a_rank_reads_the_rows_that_it_keeps(n_ranks, tmp_path, monkeypatch):
     initialize(drawn, seed=0)
     monkeypatch.setattr("tidar.models.huggingface.layout.PIECE_BYTES", 1000)
     sources = {"folder": open_weights(tmp_path), "step": open_weights(tmp_path / "step-1"), "first values": None}
-    for source, weights in sources.items():
-        model, read = Decoder(whole.config), []
+    for (source, weights), part in product(sources.items(), range(n_parts)):
+        shard = TensorShard(part, n_parts)
+        model, read = Decoder(whole.config, shard=shard), []
         if weights:
-            rows = weights.rows
-            weights.rows = lambda name, start, stop, rows=rows, read=read: (
-                read.append(stop - start) or rows(name, start, stop)
-            )
+            monkeypatch.setattr(weights, "rows", partial(counted_rows, type(weights).rows, weights, read))
         for rank in range(n_ranks):
-            kept = partial(rows_of_rank, rank, n_ranks)
-            monkeypatch.setattr("tidar.models.huggingface.weights.local_rows", kept)
-            monkeypatch.setattr(sys.modules["tidar.models.initialize"], "local_rows", kept)
+            monkeypatch.setattr("tidar.models.shards.local_rows", partial(rows_of_rank, rank, n_ranks))
             if weights is None:
                 initialize(model, seed=0)
             else:
                 load_weights(model, weights)
-        for one, expected in zip(model.parameters(), (whole if weights else drawn).parameters(), strict=True):
-            assert one.equal(expected), source
+        for name, one in model.named_parameters():
+            expected = (whole if weights else drawn).get_parameter(name)
+            for block in shard.blocks(name, one.shape):
+                rows, own = expected[block.row : block.row + block.length], one[block.at : block.at + block.length]
+                assert own.equal(rows[..., block.column : block.column + one.shape[1]] if rows.ndim > 1 else rows)
         if weights:
-            assert sum(read) == sum(len(parameter) for parameter in model.parameters())
+            assert sum(read) == sum(parameter.numel() for parameter in model.parameters()), source
+
+
+def counted_rows(rows, weights, read: list[int], *arguments):
+    values = rows(weights, *arguments)
+    read.append(values.numel())
+    return values
 
 
 def rows_of_rank(rank: int, n_ranks: int, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from tidar.config.options import LRScheduler, Optimizer
 from tidar.models import Decoder, size_config
 from tidar.models.huggingface import decoder_config
-from tidar.training.optim.optimizer import OfParameter, addressable, make_optimizer
+from tidar.training.optim.optimizer import Numbers, OfParameter, addressable, make_optimizer
 from tidar.training.optim.schedule import learning_rate
 
 
@@ -174,7 +174,10 @@ def test_gradients_anywhere_in_memory_become_addressable():
     """Views of one buffer, as FSDP2 makes them where shards are not a multiple of 16 bytes; and what is refused."""
     buffer = torch.randn(40)
     gradients = [buffer[:5], buffer[5:9], buffer[12:20], buffer[20:32].view(4, 3).T]
-    tensors = [OfParameter(*(torch.zeros(g.shape) for _ in range(4)), None, 0)._replace(gradient=g) for g in gradients]
+    tensors = [
+        OfParameter(*(torch.zeros(g.shape) for _ in range(4)), None, Numbers(0, 0, 1, 0))._replace(gradient=g)
+        for g in gradients
+    ]
     columns = addressable(tensors)
     for gradient, found in zip(gradients, columns[1]):
         assert found.equal(gradient) and found.is_contiguous() and found.data_ptr() % 16 == 0

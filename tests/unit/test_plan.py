@@ -3,6 +3,7 @@
 import importlib.metadata
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from tidar.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DECODER = decoder_config(size_config("qwen2.5-1.5b"))
+TP = "--parallelism.tensor_parallel_degree"
 
 
 def plan(options: str, world_size: int) -> RunPlan:
@@ -56,6 +58,17 @@ def test_wandb_is_there_and_new_enough(monkeypatch, installed, accepted):
         plan("--metrics.enable_wandb true", world_size=1)
 
 
+def test_a_plan_where_devices_share_layers():
+    """All but the norms is divided; two devices need no FSDP2, and eight have slots that two can divide."""
+    found = plan(f"{TP} 2 --training.local_batch_size 3", world_size=2)
+    norms = (2 * 28 + 1) * 1536
+    assert found.n_own_parameters == (found.n_parameters - norms) / 2 + norms
+    assert found.global_batch_size == 3 and not found.uses_fsdp
+    more = plan(f"{TP} 2 --parallelism.context_parallel_degree 2 --tidar.block_size 7", world_size=8)
+    assert more.uses_fsdp and (more.shards, more.global_batch_size) == (4, 2 * more.config.training.local_batch_size)
+    assert more.positions % 2 == 0
+
+
 @pytest.mark.parametrize("micro_batches, expected", [(1, 4 + 8 + 2 + 2), (3, 4 + 8 + 2 + 4)])
 def test_a_plan_of_one_device(micro_batches, expected):
     """Parameters, moments, copies in bfloat16, and gradients, which several micro-batches accumulate in float32."""
@@ -71,6 +84,13 @@ def test_a_plan_of_one_device(micro_batches, expected):
         ("--training.global_batch_size 33", "training.global_batch_size = 33: must be a multiple of"),
         ("--model.attention_backend flex", "has no backward pass without CUDA"),
         ("--training.enable_cpu_offload", "needs CUDA"),
+        ("--parallelism.tensor_parallel_degree 3", "parallelism.tensor_parallel_degree = 3: must divide the number of"),
+        (f"{TP} 2 --training.seq_len 33 --tidar.pattern causal", "must divide the 33 model positions of a row"),
+        (
+            f"{TP} 2 --parallelism.context_parallel_degree 4",
+            "context_parallel_degree = 4 x .*_parallel_degree = 2: must",
+        ),
+        (f"{TP} 2 --training.global_batch_size 33", "on each of 2 data-parallel ranks"),
         ("--tidar.ar_loss_weight 0 --tidar.diffusion_loss_weight 0", "must be above 0"),
         ("--tidar.draft_targets model --tidar.pattern tidar_random", "both losses .* not tidar.pattern = tidar_random"),
         ("--tidar.draft_targets model --tidar.diffusion_share 0.5", "not tidar.diffusion_share = 0.5"),
@@ -79,6 +99,19 @@ def test_a_plan_of_one_device(micro_batches, expected):
 def test_what_does_not_fit_is_refused_before_the_model_is_read(options, message):
     with pytest.raises(UserError, match=message):
         plan_run(load_config(options.split()), 4, CPU)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({}, "num_key_value_heads = 2"),
+        ({"n_kv_heads": 4, "hidden_dim": 8962}, "intermediate_size = 8962"),
+        ({"n_kv_heads": 4, "vocab_size": 151_937}, "vocab_size = 151937"),
+    ],
+)
+def test_sizes_that_cannot_be_divided_are_refused_by_name(sizes, message):
+    with pytest.raises(UserError, match=f"tensor_parallel_degree = 4: must divide the model's {message}"):
+        plan_run(load_config(f"{TP} 4".split()), 4, CPU, replace(DECODER, **sizes))
 
 
 class OutOfMemory(Hooks):

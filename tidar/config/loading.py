@@ -69,7 +69,9 @@ def resolve_global_batch_size(config: Config, dp_size: int) -> int:
     if rows == -1:
         return micro_batch
     if rows % micro_batch != 0:
-        ranks = "devices" if config.parallelism.context_parallel_degree == 1 else "data-parallel ranks"
+        options = config.parallelism
+        shares = max(options.context_parallel_degree, options.tensor_parallel_degree) > 1
+        ranks = "data-parallel ranks" if shares else "devices"
         raise UserError(
             f"training.global_batch_size = {rows}: must be a multiple of {micro_batch} "
             f"(training.local_batch_size = {config.training.local_batch_size} on each of {dp_size} {ranks}), or -1"

@@ -167,9 +167,9 @@ class Training:
 
 @dataclass
 class Parallelism:
-    """How the devices divide the work: replicate degree x shard degree x context parallel degree = their number.
+    """How the devices divide the work: replicate x shard x context parallel x tensor parallel degree = their number.
 
-    Parameters, gradients and optimizer state are sharded over shard degree x context parallel degree devices.
+    Parameters, gradients and optimizer state are sharded over all of these but the replicas.
     """
 
     data_parallel_replicate_degree: int = option(
@@ -184,6 +184,12 @@ class Parallelism:
     context_parallel_degree: int = option(
         1,
         "devices that divide each row; training.seq_len must be a multiple of twice as many (docs/performance.md)",
+        minimum=1,
+    )
+    tensor_parallel_degree: int = option(
+        1,
+        "devices that divide each layer; must divide the model's key/value heads, intermediate size and vocabulary "
+        "(docs/performance.md)",
         minimum=1,
     )
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(

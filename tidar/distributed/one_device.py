@@ -1,4 +1,4 @@
-"""Training on one device without FSDP2, whose copies and casts nothing needs there."""
+"""Training without FSDP2, whose copies and casts nothing needs where no other device has the same part of the model."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tidar.models import Decoder
 
 # each copy begins at a multiple of so many elements, 128 bytes, as kernels require
 APART = 64
@@ -21,7 +23,7 @@ class OneDevice:
     so that autograd detects a write to any of them between a forward and its backward pass.
     """
 
-    def __init__(self, model: nn.Module, param_dtype: torch.dtype, accumulates: bool):
+    def __init__(self, model: Decoder, param_dtype: torch.dtype, accumulates: bool):
         """accumulates: whether a step has several micro-batches, whose gradients are then accumulated in float32."""
         self.model = model
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
@@ -61,9 +63,11 @@ class OneDevice:
                 module._parameters[name] = parameter
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """The parameters by name in the compute dtype: those that the model computes with, not copies of them."""
+        """The parameters by name in the compute dtype, whole on each rank: those that the model computes with, and not
+        copies of them, where this rank has the whole model. All ranks call it.
+        """
         with self.validating():
-            return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            return {name: self.model.shard.whole(name, p.detach()) for name, p in self.model.named_parameters()}
 
 
 class _AddTo:

@@ -1,4 +1,8 @@
-"""The techniques applied to a model, in order: activation checkpointing, compile, then FSDP2."""
+"""The techniques applied to a model, in order: activation checkpointing, compile, then FSDP2.
+
+It has been built with this rank's part of its layers (tensor parallelism), and its masks gather keys and values
+(context parallelism).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +21,7 @@ from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.world import World
+from tidar.models import Decoder
 
 aten = torch.ops.aten
 # operators whose results selective checkpointing saves, because they are expensive to recompute: matmuls and attention
@@ -35,7 +40,7 @@ SAVED = {
 
 
 def parallelize(
-    model: nn.Module, world: World, config: Config, param_dtype: torch.dtype, compile: bool
+    model: Decoder, world: World, config: Config, param_dtype: torch.dtype, compile: bool
 ) -> "Sharded | OneDevice":
     """Makes a decoder on the meta device ready for training, in place, and allocates its parameters.
 
@@ -44,7 +49,7 @@ def parallelize(
     apply_activation_checkpointing(model, config.activation_checkpoint)
     if compile:
         apply_compile(model)
-    if not needs_fsdp(config, world.size):
+    if not needs_fsdp(config, world.size // world.tp_size):
         model.to_empty(device=world.device)
         return OneDevice(model, param_dtype, accumulates=_micro_batches_of_one_device(config) > 1)
     sharded = Sharded(model, world, config, param_dtype)
@@ -52,10 +57,13 @@ def parallelize(
     return sharded
 
 
-def needs_fsdp(config: Config, world_size: int) -> bool:
-    """Whether FSDP2 is needed: on one device only to save memory, by offload or by resharding after forward."""
+def needs_fsdp(config: Config, n_devices: int) -> bool:
+    """Whether FSDP2 is needed: on one device only to save memory, by offload or by resharding after forward.
+
+    n_devices: that have the same part of the layers.
+    """
     parallelism = config.parallelism
-    return world_size > 1 or config.training.enable_cpu_offload or parallelism.fsdp_reshard_after_forward == "always"
+    return n_devices > 1 or config.training.enable_cpu_offload or parallelism.fsdp_reshard_after_forward == "always"
 
 
 def apply_activation_checkpointing(model: Any, options: ActivationCheckpoint) -> None:
@@ -157,7 +165,7 @@ class Sharded:
     def whole_parameters(self) -> dict[str, Tensor]:
         """The parameters by name in the compute dtype, whole on each rank. All ranks call it, outside of contexts."""
         narrow = {name: p.detach().to(self.param_dtype) for name, p in self.model.named_parameters()}
-        return {name: parameter.full_tensor().to(self.device) for name, parameter in narrow.items()}
+        return {name: self.model.shard.whole(name, p.full_tensor().to(self.device)) for name, p in narrow.items()}
 
 
 def _micro_batches_of_one_device(config: Config) -> int:

@@ -1,5 +1,6 @@
 """The processes of a run and the devices they hold."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -26,9 +27,11 @@ _joined: Counter[str] = Counter()
 class World:
     """This process: `rank` of `size`, its device, and whether it logs to the console.
 
-    mesh: of all devices, over "dp_shard" and, where the state has replicas, over "dp_replicate" before it.
-    shard_group: the ranks that share one replica of the state. cp_group: those of context parallelism, which share the
-    rows of a batch; consecutive ranks of one shard group. cp_size: how many they are.
+    The dimensions of all ranks are, outermost first, replicas of the state, its shards, context and tensor parallelism.
+    tp_group: the ranks of tensor parallelism, which share each layer. cp_group: those of context parallelism, which
+    share the rows of a batch, and have the same part of each layer. mesh: of the ranks with the same part, over
+    "dp_shard" and, where the state has replicas, over "dp_replicate" before it. shard_group: those of them that share
+    one replica. loss_group: all of them, which together have all targets once.
     """
 
     rank: int
@@ -36,23 +39,31 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     shard_group: dist.ProcessGroup
+    loss_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
     cp_size: int
+    tp_size: int
     logs: bool
+
+    @property
+    def tp_rank(self) -> int:
+        """Of this rank among those that share its layers."""
+        return self.rank % self.tp_size
 
     @property
     def cp_rank(self) -> int:
         """Of this rank among those that share its rows."""
-        return self.rank % self.cp_size
+        return self.rank // self.tp_size % self.cp_size
 
     @property
     def dp_rank(self) -> int:
         """Of the batches that this rank takes, below `dp_size`."""
-        return self.rank // self.cp_size
+        return self.rank // (self.tp_size * self.cp_size)
 
     @property
     def dp_size(self) -> int:
-        return self.size // self.cp_size
+        return self.size // (self.tp_size * self.cp_size)
 
 
 def join_world(config: Config) -> World:
@@ -92,13 +103,27 @@ def join_world(config: Config) -> World:
         world_size=size,
     )
     # parameters are sharded over the ranks of context parallelism, too
-    cp_size = config.parallelism.context_parallel_degree
+    cp_size, tp_size = config.parallelism.context_parallel_degree, config.parallelism.tensor_parallel_degree
     shards *= cp_size
-    shape, names = ((shards,), ("dp_shard",)) if replicas == 1 else ((replicas, shards), ("dp_replicate", "dp_shard"))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    rows = init_device_mesh(device.type, (size // cp_size, cp_size), mesh_dim_names=("dp", "cp"))
-    shard_group, cp_group = mesh.get_group("dp_shard"), rows.get_group("cp")
-    return World(rank, size, device, mesh, shard_group, cp_group, cp_size, logs=rank in logging_ranks(size))
+    sizes = {"dp_replicate": replicas, "dp_shard": shards, "tp": tp_size}
+    sizes = {name: degree for name, degree in sizes.items() if degree > 1 or name == "dp_shard"}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    groups = {"dp": size // (cp_size * tp_size), "cp": cp_size, "tp": tp_size}
+    rows = init_device_mesh(device.type, tuple(groups.values()), mesh_dim_names=tuple(groups))
+    parts = init_device_mesh(device.type, (size // tp_size, tp_size), mesh_dim_names=("part", "tp"))
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        mesh=mesh[tuple(name for name in sizes if name != "tp")],
+        shard_group=mesh.get_group("dp_shard"),
+        loss_group=parts.get_group("part"),
+        cp_group=rows.get_group("cp"),
+        tp_group=rows.get_group("tp"),
+        cp_size=cp_size,
+        tp_size=tp_size,
+        logs=rank in logging_ranks(size),
+    )
 
 
 def _variable(name: str, default: int) -> int:
@@ -123,18 +148,20 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
-    """Degrees of data parallelism: replicas of the state, and ranks that shard each. With the degree of context
-    parallelism, over whose ranks parameters are sharded too, their product must be the number of devices.
+    """Degrees of data parallelism: replicas of the state, and ranks that shard each. With the degrees of context
+    parallelism, over whose ranks parameters are sharded too, and of tensor parallelism, their product must be the
+    number of devices.
 
     Raises UserError where it is not.
     """
     options, devices = config.parallelism, world_size
-    cp_size = options.context_parallel_degree
-    if devices % cp_size:
-        raise UserError(
-            f"parallelism.context_parallel_degree = {cp_size}: must divide the number of devices, {devices}"
-        )
-    world_size //= cp_size
+    others = {name: getattr(options, name) for name in ("context_parallel_degree", "tensor_parallel_degree")}
+    others = {name: degree for name, degree in others.items() if degree > 1}
+    product = math.prod(others.values())
+    if devices % product:
+        names = " x ".join(f"parallelism.{name} = {degree}" for name, degree in others.items())
+        raise UserError(f"{names}: must divide the number of devices, {devices}")
+    world_size //= product
     replicas, shards = options.data_parallel_replicate_degree, options.data_parallel_shard_degree
     if replicas == shards == -1:
         raise UserError(
@@ -150,7 +177,7 @@ def resolve_degrees(config: Config, world_size: int) -> tuple[int, int]:
             f"parallelism.data_parallel_replicate_degree = {options.data_parallel_replicate_degree}, "
             f"data_parallel_shard_degree = {options.data_parallel_shard_degree}: "
             f"their product must be the number of devices, {devices}"
-            + (f", divided by context_parallel_degree = {cp_size}" if cp_size > 1 else "")
+            + "".join(f", divided by {name} = {degree}" for name, degree in others.items())
         )
     return replicas, shards
 
@@ -200,7 +227,8 @@ def shorten_timeout(config: Config, world: World) -> None:
     """Lowers the timeout of collectives to comm.train_timeout_seconds and BACKSTOP. All ranks call it."""
     # every rank must have left the slow part before the first one can time out
     dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    for group in {dist.group.WORLD, world.cp_group, *world.mesh.get_all_groups()}:
+    groups = {world.loss_group, world.cp_group, world.tp_group, *world.mesh.get_all_groups()}
+    for group in {dist.group.WORLD, *groups}:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.comm.train_timeout_seconds + BACKSTOP), group)
 
 

@@ -21,10 +21,12 @@ def validate(
     loss_weights: dict[str, float],
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    loss_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """The `val/` scalars over the batches of all ranks, each of which must have equally many.
 
     score: the model's scores of one batch on `device`. group: the ranks that share each row, where rows are shared.
+    loss_group: ranks that together have all targets once (default: all ranks).
     """
     sums = LossSums.zeros(device)
     by_position = torch.zeros(3, block_size, dtype=torch.float64, device=device)  # weight, nll, correct arg-maxes
@@ -44,9 +46,9 @@ def validate(
             targets, correct = _of_whole_rows(targets, correct, rows.share, group)
         accepted = accepted_prefixes(targets, correct, block_size)
         prefixes += torch.stack([accepted.new_tensor(len(accepted)), accepted.sum()])
-    sums.all_reduce()
+    sums.all_reduce(loss_group)
     for total in (by_position, prefixes):
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=loss_group)
     scalars = sums.means(loss_weights)
     full_blocks, accepted_tokens = prefixes.tolist()
     if full_blocks:

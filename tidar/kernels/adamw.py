@@ -12,12 +12,12 @@ from torch import Tensor
 # elements and warps of a program
 BLOCK, WARPS = 1024, 4
 # columns of the table
-COLUMNS = tl.constexpr(7)
+COLUMNS = tl.constexpr(10)
 
 
 def update_all(
     columns: Sequence[Sequence[Any]],
-    firsts: Sequence[int],
+    numbers: Sequence[tuple[int, int, int, int]],
     salts: Tensor,
     scalars: Tensor,
     betas: tuple[float, float],
@@ -25,15 +25,16 @@ def update_all(
 ) -> None:
     """What `tidar.training.optim.optimizer._update` does, for all parameters of `addressable` columns at once.
 
-    firsts: index of each one's first element in the whole parameter.
+    numbers: of each one's elements in the whole parameter: first, start, run and gap (see `Numbers` there).
     """
     sizes = tuple(parameter.numel() for parameter in columns[0])
     owners, starts = _blocks(sizes, BLOCK, scalars.device)
     if not len(owners):
         return
     addresses = [[0 if value is None else value.data_ptr() for value in column] for column in columns]
+    rows = torch.tensor([*addresses, sizes, *zip(*numbers)]).T.contiguous()
     # from pinned memory, so that the copy does not block the host
-    table = torch.tensor([*addresses, sizes, firsts]).T.contiguous().pin_memory().to(scalars.device, non_blocking=True)
+    table = rows.pin_memory().to(scalars.device, non_blocking=True)
     _, gradients, moments, _, copies = columns
     _adamw_kernel[(len(owners),)](
         table,
@@ -51,6 +52,7 @@ def update_all(
         eps,
         moments[0].dtype == torch.bfloat16,
         copies[0] is not None,
+        any(start or gap for _, start, _, gap in numbers),
         BLOCK,
         num_warps=WARPS,
     )
@@ -94,6 +96,7 @@ def _adamw_kernel(
     eps,
     rounds: tl.constexpr,
     copies: tl.constexpr,
+    divided: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program updates one block of one tensor. like_*: tensors of which only the dtype is used."""
@@ -111,7 +114,10 @@ def _adamw_kernel(
     copied = None
     if copies:
         copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + place
-    noise = (tl.load(entry + 6) + place).to(tl.int32) ^ tl.load(salts + owner)
+    number = tl.load(entry + 6) + place
+    if rounds and divided:
+        number += tl.load(entry + 7) + number // tl.load(entry + 8) * tl.load(entry + 9)
+    noise = number.to(tl.int32) ^ tl.load(salts + owner)
     # whole blocks are loaded without a mask
     if start + BLOCK <= size:
         _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)

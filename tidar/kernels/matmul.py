@@ -42,13 +42,14 @@ GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
 SMALL_K = 4096
 
 
-def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
     """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
     x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. Saves the activation's inputs for
     the backward pass, which recomputes its results.
     """
-    return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, residual.flatten(0, -2)).view_as(x)
+    rows = None if residual is None else residual.flatten(0, -2)
+    return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, rows).view_as(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -73,8 +74,9 @@ class _Linear(torch.autograd.Function):
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
         preactivation, activation = gated_matmul(x, gate_up)
+        ctx.has_residual = residual is not None
         ctx.save_for_backward(x, gate_up, down, preactivation)
         return matmul(activation, down.T, residual)
 
@@ -84,7 +86,7 @@ class _GatedMLP(torch.autograd.Function):
         d_preactivation, activation = gated_matmul_backward(d_out, down, preactivation)
         d_down = matmul(d_out.T, activation)
         d_x = gated_input_backward(d_preactivation, gate_up)
-        return d_x, gate_up_backward(d_preactivation, x), d_down, d_out
+        return d_x, gate_up_backward(d_preactivation, x), d_down, d_out if ctx.has_residual else None
 
 
 # Operators, because torch.compile cannot trace QuACK's kernels. Columns of gate and up are interleaved in the result of

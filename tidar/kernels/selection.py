@@ -31,12 +31,13 @@ Capability = tuple[int, int]
 
 
 class Sizes(NamedTuple):
-    """Sizes of a decoder that decide which kernels can compute it."""
+    """Sizes of a decoder that decide which kernels can compute it; on each of `ranks` that share its layers."""
 
     dim: int
     hidden_dim: int
     head_dim: int
     vocab_size: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,17 @@ def choose_kernels(
     quack = compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes, elsewhere))
     # e has to have bfloat16's range (see anchored_cross_entropy)
     fits_loss = sizes is not None and sizes.vocab_size % VOCAB_MULTIPLE == 0 and dtype == torch.bfloat16
+    shares_vocabulary = sizes is not None and sizes.ranks > 1
+    if shares_vocabulary and on_cuda:
+        fallbacks.append("no loss without logits: needs the whole vocabulary on each device")
     return Kernels(
         attention=attention,
         compile=compile,
         fused_matmul=quack and float8 == "off",
         fused_backward=compile and on_cuda,
-        loss_kernel=compile and on_cuda,
+        loss_kernel=compile and on_cuda and not shares_vocabulary,
         loss_matmul=quack,
-        loss_without_logits=quack and fits_loss,
+        loss_without_logits=quack and fits_loss and not shares_vocabulary,
         adamw=on_cuda and not config.training.enable_cpu_offload,
         float8=float8,
         fallbacks=tuple(fallbacks),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tidar.kernels.compiling import compiled
 from tidar.kernels.selection import PLAIN, Kernels
+from tidar.models.shards import WHOLE, TensorShard
 from tidar.patterns import Targets
 
 
@@ -30,13 +31,19 @@ class Objective:
     """
 
     def __init__(
-        self, loss_weights: dict[str, float], chunk_size: int, kernels: Kernels = PLAIN, drafts_from_model: bool = False
+        self,
+        loss_weights: dict[str, float],
+        chunk_size: int,
+        kernels: Kernels = PLAIN,
+        drafts_from_model: bool = False,
+        shard: TensorShard = WHOLE,
     ):
-        """chunk_size: target positions whose logits exist at one time.
+        """chunk_size: target positions whose logits exist at one time. shard: this rank's part of the vocabulary.
 
         drafts_from_model: where gradients are computed, the labels of the diffusion loss are the tokens that the model
         finds most likely by its autoregressive half. Both losses must then have the same tokens as targets, in order.
         """
+        self.shard = shard
         self.loss_weights = loss_weights
         self.drafts_from_model = drafts_from_model
         self.chunk_size = chunk_size
@@ -44,14 +51,18 @@ class Objective:
         multiply = torch.matmul
         if kernels.loss_matmul:
             from tidar.kernels.matmul import matmul as multiply
-        self.by_logits = partial(_score, multiply=multiply, fused=kernels.loss_kernel)
+        score_logits: Callable = _fused_score_logits if kernels.loss_kernel else _score_logits
+        if shard.size > 1:
+            score_logits = partial(_score_part_of_logits, shard=shard, compile=kernels.compile)
+        self.by_logits = partial(_score, multiply=multiply, score_logits=score_logits)
 
     def __call__(
         self, hidden: Tensor, output_weight: Tensor, targets: dict[str, Targets], denominators: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, TokenScores]]:
         """This micro-batch's share of L, and the scores of its target tokens by loss.
 
-        hidden: `[batch, positions, dim]`; output_weight: `[vocab, dim]`; denominators: scalars.
+        hidden: `[batch, positions, dim]`; output_weight: `[vocab, dim]`, or this rank's rows of it; denominators:
+        scalars. Ranks with parts of the vocabulary have the same share and scores, and gradients of their own logits.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total_weight = sum(self.loss_weights.values())
@@ -90,7 +101,11 @@ class Objective:
     def _choices(self, hidden: Tensor, output_weight: Tensor, index: Tensor) -> Tensor:
         """The most likely token at each of these positions, `[n]` int64."""
         hidden = hidden.flatten(0, 1)
-        chunks = [F.linear(hidden[part], output_weight).argmax(dim=-1) for part in index.split(self.chunk_size)]
+        chunks = []
+        for part in index.split(self.chunk_size):
+            largest, token = F.linear(hidden[part], output_weight).max(dim=-1)
+            largest, token = map(self.shard.stacked, (largest, token + self.shard.rank * len(output_weight)))
+            chunks.append(token.gather(0, largest.argmax(dim=0, keepdim=True))[0])
         return torch.cat(chunks)
 
 
@@ -160,13 +175,12 @@ def _score(
     d_weight: Any,  # `[vocab, dim]`
     accumulate: bool,
     multiply: Callable[[Tensor, Tensor], Tensor],
-    fused: bool,
+    score_logits: Callable,
 ) -> tuple[Tensor, Tensor]:
     """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) to `d_hidden` and
-    `d_weight`, unless both are None. accumulate: adds those of the weight. fused: one kernel scores the logits.
+    `d_weight`, unless both are None. accumulate: adds those of the weight. score_logits: as `_score_logits`.
     """
     with_gradient = d_hidden is not None
-    score_logits = _fused_score_logits if fused else _score_logits
     d_logits: Any
     nll, correct, d_logits = score_logits(multiply(hidden, weight.T), labels, coefficients, with_gradient)
     if with_gradient:
@@ -196,14 +210,47 @@ def _score_logits(
     normalizer = wide.logsumexp(dim=-1)
     nll = normalizer - wide.gather(1, labels[:, None])[:, 0]
     correct = wide.argmax(dim=-1) == labels
-    if not with_gradient:
-        return nll, correct, None
+    return nll, correct, _d_logits(logits, labels, coefficients, normalizer) if with_gradient else None
+
+
+def _d_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, normalizer: Tensor) -> Tensor:
     is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    d_logits = (wide - normalizer[:, None]).exp() - is_label.to(wide.dtype)
-    return nll, correct, (d_logits * coefficients[:, None]).to(logits.dtype)
+    d_logits = (logits.to(coefficients.dtype) - normalizer[:, None]).exp() - is_label.to(coefficients.dtype)
+    return (d_logits * coefficients[:, None]).to(logits.dtype)
 
 
 def _fused_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool):
     from tidar.kernels.cross_entropy import cross_entropy_  # Triton comes with CUDA's torch only
 
     return cross_entropy_(logits, labels, coefficients, with_gradient)
+
+
+def _score_part_of_logits(
+    logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool, shard: TensorShard, compile: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `_score_logits`, where each rank has the logits of its part of the vocabulary. compile: as in `Kernels`."""
+    run: Callable = compiled if compile else lambda function: function
+    own_labels = labels - shard.rank * logits.shape[1]
+    of_ranks = shard.stacked(run(_summary)(logits, own_labels, coefficients.dtype))
+    nll, correct, normalizer = run(_combined)(of_ranks)
+    return nll, correct, run(_d_logits)(logits, own_labels, coefficients, normalizer) if with_gradient else None
+
+
+def _summary(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ranks need of each other's logits, `[4, n]`: largest logit, sum of the exponentials relative to it, the
+    label's logit, or 0 where it is another rank's, and whether the label's is the largest.
+    """
+    wide = logits.to(dtype)
+    largest, index = wide.max(dim=-1)
+    total = (wide - largest[:, None]).exp().sum(dim=-1)
+    is_own = (labels >= 0) & (labels < logits.shape[1])
+    label_logit = wide.gather(1, labels.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    return torch.stack([largest, total, label_logit.where(is_own, 0), (index == labels).to(dtype)])
+
+
+def _combined(of_ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, correct and the normalizer of rows, all `[n]`. of_ranks: their summaries, `[ranks, 4, n]`."""
+    largest, total, label_logit, correct = of_ranks.unbind(dim=1)
+    maximum, rank = largest.max(dim=0)  # the first of equal ones, as within a rank
+    normalizer = maximum + (total * (largest - maximum).exp()).sum(dim=0).log()
+    return normalizer - label_logit.sum(dim=0), correct.gather(0, rank[None])[0] > 0, normalizer

@@ -23,6 +23,7 @@ from tidar.models.masks import (
     mask_of_words,
     pattern_mask,
 )
+from tidar.models.shards import WHOLE, TensorShard, local_blocks, local_rows
 from tidar.models.sizes import size_config
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "TILE",
+    "TensorShard",
+    "WHOLE",
     "BatchMask",
     "Mask",
     "MaskBuilder",
@@ -43,6 +46,8 @@ __all__ = [
     "count_pairs",
     "from_pretrained",
     "initialize",
+    "local_blocks",
+    "local_rows",
     "make_mask",
     "mask_of_words",
     "pattern_mask",

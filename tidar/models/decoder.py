@@ -13,6 +13,7 @@ from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
 from tidar.kernels.rotary import RopeScaling, inverse_frequencies, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
 from tidar.models.attention import FusedStepAttention, KeySource, Mask, attention
+from tidar.models.shards import WHOLE, TensorShard
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
-        """The residual plus attention from x, all `[batch, positions, dim]`."""
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
+        """The residual plus attention from x, all `[batch, positions, dim]`.
+
+        residual: None where this has some of the heads only; then the bias of `o_proj` is not added either.
+        """
         batch, positions, _ = x.shape
         heads = self.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).view(batch, positions, -1, self.head_dim)
         if isinstance(mask, FusedStepAttention):
@@ -78,7 +82,7 @@ class Attention(nn.Module):
             q, k, v = split_heads(heads, self.n_kv_heads)
             q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(batch, positions, -1)
-        return self.linear(out, self.o_proj.weight, self.o_proj.bias, residual)
+        return self.linear(out, self.o_proj.weight, None if residual is None else self.o_proj.bias, residual)
 
 
 class MLP(nn.Module):
@@ -98,17 +102,24 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The residual plus the MLP of x, all `[batch, positions, dim]`."""
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The residual, if any, plus the MLP of x, all `[batch, positions, dim]`."""
         if self.fused:
             return self.fused(x, self.gate_up_proj.weight, self.down_proj.weight, residual)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return residual + self.down_proj(F.silu(gate) * up)
+        out = self.down_proj(F.silu(gate) * up)
+        return out if residual is None else residual + out
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, kernels: Kernels):
+    """shard: which heads, and which hidden units of the MLP, it has. Several ranks also divide the positions between
+    attention and MLP: norms and residual connections have this rank's, `[1, batch * positions / ranks, dim]`.
+    """
+
+    def __init__(self, config: DecoderConfig, kernels: Kernels, shard: TensorShard = WHOLE):
+        """config: sizes of this shard."""
         super().__init__()
+        self.shard = shard
         self.fused_backward = kernels.fused_backward
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, kernels)
@@ -117,8 +128,21 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
         normalized, x = self.normalize(self.input_layernorm, x)
+        if self.shard.size > 1:
+            return self._forward_of_shard(normalized, x, cos, sin, mask)
         x = self.self_attn(normalized, x, cos, sin, mask)
         return self.mlp(*self.normalize(self.post_attention_layernorm, x))
+
+    def _forward_of_shard(
+        self, normalized: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource
+    ) -> Tensor:
+        rows = cos.shape[0], cos.shape[2]  # batch, positions
+        attended = self.self_attn(self.shard.gathered(normalized).view(*rows, -1), None, cos, sin, mask)
+        x = x + self.shard.summed(attended)
+        if self.self_attn.o_proj.bias is not None:
+            x = x + self.self_attn.o_proj.bias
+        normalized, x = self.normalize(self.post_attention_layernorm, x)
+        return x + self.shard.summed(self.mlp(self.shard.gathered(normalized), None))
 
     def normalize(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x, and x for the residual connection."""
@@ -126,20 +150,20 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig, kernels: Kernels = PLAIN):
+    def __init__(self, config: DecoderConfig, kernels: Kernels = PLAIN, shard: TensorShard = WHOLE):
+        """shard: the part of its parameters that it has; `config` has the sizes of the whole."""
         super().__init__()
-        self.config = config
+        self.config, self.shard = config, shard
+        sizes = shard.sizes(config)
         # `initialize` sets the first values; random ones on the meta device would import torch's compiler
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.dim, _weight=torch.zeros(config.vocab_size, config.dim)
-        )
-        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.n_layers))
+        self.embed_tokens = nn.Embedding(sizes.vocab_size, sizes.dim, _weight=torch.zeros(sizes.vocab_size, sizes.dim))
+        self.layers = nn.ModuleList(DecoderLayer(sizes, kernels, shard) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(sizes.dim, sizes.vocab_size, bias=False)
 
     def output_weight(self) -> Tensor:
-        """Weight of the output projection, `[vocab_size, dim]`."""
+        """Weight of the output projection, `[vocab_size, dim]`, or this rank's rows of it."""
         return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
 
     def forward(
@@ -152,7 +176,7 @@ class Decoder(nn.Module):
         """Logits `[batch, positions, vocab_size]` of tokens `[batch, positions]`.
 
         position_ids: `[batch, positions]`, by default 0, 1, 2 …; mask: see `tidar.models.attention`, None is causal,
-        a list has one for each layer.
+        a list has one for each layer. On several ranks both must be given, and logits are of this rank's tokens.
         head: called in place of the projection to logits with the last hidden states `[batch, positions, dim]` and the
         output weight; its result is returned. It runs inside the model, where FSDP has gathered the weight.
         """
@@ -164,10 +188,22 @@ class Decoder(nn.Module):
         for layer, layer_mask in zip(self.layers, mask if isinstance(mask, list) else repeat(mask)):
             x = layer(x, cos, sin, layer_mask)
         x = self.norm(x)
+        if self.shard.size > 1:
+            x = self.shard.gathered(x).view(*input_ids.shape, -1)
         return (head or F.linear)(x, self.output_weight())
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings, and cosines and sines of the positions, all of one dtype."""
-        x = self.embed_tokens(input_ids)
+        """Embeddings, and cosines and sines of the positions, all of one dtype.
+
+        On several ranks the embeddings are of this rank's positions, as in `DecoderLayer`.
+        """
+        if self.shard.size == 1:
+            x = self.embed_tokens(input_ids)
+        else:
+            n_rows = self.embed_tokens.weight.shape[0]
+            row = input_ids - self.shard.rank * n_rows
+            is_own = (row >= 0) & (row < n_rows)
+            embedded = self.embed_tokens(row.clamp(0, n_rows - 1))
+            x = self.shard.summed(embedded.where(is_own[..., None], 0))
         cos, sin = rotary(position_ids, frequencies, self.config.rope_scaling)
         return x, cos.to(x.dtype), sin.to(x.dtype)

@@ -21,8 +21,11 @@ class RowSharding:
     of the shared parts, then those of the private parts: all shapes are static, and unused slots see only themselves.
     """
 
-    def __init__(self, pattern: Pattern, name: str, seq_len: int, n_ranks: int):
-        """name: of the pattern, for messages. Raises UserError where a row cannot be divided."""
+    def __init__(self, pattern: Pattern, name: str, seq_len: int, n_ranks: int, multiple: int = 1):
+        """name: of the pattern, for messages. multiple: of which private slots, if any, make the number of positions.
+
+        Raises UserError where a row cannot be divided.
+        """
         self.n_ranks, self.block_size = n_ranks, pattern.block_size
         self.pattern, self.about = pattern, f"tidar.pattern = {name}"
         if seq_len % (2 * n_ranks):
@@ -40,6 +43,8 @@ class RowSharding:
         # length of each shared part of the whole row, and the slots of a rank for each private one
         self.shared = tuple(length for part, length in self.parts.items() if part not in self.private)
         self.slots = {part: self._n_slots(self.parts[part]) for part in self.parts if part in self.private}
+        for part in list(self.slots)[-1:]:
+            self.slots[part] += -self.n_positions % multiple
 
     @property
     def n_positions(self) -> int:

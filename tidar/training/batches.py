@@ -48,14 +48,14 @@ class Batches:
         return make_loader(rows, order, pattern, config.training.seed, config.data.num_workers, pins, share)
 
 
-def count_targets(micro_batches: list[Batch], context_parallel: int) -> tuple[dict[str, Tensor], Tensor]:
+def count_targets(micro_batches: list[Batch], world: World) -> tuple[dict[str, Tensor], Tensor]:
     """The denominator of each loss and the number of tokens of a step, over all ranks and micro-batches.
 
-    A loss's denominator is the sum of its target weights. All are scalars, float64. context_parallel: ranks that share
-    each row; each has targets of its own, and the same tokens.
+    A loss's denominator is the sum of its target weights. All are scalars, float64. Ranks of context parallelism have
+    targets of their own, and the same tokens; those of tensor parallelism have both the same.
     """
     weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
     n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))
     counts = torch.cat([weights, n_tokens])
-    dist.all_reduce(counts)
-    return dict(zip(LOSSES, counts)), counts[-1] / context_parallel
+    dist.all_reduce(counts, group=world.loss_group)
+    return dict(zip(LOSSES, counts)), counts[-1] / world.cp_size

@@ -2,7 +2,7 @@
 
 import torch
 
-from tidar.distributed import OneDevice, Sharded, World, gathered_attention, parallelize
+from tidar.distributed import OneDevice, Sharded, World, gathered_attention, parallelize, tensor_shard
 from tidar.kernels import make_mlps_float8
 from tidar.losses.objective import Objective
 from tidar.models import Decoder, MaskBuilder
@@ -15,16 +15,17 @@ def build_model(plan: RunPlan, world: World) -> tuple[Decoder, Sharded | OneDevi
     Raises UserError where its sizes cannot be computed in float8.
     """
     with torch.device("meta"):
-        model = Decoder(plan.decoder, plan.kernels)
+        model = Decoder(plan.decoder, plan.kernels, tensor_shard(world))
     if plan.kernels.float8 != "off":
         make_mlps_float8(model, emulate=plan.kernels.float8 == "emulated")
     return model, parallelize(model, world, plan.config, plan.dtype, plan.kernels.compile)
 
 
-def build_objective(plan: RunPlan) -> Objective:
+def build_objective(plan: RunPlan, world: World) -> Objective:
     options = plan.config
     drafts_from_model = options.tidar.draft_targets == "model"
-    return Objective(plan.loss_weights, options.training.loss_chunk_size, plan.kernels, drafts_from_model)
+    chunk_size, shard = options.training.loss_chunk_size, tensor_shard(world)
+    return Objective(plan.loss_weights, chunk_size, plan.kernels, drafts_from_model, shard)
 
 
 def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:

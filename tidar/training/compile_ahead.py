@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidar.kernels import Kernels, count_sms
 from tidar.kernels.matmul import IMPLEMENTATIONS
-from tidar.models import DecoderConfig
+from tidar.models import DecoderConfig, TensorShard
 from tidar.models.decoder import DecoderLayer
 from tidar.training.plan import RunPlan
 
@@ -35,7 +35,8 @@ TIMEOUT = 60
 class Work:
     """The values that determine which QuACK kernels a run calls.
 
-    positions: of a micro-batch. chunk_size: of the loss. num_sms, capability: of the GPU.
+    decoder: sizes of this device's part. positions: of a micro-batch. chunk_size: of the loss. num_sms, capability: of
+    the GPU. ranks: that share each layer.
     """
 
     decoder: DecoderConfig
@@ -45,6 +46,7 @@ class Work:
     kernels: Kernels
     num_sms: int
     capability: tuple[int, int]
+    ranks: int = 1
 
 
 class Compiler:
@@ -92,13 +94,14 @@ def start_compiler(plan: RunPlan, resources: ExitStack, log: Callable[[str], Non
     if not (kernels.fused_matmul or kernels.loss_without_logits) or plan.device.index != 0:
         return None
     work = Work(
-        plan.decoder,
+        TensorShard(0, plan.tensor_parallel).sizes(plan.decoder),
         plan.dtype,
         plan.positions,
         plan.config.training.loss_chunk_size,
         kernels,
         num_sms=count_sms(plan.device),  # type: ignore[arg-type]
         capability=torch.cuda.get_device_capability(plan.device),
+        ranks=plan.tensor_parallel,
     )
     try:
         compiler = Compiler(work)
@@ -126,7 +129,8 @@ def layer_calls(work: Work) -> tuple[list[tuple[str, tuple]], list[tuple[str, tu
     """Calls of this package's operators in a layer's forward and in its backward pass, on the meta device."""
     decoder = work.decoder
     with torch.device("meta"):
-        layer = DecoderLayer(decoder, Kernels(fused_matmul=True)).to(work.dtype)
+        # a shard that exchanges nothing: attention and MLP get all positions, as they do on several ranks
+        layer = DecoderLayer(decoder, Kernels(fused_matmul=True), TensorShard(0, work.ranks)).to(work.dtype)
         x = torch.empty(1, work.positions, decoder.dim, dtype=work.dtype, requires_grad=True)
         angles = torch.empty(1, 1, work.positions, decoder.head_dim, dtype=work.dtype)
     with RecordedCalls() as forward:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tidar.config import UserError
-from tidar.models import DecoderConfig
+from tidar.models import Decoder
 from tidar.models.huggingface import published_ranges, published_shapes, write_huggingface_folder
 from tidar.training.checkpoint.retention import remove_tree
 from tidar.training.reporting.metrics import validation_figures
@@ -18,13 +18,13 @@ from tidar.training.reporting.metrics import validation_figures
 def export_parameters(
     folder: Path,
     parameters: dict[str, nn.Parameter],
-    config: DecoderConfig,
+    model: Decoder,
     step: int,
     write_assets: Callable[[Path], None],
     writes: bool,
     before_each: Callable[[], None],
 ) -> None:
-    """Writes parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one of them writes.
+    """Writes a model's parameters, sharded or not, to a Hugging Face folder in bfloat16. All ranks call it; one writes.
 
     folder: export/<name> of the run's folder. step: of the run.
     before_each: called by all ranks before each parameter; what it raises interrupts the export.
@@ -36,7 +36,8 @@ def export_parameters(
     def gather(name: str) -> torch.Tensor:
         before_each()
         narrow = parameters[name].detach().to(torch.bfloat16)
-        return (narrow.full_tensor() if isinstance(narrow, DTensor) else narrow).cpu()
+        part = narrow.full_tensor() if isinstance(narrow, DTensor) else narrow
+        return model.shard.whole(name, part).cpu()
 
     if not writes:
         for name in parameters:
@@ -45,8 +46,8 @@ def export_parameters(
     for old in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         remove_tree(old)
     figures = validation_figures(folder.parents[1], step)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    parts = published_ranges(shapes, config)
+    shapes = {name: model.shard.whole_shape(name, parameter.shape) for name, parameter in parameters.items()}
+    parts = published_ranges(shapes, model.config)
 
     def read(name: str) -> Iterator[torch.Tensor]:
         for parameter, rows in parts[name]:
@@ -55,7 +56,7 @@ def export_parameters(
     try:
         write_huggingface_folder(
             folder,
-            published_shapes(shapes, config),
+            published_shapes(shapes, model.config),
             torch.bfloat16,
             read,
             write_assets,

@@ -8,7 +8,7 @@ import torch
 from tidar.config import Config, UserError, resolve_global_batch_size
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Capability, Kernels, Sizes, choose_kernels
-from tidar.models import Decoder, DecoderConfig
+from tidar.models import WHOLE, Decoder, DecoderConfig, TensorShard
 from tidar.patterns import DECODABLE, Pattern, RowSharding, Tidar, checked_pattern, configured_pattern, loss_weights
 from tidar.training.reporting.weights_and_biases import check_wandb
 
@@ -17,10 +17,12 @@ from tidar.training.reporting.weights_and_biases import check_wandb
 class RunPlan:
     """Sizes, kernels and memory of a run on `world_size` devices like `device`.
 
-    replicas, shards: copies of the states, and the devices that each copy is sharded over. context_parallel: devices
-    that share each row; sharding, validation_sharding: how rows are dealt to them, None where it is one.
+    replicas, shards: copies of the states, and the devices that each part of a copy is sharded over. tensor_parallel:
+    devices that share each layer, and have a part each. context_parallel: devices that share each row; sharding,
+    validation_sharding: how rows are dealt to them, None where it is one.
     global_batch_size: rows of an optimizer step. micro_batches: of each rank in a step. dtype: of compute. kernels:
-    final once the model is known. model: its sizes, None until it is read; n_parameters: 0 until then.
+    final once the model is known. model: its sizes, None until it is read; n_parameters: 0 until then, as is
+    n_own_parameters, those in the part of one of the devices that share each layer.
     """
 
     config: Config
@@ -29,6 +31,7 @@ class RunPlan:
     replicas: int
     shards: int
     context_parallel: int
+    tensor_parallel: int
     global_batch_size: int
     micro_batches: int
     dtype: torch.dtype
@@ -40,6 +43,7 @@ class RunPlan:
     validation_sharding: RowSharding | None
     model: DecoderConfig | None = None
     n_parameters: int = 0
+    n_own_parameters: int = 0
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -49,12 +53,12 @@ class RunPlan:
 
     @property
     def uses_fsdp(self) -> bool:
-        return needs_fsdp(self.config, self.world_size)
+        return needs_fsdp(self.config, self.world_size // self.tensor_parallel)
 
     @property
     def dp_size(self) -> int:
         """Ranks, or groups of them, that have rows of their own."""
-        return self.world_size // self.context_parallel
+        return self.world_size // (self.context_parallel * self.tensor_parallel)
 
     @property
     def positions(self) -> int:
@@ -76,26 +80,26 @@ class RunPlan:
         moments = 2 * {"float32": 4, "bfloat16": 2}[self.config.optimizer.state_dtype]
         # under FSDP2 no copies: it casts what it gathers
         copies = self.dtype.itemsize if self.dtype.itemsize < 4 and not self.uses_fsdp else 0
-        return (4 + moments + copies) * self.n_parameters / self.shards + self.gradient_bytes
+        return (4 + moments + copies) * self.n_own_parameters / self.shards + self.gradient_bytes
 
     @property
     def gradient_bytes(self) -> float:
         """Of the gradients among the states."""
         # on one device without FSDP2 those of several micro-batches are accumulated in float32
         size = 4 if self.uses_fsdp or self.micro_batches > 1 else self.dtype.itemsize
-        return size * self.n_parameters / self.shards
+        return size * self.n_own_parameters / self.shards
 
     @property
     def gathered_bytes(self) -> int:
         """Of parameters that stay unsharded from the forward to the backward pass."""
         keeps = self.uses_fsdp and not reshards_after_forward(self.config, self.shards)
-        return self.dtype.itemsize * self.n_parameters if keeps else 0
+        return self.dtype.itemsize * self.n_own_parameters if keeps else 0
 
     @property
     def unsharded_gradient_bytes(self) -> int:
         """Of gradients that stay unsharded from the first micro-batch to the last."""
         once = self.config.parallelism.gradient_reduction == "step" and self.micro_batches > 1
-        return 4 * self.n_parameters if self.uses_fsdp and once else 0
+        return 4 * self.n_own_parameters if self.uses_fsdp and once else 0
 
 
 def check_draft_targets(config: Config, pattern: Pattern) -> None:
@@ -131,14 +135,15 @@ def plan_run(
     replicas, shards = resolve_degrees(config, world_size)
     check_offload(config, device)
     context_parallel = config.parallelism.context_parallel_degree
-    dp_size = world_size // context_parallel
+    tensor_parallel = config.parallelism.tensor_parallel_degree
+    dp_size = world_size // (context_parallel * tensor_parallel)
     global_batch_size = resolve_global_batch_size(config, dp_size)
     check_wandb(config)
     dtype = compute_dtype(config, device)
     pattern = checked_pattern(config, mask_token_id)
     validation_pattern = configured_pattern(config, mask_token_id, training=False)
     sharding, validation_sharding = (
-        RowSharding(rows, config.tidar.pattern, config.training.seq_len, context_parallel)
+        RowSharding(rows, config.tidar.pattern, config.training.seq_len, context_parallel, tensor_parallel)
         if context_parallel > 1
         else None
         for rows in (pattern, validation_pattern)
@@ -150,10 +155,15 @@ def plan_run(
             f"pattern one of {', '.join(DECODABLE)}"
         )
     check_draft_targets(config, pattern)
-    sizes, n_parameters = None, 0
+    sizes, n_parameters, n_own_parameters = None, 0, 0
+    if tensor_parallel > 1:
+        _check_positions(config, tensor_parallel, [sharding or pattern, validation_sharding or validation_pattern])
     if decoder:
-        sizes = Sizes(decoder.dim, decoder.hidden_dim, decoder.head_dim, decoder.vocab_size)
-        n_parameters = count_parameters(decoder)
+        _check_divides(tensor_parallel, decoder)
+        shard = TensorShard(0, tensor_parallel)
+        own = shard.sizes(decoder)
+        sizes = Sizes(own.dim, own.hidden_dim, own.head_dim, own.vocab_size, tensor_parallel)
+        n_parameters, n_own_parameters = count_parameters(decoder), count_parameters(decoder, shard)
     return RunPlan(
         config=config,
         device=device,
@@ -161,6 +171,7 @@ def plan_run(
         replicas=replicas,
         shards=shards * context_parallel,
         context_parallel=context_parallel,
+        tensor_parallel=tensor_parallel,
         global_batch_size=global_batch_size,
         micro_batches=global_batch_size // (config.training.local_batch_size * dp_size),
         dtype=dtype,
@@ -172,10 +183,35 @@ def plan_run(
         validation_sharding=validation_sharding,
         model=decoder,
         n_parameters=n_parameters,
+        n_own_parameters=n_own_parameters,
     )
 
 
 @lru_cache
-def count_parameters(decoder: DecoderConfig) -> int:
+def count_parameters(decoder: DecoderConfig, shard: TensorShard = WHOLE) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(decoder).parameters())
+        return sum(parameter.numel() for parameter in Decoder(decoder, shard=shard).parameters())
+
+
+def _check_divides(n_ranks: int, decoder: DecoderConfig) -> None:
+    """Raises UserError where the sizes of a model cannot be divided over the ranks of tensor parallelism."""
+    sizes = {
+        "num_key_value_heads": decoder.n_kv_heads,
+        "intermediate_size": decoder.hidden_dim,
+        "vocab_size": decoder.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % n_ranks:
+            raise UserError(f"parallelism.tensor_parallel_degree = {n_ranks}: must divide the model's {name} = {size}")
+
+
+def _check_positions(config: Config, n_ranks: int, rows: list[RowSharding | Pattern]) -> None:
+    """Raises UserError where the positions of a row cannot be divided over the ranks of tensor parallelism."""
+    for row in rows:
+        seq_len = config.training.seq_len
+        positions = row.n_positions if isinstance(row, RowSharding) else row.model_positions(seq_len)
+        if positions % n_ranks:
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {n_ranks}: must divide the {positions} model positions of a row "
+                f"(training.seq_len = {seq_len})"
+            )

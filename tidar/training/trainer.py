@@ -127,7 +127,7 @@ class Trainer:
             make_deterministic(config)
             self._read_inputs()
             self.model, self.parallel = build_model(self.plan, world)
-            self.objective = build_objective(self.plan)
+            self.objective = build_objective(self.plan, world)
             self.mask_builder, self.validation_mask_builder = build_mask_builders(self.plan, world)
             self.compiler = start_compiler(self.plan, resources, self.log)
             n_rows, identity = len(self.batches.training_rows), self.inputs.data.identity(config)
@@ -143,7 +143,7 @@ class Trainer:
 
             self.watchdog, self.timeout = Watchdog(world, self.record_failure), config.comm.init_timeout_seconds
             self.throttle = HostThrottle(self.device)
-            self.throughput = Throughput(self.spec.decoder, self.device, self.plan.context_parallel)
+            self.throughput = Throughput(self.spec.decoder, self.device, world.cp_size, world.tp_size)
             weights, ranks = self.plan.loss_weights, (world, self.cpu_group)
             self.reports = Reports(config, self.folder, self.throughput, weights, self.model.layers, *ranks, self.log)
             self.resources = resources.pop_all()
@@ -235,7 +235,7 @@ class Trainer:
         self.reports.slowness.watch(reports := self.progress.is_due(self.config.metrics.log_freq, self.steps, ahead=1))
         micro_batches = [batch.to(self.device) for batch in micro_batches]
 
-        denominators, n_tokens = count_targets(micro_batches, plan.context_parallel)
+        denominators, n_tokens = count_targets(micro_batches, self.world)
         sums = LossSums.zeros(self.device)
         for index, batch in enumerate(micro_batches, start=1):
             self.heartbeat(f"step {number}: micro-batch {index}")
@@ -250,7 +250,7 @@ class Trainer:
             # a step of many micro-batches may take longer than a launcher waits, so it is abandoned
             if index < plan.micro_batches and (reason := self.stops.agreed(self.checkpointer.has_failed)):
                 raise Stopped(reason)
-        sums.all_reduce()
+        sums.all_reduce(self.world.loss_group)
 
         self.heartbeat(f"step {number}: optimizer")
         rows = partial(self.batches.order(self.progress.samples).first_rows, plan.micro_batches)
@@ -313,9 +313,8 @@ class Trainer:
         with self.throughput.paused():
             with self.parallel.validating():
                 block_size, weights = self.plan.validation_pattern.block_size, self.plan.loss_weights
-                scalars = validate(
-                    self.batches.validation(), score, block_size, weights, self.device, self.world.cp_group
-                )
+                groups = self.world.cp_group, self.world.loss_group
+                scalars = validate(self.batches.validation(), score, block_size, weights, self.device, *groups)
             calls = self.stops.check, partial(self.heartbeat, "decoding"), partial(self.wait_for_all, "decoding")
             decoded = self.prompts.decode(self.parallel, *calls) if self.prompts else None
         self.state.val_losses[self.step] = scalars.get("val/loss")
@@ -326,7 +325,7 @@ class Trainer:
         folder = self.folder / "export" / f"epoch_{number}"
         with self.throughput.paused():
             self.wait_for_all("the export")
-            model = self.checkpointer.parameters, self.spec.decoder, self.step, self.state.write_assets
+            model = self.checkpointer.parameters, self.model, self.step, self.state.write_assets
             export_parameters(folder, *model, writes=self.world.rank == 0, before_each=self.stops.check)
             self.wait_for_all("the export")
         self.log(f"exported {folder}{without_generate(self.config.tidar.pattern)}")

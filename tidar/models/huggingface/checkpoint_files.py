@@ -177,12 +177,14 @@ class CheckpointTensors:
             begin, end = max(start, first), min(stop, first + length)
             if begin >= end:
                 continue
-            if tuple(chunk.sizes[1:]) != tuple(saved.size[1:]):
-                raise UserError(f"{self.path}: {name} is not saved by rows")
             info = self.metadata.storage_data[MetadataIndex(name, chunk.offsets, number)]
-            row_bytes = rows[0].nbytes
             path = self.path / info.relative_path
-            into: Any = rows[begin - start : end - start].flatten().view(torch.uint8).numpy()
+            wanted = rows[begin - start : end - start]
+            if len(saved.size) > 1:
+                wanted = wanted.narrow(1, chunk.offsets[1], chunk.sizes[1])
+            found = torch.empty_like(wanted, memory_format=torch.contiguous_format)
+            row_bytes = found[0].nbytes
+            into: Any = found.flatten().view(torch.uint8).numpy()
             try:
                 file: Any
                 with open_regular(path) as file:
@@ -192,9 +194,10 @@ class CheckpointTensors:
                         raise ValueError("it ends too early")
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: {name} cannot be read from it ({error})") from None
-            filled += end - begin
-        if filled != stop - start:
-            raise UserError(f"{self.path}: holds {filled} of rows {start} to {stop} of {name}")
+            wanted.copy_(found)
+            filled += found.numel()
+        if filled != rows.numel():
+            raise UserError(f"{self.path}: holds {filled} of {rows.numel()} values of rows {start} to {stop} of {name}")
         return rows
 
 

@@ -1,16 +1,12 @@
-"""Where the rows of the decoder's parameters are in Hugging Face's checkpoints, and which of them this rank keeps."""
+"""Where the rows of the decoder's parameters are in Hugging Face's checkpoints."""
 
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
 from tidar.models.decoder import DecoderConfig
+from tidar.models.shards import Shape
 
-Shape = tuple[int, ...]
 PIECE_BYTES = 4 * 2**20  # of rows in float32 that are read and converted at one time
 
 
@@ -79,13 +75,3 @@ def pieces(shape: Shape, start: int, stop: int) -> Iterator[tuple[int, int]]:
     length = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
     for first in range(start, stop, length):
         yield first, min(first + length, stop)
-
-
-def local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """This rank's rows of a parameter, and the index of the first. Raises ValueError where columns are sharded."""
-    if not isinstance(parameter, DTensor):
-        return parameter.detach(), 0
-    if any(isinstance(placement, Shard) and placement.dim != 0 for placement in parameter.placements):
-        raise ValueError(f"{parameter.placements}: only rows can be sharded")
-    _, (first, *_) = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local().detach(), first

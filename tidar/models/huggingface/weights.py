@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from tidar.config import UserError, first_line
@@ -15,16 +15,10 @@ from tidar.config.hub import local_folder
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
-from tidar.models.huggingface.layout import (
-    RowRange,
-    local_rows,
-    pieces,
-    published_name,
-    published_shapes,
-    row_ranges,
-)
+from tidar.models.huggingface.layout import RowRange, pieces, published_name, published_shapes, row_ranges
 from tidar.models.huggingface.manifest import check_whole
 from tidar.models.huggingface.spec import ModelSpec, assets_folder
+from tidar.models.shards import local_blocks
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAFETENSORS_FLOATS = ("F32", "BF16", "F16", "F64")
@@ -85,9 +79,9 @@ class SafetensorsFolder:
         self.slices = {_with_model(name, self.slices): part for name, part in self.slices.items()}
         self.shapes = {name: tuple(part.get_shape()) for name, part in self.slices.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, read from the file."""
-        return self.slices[name][start:stop]
+    def rows(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
+        """Rows of a tensor, or some of their columns, read from the file."""
+        return self.slices[name][start:stop] if columns is None else self.slices[name][start:stop, columns]
 
 
 class StateDictFile:
@@ -117,9 +111,9 @@ class StateDictFile:
         self.tensors = {_with_model(name, tensors): tensor for name, tensor in tensors.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, mapped from the file."""
-        return self.tensors[name][start:stop]
+    def rows(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
+        """Rows of a tensor, or some of their columns, mapped from the file."""
+        return self.tensors[name][start:stop] if columns is None else self.tensors[name][start:stop, columns]
 
 
 class StepFolder:
@@ -135,9 +129,10 @@ class StepFolder:
         }
         self.shapes = {name: self.tensors.shapes[saved] for name, saved in self.names.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, read from the files."""
-        return self.tensors.rows(self.names[name], start, stop)
+    def rows(self, name: str, start: int, stop: int, columns: slice | None = None) -> Tensor:
+        """Rows of a tensor, or some of their columns, read from the files."""
+        rows = self.tensors.rows(self.names[name], start, stop)
+        return rows if columns is None else rows[:, columns]
 
     def published_pieces(self, parts: list[tuple[str, RowRange]]) -> Iterator[Tensor]:
         """All rows of a published tensor, a few at a time. parts: as `published_ranges` has them."""
@@ -181,7 +176,7 @@ def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = Non
 
     vocab_size: rows that the vocabulary may have there, beside those of the model. Returns the rows that it has.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name: model.shard.whole_shape(name, parameter.shape) for name, parameter in model.named_parameters()}
     if isinstance(weights, StepFolder):
         expected = {published_name(name): shape for name, shape in expected.items()}
     else:
@@ -216,20 +211,20 @@ def load_weights(model: Decoder, weights: Weights, vocab_size: int | None = None
     """
     vocab_size = check_weights(weights, model, vocab_size)
     for name, parameter in model.named_parameters():
-        n_rows = vocab_size if name in VOCABULARY_ROWS else parameter.shape[0]
+        n_rows = vocab_size if name in VOCABULARY_ROWS else model.shard.whole_shape(name, parameter.shape)[0]
         if isinstance(weights, StepFolder):
             ranges = [RowRange(published_name(name), 0, n_rows, 0)]
         else:
             ranges = row_ranges(name, n_rows, model.config)
         for rows in ranges:
-            for local, start in _pieces(parameter, rows.at, rows.at + rows.length):
+            for local, start, columns in _pieces(model, name, rows.at, rows.at + rows.length):
                 start += rows.start - rows.at
-                values = weights.rows(rows.name, start, start + len(local))
+                values = weights.rows(rows.name, start, start + len(local), columns)
                 if values.dtype not in FLOAT_TYPES:
                     raise UserError(f"{weights.path}: {rows.name} is {values.dtype}: must be floating-point")
                 local.copy_(values)
     if model.config.tie_embeddings and "lm_head.weight" in weights.shapes:
-        _check_tied(model.embed_tokens.weight, weights, vocab_size)
+        _check_tied(model, weights, vocab_size)
     return vocab_size
 
 
@@ -239,15 +234,14 @@ def fill_new_rows(model: Decoder, spec: ModelSpec, loaded_rows: int, mask_row: b
     token too where `mask_row` says so.
     """
     for name in VOCABULARY_ROWS:
-        parameter = dict(model.named_parameters()).get(name)
-        if parameter is None:
+        if name not in dict(model.named_parameters()):
             continue
         new = set(range(loaded_rows, spec.decoder.vocab_size))
         if mask_row and name == "embed_tokens.weight":
             new.add(spec.mask_token_id)
         if new:
-            mean = _mean_of_rows(parameter, spec.used_rows)
-            for local, start in _pieces(parameter, 0, parameter.shape[0]):
+            mean = _mean_of_rows(model, name, spec.used_rows)
+            for local, start, _ in _pieces(model, name, 0, spec.decoder.vocab_size):
                 for row in new & set(range(start, start + len(local))):
                     local[row - start] = mean
 
@@ -284,37 +278,46 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _pieces(parameter: nn.Parameter, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
-    """This rank's part of rows `start` to `stop` of a parameter, in pieces: (the rows, index of the first)."""
-    local, first = local_rows(parameter)
-    for begin, end in pieces(parameter.shape, max(start, first), min(stop, first + len(local))):
-        yield local[begin - first : end - first], begin
+def _pieces(model: Decoder, name: str, start: int, stop: int) -> Iterator[tuple[Tensor, int, slice | None]]:
+    """This rank's part of rows `start` to `stop` of a parameter, in pieces: (the rows, index of the first, columns).
+
+    columns: None where it has all of them.
+    """
+    local, blocks = local_blocks(model.shard, name, model.get_parameter(name))
+    has_all = model.shard.whole_shape(name, local.shape)[1:] == local.shape[1:]
+    for block in blocks:
+        columns = None if has_all else slice(block.column, block.column + local.shape[1])
+        for begin, end in pieces(local.shape, max(start, block.row), min(stop, block.row + block.length)):
+            at = begin - block.row + block.at
+            yield local[at : at + end - begin], begin, columns
 
 
-def _mean_of_rows(parameter: nn.Parameter, end: int) -> Tensor:
+def _mean_of_rows(model: Decoder, name: str, end: int) -> Tensor:
     """Mean of rows 0 to `end`, summed in float64 over all ranks, `[dim]`."""
+    parameter = model.get_parameter(name)
     total = torch.zeros(parameter.shape[1], dtype=torch.float64, device=parameter.device)
-    for local, _ in _pieces(parameter, 0, end):
+    for local, *_ in _pieces(model, name, 0, end):
         total += local.sum(dim=0, dtype=torch.float64)
-    return _sum_over_shards(total, parameter) / end
+    return _sum_over_shards(total, model, name) / end
 
 
-def _sum_over_shards(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def _sum_over_shards(value: Tensor, model: Decoder, name: str) -> Tensor:
     """Sum of a value over the ranks that share the rows of a parameter; replicas of it hold the same value."""
-    if not isinstance(parameter, DTensor):
-        return value
-    placements = [Partial() if isinstance(place, Shard) else place for place in parameter.placements]
-    return DTensor.from_local(value, parameter.device_mesh, placements, run_check=False).full_tensor()
+    parameter = model.get_parameter(name)
+    if isinstance(parameter, DTensor):
+        placements = [Partial() if isinstance(place, Shard) else place for place in parameter.placements]
+        value = DTensor.from_local(value, parameter.device_mesh, placements, run_check=False).full_tensor()
+    return model.shard.total(value)
 
 
-def _check_tied(embedding: Any, weights: Any, vocab_size: int) -> None:
+def _check_tied(model: Decoder, weights: Any, vocab_size: int) -> None:
     """The output weight that a file holds beside the embedding must be the same. Ranks agree on the answer."""
-    names = published_name("embed_tokens.weight"), "lm_head.weight"
-    different = torch.zeros((), device=embedding.device)
-    for local, start in _pieces(embedding, 0, vocab_size):
+    names = published_name(EMBEDDING), OUTPUT
+    different = torch.zeros((), device=model.get_parameter(EMBEDDING).device)
+    for local, start, _ in _pieces(model, EMBEDDING, 0, vocab_size):
         first, second = (weights.rows(name, start, start + len(local)) for name in names)
         different += not first.equal(second)
-    if _sum_over_shards(different, embedding):
+    if _sum_over_shards(different, model, EMBEDDING):
         raise UserError(
             f"{weights.path}: lm_head.weight differs from {names[0]}, but tie_word_embeddings = true ties the two"
         )

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tidar.config import UserError, print_lines
 from tidar.config.options import Checkpoint
 from tidar.distributed import World
+from tidar.models import Decoder
 from tidar.training.checkpoint.restore import find_newest, load
 from tidar.training.checkpoint.retention import remove_superseded
 from tidar.training.checkpoint.staging import Staging
-from tidar.training.checkpoint.state import random_state, set_random_state, training_state
+from tidar.training.checkpoint.state import local, random_state, set_random_state, training_state
 from tidar.training.checkpoint.writer import CheckpointWriter, SaveError
-from tidar.training.optim.gradients import local_part
 
 
 class Checkpointer:
@@ -38,7 +38,7 @@ class Checkpointer:
         self,
         dump_folder: Path,
         options: Checkpoint,
-        model: nn.Module,
+        model: Decoder,
         optimizer: torch.optim.Optimizer,
         progress: dict[str, Tensor],
         world: World,
@@ -56,7 +56,7 @@ class Checkpointer:
         self.options = options
         # taken now, while all parameters are sharded; FSDP2 registers unsharded ones during a forward pass
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.optimizer = optimizer
+        self.optimizer, self.shard = optimizer, model.shard
         self.progress = progress
         self.world = world
         self.group = group
@@ -92,7 +92,7 @@ class Checkpointer:
 
     def reserve(self) -> None:
         """Allocates the host memory that saves need all the time. Raises UserError where there is too little."""
-        self.staging.reserve(_local(self._state() | random_state(self.world)))
+        self.staging.reserve(local(self._state() | random_state(self.world)))
 
     def finish_last(self, step: int) -> None:
         """Waits for the save of the run's last step. Raises UserError where that checkpoint is not whole."""
@@ -162,7 +162,7 @@ class Checkpointer:
         self,
         step: int,
         about: dict[str, Any],
-        live: dict[str, Tensor],
+        live: dict[str, Any],
         staged: dict[str, Tensor],
         copied: torch.cuda.Event | None,
     ) -> None:
@@ -193,10 +193,10 @@ class Checkpointer:
 
     # the phases of a save, in order
 
-    def _stage(self, live: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        return self.staging.take(_local(live))
+    def _stage(self, live: dict[str, Any]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        return self.staging.take(local(live))
 
-    def _write(self, step: int, live: dict[str, Tensor], staged: dict[str, Tensor]) -> dict[str, list]:
+    def _write(self, step: int, live: dict[str, Any], staged: dict[str, Tensor]) -> dict[str, list]:
         return self.writer.write(step, live, staged, self.write_assets)
 
     def _commit(self, step: int, files: dict[str, list], about: dict[str, Any]) -> None:
@@ -207,10 +207,5 @@ class Checkpointer:
         if self.world.rank == 0:
             remove_superseded(self.dump_folder, self.options, newest, self.damaged, self.log)
 
-    def _state(self) -> dict[str, Tensor]:
-        return training_state(self.parameters, self.optimizer, self.progress)
-
-
-def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shards."""
-    return {name: local_part(tensor) for name, tensor in tensors.items()}
+    def _state(self) -> dict[str, Any]:
+        return training_state(self.parameters, self.optimizer, self.progress, self.shard)

@@ -13,6 +13,7 @@ from tidar.config import UserError
 from tidar.distributed import World
 from tidar.models.huggingface import CheckpointReader
 from tidar.models.huggingface.manifest import find_problem, saved_steps
+from tidar.training.checkpoint.state import LoadPlanner
 from tidar.training.checkpoint.writer import error_text
 
 # problems that an error about several checkpoints spells out
@@ -55,7 +56,7 @@ def find_newest(
 
 
 def load(
-    path: Path, state: dict[str, Tensor], random_state: dict[str, Tensor], group: dist.ProcessGroup
+    path: Path, state: dict[str, Any], random_state: dict[str, Tensor], group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
     """Loads a checkpoint into the tensors of `state` and `random_state`. Returns those of `random_state` that it has.
 
@@ -76,7 +77,7 @@ def load(
         if before != now:
             raise UserError(f"{path}: {name} is {before}, must be {now}")
     try:
-        dcp.load(state | random_state, storage_reader=reader, process_group=group)
+        dcp.load(state | random_state, storage_reader=reader, planner=LoadPlanner(), process_group=group)
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise UserError(f"{path}: cannot be restored: {error_text(cause)} (rank {rank})") from None

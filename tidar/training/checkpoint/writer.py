@@ -15,6 +15,7 @@ from tidar.config import first_line
 from tidar.models.huggingface import ASSETS
 from tidar.training.checkpoint.manifest import describe, file_names, flush_folder, write_manifest
 from tidar.training.checkpoint.retention import remove_tree
+from tidar.training.checkpoint.state import Blocks
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class CheckpointWriter:
         self.threads = threads
 
     def write(
-        self, step: int, live: dict[str, Tensor], staged: dict[str, Tensor], write_assets: Callable[[Path], None]
+        self, step: int, live: dict[str, Any], staged: dict[str, Tensor], write_assets: Callable[[Path], None]
     ) -> dict[str, list]:
         """Writes step-<step>.partial and flushes it to the disk. Returns what `describe` returns, for the files of all
         ranks.
@@ -52,7 +53,7 @@ class CheckpointWriter:
         self._on_all_ranks(lambda: self._create_empty(partial) if self.rank == 0 else None)
         writer = _Writer(partial, self.threads, on_host=not any(tensor.is_cuda for tensor in staged.values()))
         try:
-            dcp.save(live, storage_writer=writer, planner=_StagedPlanner(staged), process_group=self.group)
+            dcp.save(live, storage_writer=writer, planner=_StagedPlanner(live, staged), process_group=self.group)
         except dcp.CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
             raise SaveError(
@@ -135,12 +136,13 @@ class CheckpointWriter:
 class _StagedPlanner(dcp.DefaultSavePlanner):
     """Plans from the run's sharded tensors, but writes the values of the staged copies."""
 
-    def __init__(self, staged: dict[str, Tensor]):
+    def __init__(self, live: dict[str, Any], staged: dict[str, Tensor]):
         super().__init__()
-        self.staged = staged
+        self.live, self.staged = live, staged
 
     def lookup_object(self, index: Any) -> Any:
-        return self.staged[index.fqn]
+        live, staged = self.live[index.fqn], self.staged[index.fqn]
+        return staged[live.rows[index.offset]] if isinstance(live, Blocks) else staged
 
 
 class _Stream:

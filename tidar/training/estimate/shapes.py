@@ -43,6 +43,8 @@ def not_estimated(plan: RunPlan) -> str | None:
     """The option for which no estimate is made of a run, and its value; None if one is made."""
     if plan.config.training.enable_cpu_offload:
         return "training.enable_cpu_offload = true"
+    if plan.tensor_parallel > 1:
+        return f"parallelism.tensor_parallel_degree = {plan.tensor_parallel}"
     if not plan.kernels.compile:
         return f"compile.enable = {str(plan.config.compile.enable).lower()}"
     if plan.kernels.attention == "sdpa":

@@ -27,14 +27,25 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> Tensor:
+def sum_over_ranks(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Sums the gradients of parameters that all ranks of tensor parallelism have, in place and in float32: each rank
+    has the gradients of its positions, or of its heads.
+    """
+    flat = torch.cat([gradient.flatten().float() for gradient in gradients]).to(device)
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
+
+
+def gradient_norm(gradients: Sequence[Tensor], groups: Sequence[dist.ProcessGroup], device: torch.device) -> Tensor:
     """Global norm of gradients, given this rank's shards; a float32 scalar on `device`.
 
-    gradients: the local tensors; empty ones are allowed. group: the ranks across which one replica is sharded; the
-    squares are summed over it.
+    gradients: the local tensors; empty ones are allowed. groups: along the dimensions of the ranks that one replica is
+    divided over; the squares are summed over each.
     """
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], dtype=torch.float32)
     square = torch.stack(norms).double().square().sum().to(device)
-    if group.size() > 1:
-        dist.all_reduce(square, group=group)
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(square, group=group)
     return square.sqrt().float()

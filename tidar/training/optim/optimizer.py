@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tidar.config import derive_seed
 from tidar.config.options import Optimizer
+from tidar.models import WHOLE, TensorShard, local_rows
 from tidar.training.optim.gradients import local_gradient, local_part
 
 # elements updated at a time without the fused kernel: bounds the temporary memory
@@ -23,11 +22,12 @@ def make_optimizer(
     seed: int = 0,
     copies: Mapping[nn.Parameter, nn.Parameter] | None = None,
     in_one_kernel: bool = False,
+    shard: TensorShard = WHOLE,
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters; weight decay on those that optimizer.decay_params names.
 
     Its `step` divides gradients by the attribute `grad_scale`, and changes nothing where the attribute `found_inf` is
-    1; both are scalar float32 tensors. seed, copies, in_one_kernel: see `MixedAdamW`.
+    1; both are scalar float32 tensors. seed, copies, in_one_kernel, shard: see `MixedAdamW`.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -43,7 +43,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, **common, fused=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     dtype = getattr(torch, options.state_dtype)
-    return MixedAdamW(groups, names, copies or {}, dtype, seed, in_one_kernel, **common)
+    return MixedAdamW(groups, names, copies or {}, dtype, seed, in_one_kernel, shard, **common)
 
 
 class MixedAdamW(torch.optim.Optimizer):
@@ -63,15 +63,18 @@ class MixedAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype,
         seed: int,
         in_one_kernel: bool,
+        shard: TensorShard,
         **defaults,
     ):
-        """in_one_kernel: updates all parameters of a group in one CUDA kernel, not one after the other."""
+        """in_one_kernel: updates all parameters of a group in one CUDA kernel, not one after the other.
+        shard: the part of the parameters that this rank has.
+        """
         super().__init__(groups, defaults)
         self.copies = copies
         self.state_dtype = state_dtype
         # created once: a copy from pageable host memory would synchronize with the device in every step
         self.keys: list[Any] = [_keys(group["params"], names, seed) for group in self.param_groups]
-        self.first_elements = {parameter: _first_element(parameter) for parameter in names}
+        self.numbers = {parameter: _numbers(parameter, name, shard) for parameter, name in names.items()}
         self.in_one_kernel = in_one_kernel
         # set before each step: a factor of the gradients, and 1 where the step is to change nothing; float32 scalars
         self.grad_scale: Tensor
@@ -103,15 +106,15 @@ class MixedAdamW(torch.optim.Optimizer):
                 local_part(state["exp_avg"]),
                 local_part(state["exp_avg_sq"]),
                 self.copies.get(parameter),
-                self.first_elements[parameter],
+                self.numbers[parameter],
             )
             for parameter, state in zip(parameters, states)
         ]
         if self.in_one_kernel:
             from tidar.kernels.adamw import update_all
 
-            firsts = [slices.first for slices in tensors]
-            update_all(addressable(tensors), firsts, salts, scalars, group["betas"], group["eps"])
+            numbers = [slices.numbers for slices in tensors]
+            update_all(addressable(tensors), numbers, salts, scalars, group["betas"], group["eps"])
         else:
             for slices, salt in zip(tensors, salts):
                 _update_in_pieces(slices, salt, scalars, group["betas"], group["eps"])
@@ -129,15 +132,26 @@ class MixedAdamW(torch.optim.Optimizer):
             copy.grad = None
 
 
+class Numbers(NamedTuple):
+    """The elements of a tensor as they are numbered in the whole parameter: element e has number
+    `start + p + p // run * gap`, with `p = first + e`.
+    """
+
+    first: int
+    start: int
+    run: int
+    gap: int
+
+
 class OfParameter(NamedTuple):
-    """This rank's shards of a parameter, its gradient, moments and copy. first: index of the first element."""
+    """This rank's shards of a parameter, its gradient, moments and copy, and the numbers of their elements."""
 
     parameter: Tensor
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     copy: Tensor | None
-    first: int
+    numbers: Numbers
 
 
 def addressable(tensors: list[OfParameter]) -> list[list[Tensor | None]]:
@@ -169,16 +183,16 @@ def _keys(parameters: list[nn.Parameter], names: dict[nn.Parameter, str], seed: 
 
 
 def _update_in_pieces(tensors: OfParameter, *others) -> None:
-    *values, first = tensors
+    *values, numbers = tensors
     pieces = ([None] if value is None else value.view(-1).split(EAGER_ELEMENTS) for value in values)
     for number, piece in enumerate(zip_longest(*pieces)):
-        tensors = OfParameter(*piece, first + number * EAGER_ELEMENTS)  # type: ignore[call-arg]
-        _update(tensors, *others)
+        own = numbers._replace(first=numbers.first + number * EAGER_ELEMENTS)
+        _update(OfParameter(*piece, own), *others)  # type: ignore[call-arg]
 
 
 def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[float, float], eps: float) -> None:
     """Updates one flat parameter. salt: of its rounding. scalars: see `MixedAdamW._update`."""
-    parameter, gradient, exp_avg, exp_avg_sq, copy, first = tensors
+    parameter, gradient, exp_avg, exp_avg_sq, copy, numbers = tensors
     decay, rate, correction, grad_scale, found_inf = scalars
     beta1, beta2 = betas
     gradient = gradient.float() / grad_scale
@@ -190,7 +204,8 @@ def _update(tensors: OfParameter, salt: Tensor, scalars: Tensor, betas: tuple[fl
     skip = found_inf > 0
     parameter.copy_(torch.where(skip, parameter, updated))
     if exp_avg.dtype == torch.bfloat16:
-        index = first + torch.arange(len(parameter), device=parameter.device)
+        at = numbers.first + torch.arange(len(parameter), device=parameter.device)
+        index = numbers.start + at + at // numbers.run * numbers.gap
         bits = _mixed(index.int() ^ salt)
         first_moment, second_moment = _rounded(first_moment, bits & 0xFFFF), _rounded(second_moment, _shifted(bits))
     exp_avg.copy_(torch.where(skip, exp_avg, first_moment))
@@ -216,12 +231,9 @@ def _rounded(x: Tensor, bits: Tensor) -> Tensor:
     return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32).bfloat16()
 
 
-def _first_element(parameter: nn.Parameter) -> int:
-    """Index of this rank's first element in the unsharded parameter; only rows can be sharded."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offsets[0] * (parameter.numel() // parameter.shape[0])
+def _numbers(parameter: nn.Parameter, name: str, shard: TensorShard) -> Numbers:
+    first = local_rows(parameter)[1] * (parameter.numel() // parameter.shape[0])
+    return Numbers(first, *shard.numbering(name, parameter.shape))
 
 
 def _new_state(parameter: nn.Parameter, dtype: torch.dtype) -> dict[str, Tensor]:

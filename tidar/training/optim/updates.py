@@ -12,7 +12,7 @@ from tidar.distributed import World
 from tidar.kernels import Kernels
 from tidar.losses.sums import LossSums
 from tidar.models import Decoder
-from tidar.training.optim.gradients import gradient_norm, local_gradient
+from tidar.training.optim.gradients import gradient_norm, local_gradient, sum_over_ranks
 from tidar.training.optim.loss_scale import LossScaler
 from tidar.training.optim.optimizer import make_optimizer
 from tidar.training.optim.schedule import learning_rate
@@ -43,8 +43,11 @@ class Updates:
         self.world = world
         self.log = log
         self.parameters = list(model.parameters())
+        self.is_divided = [model.shard.is_divided(name) for name, _ in model.named_parameters()]
         self.copies = copies
-        self.optimizer: Any = make_optimizer(model, config.optimizer, config.training.seed, copies, kernels.adamw)
+        self.optimizer: Any = make_optimizer(
+            model, config.optimizer, config.training.seed, copies, kernels.adamw, model.shard
+        )
         self.scaler = LossScaler(config.loss_scale)
         self.scales_loss = dtype == torch.float16
         self.skipped = SkippedSteps(config.training.max_steps_skipped, group, log)
@@ -71,7 +74,7 @@ class Updates:
         """
         training, scale = self.config.training, self.scaler.scale if self.scales_loss else 1.0
         gradients = [local_gradient(parameter, self.copies) for parameter in self.parameters]
-        norm = gradient_norm(gradients, self.world.shard_group, self.world.device) / scale
+        norm = self._norm(gradients) / scale
         self.finish_step()
         self.skipped.check()
         found_inf = self.skipped.decide(step, sums, norm, rows)
@@ -87,6 +90,16 @@ class Updates:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, lr
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of the whole model's gradients. Completes those of parameters that several ranks have as a whole."""
+        world, counted = self.world, gradients
+        if world.tp_size > 1:
+            shared = [gradient for gradient, is_divided in zip(gradients, self.is_divided) if not is_divided]
+            sum_over_ranks(shared, world.tp_group, world.device)
+            if world.tp_rank > 0:
+                counted = [gradient for gradient, is_divided in zip(gradients, self.is_divided) if is_divided]
+        return gradient_norm(counted, (world.shard_group, world.tp_group), world.device)
 
     def finish_step(self) -> None:
         """Reads once whether the last step was skipped, and updates the loss scale. All ranks call it."""

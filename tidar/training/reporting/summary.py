@@ -55,9 +55,9 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
 
 
 def _devices(plan: RunPlan) -> str:
-    if plan.context_parallel == 1:
-        return _count(plan.world_size, "device")
-    return f"{plan.world_size} devices ({plan.context_parallel} for each row)"
+    shared = {"row": plan.context_parallel, "layer": plan.tensor_parallel}
+    each = ", ".join(f"{degree} for each {what}" for what, degree in shared.items() if degree > 1)
+    return _count(plan.world_size, "device") + (f" ({each})" if each else "")
 
 
 def _without_targets(rows: PackedRows) -> str:
@@ -72,7 +72,7 @@ def _memory(plan: RunPlan) -> str:
     where = "in the host's memory for" if plan.config.training.enable_cpu_offload else "on"
     text = f"{plan.states_bytes / gib:.3f} GiB of states {where} each device"
     if plan.world_size > 1:
-        text += f", {_count(plan.replicas, 'replica')} over {_count(plan.shards, 'shard')}"
+        text += f", {_count(plan.replicas, 'replica')} over {_count(plan.shards * plan.tensor_parallel, 'shard')}"
     if plan.gathered_bytes:
         text += f"; {plan.gathered_bytes / gib:.3f} GiB more of gathered parameters, "
         text += "kept from the forward to the backward pass"

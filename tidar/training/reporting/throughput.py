@@ -16,9 +16,9 @@ from tidar.training.reporting.slowness import Slowness
 class Throughput:
     """Tokens, useful FLOPs and data wait of this rank's training steps since the last report."""
 
-    def __init__(self, decoder: DecoderConfig, device: torch.device, context_parallel: int):
-        """context_parallel: ranks that share each row."""
-        self.decoder, self.context_parallel = decoder, context_parallel
+    def __init__(self, decoder: DecoderConfig, device: torch.device, context_parallel: int, tensor_parallel: int):
+        """context_parallel: ranks that share each row. tensor_parallel: ranks that share each layer."""
+        self.decoder, self.context_parallel, self.tensor_parallel = decoder, context_parallel, tensor_parallel
         self.device = device
         self.peak_flops = peak_flops(device)
         self.restart()
@@ -63,9 +63,9 @@ class Throughput:
     def scalars(self) -> dict[str, float]:
         """The `perf/` scalars, per device. The caller has waited for the device."""
         seconds = time.perf_counter() - self.started
-        flops = self.flops + attention_flops(self.decoder, int(self.allowed_pairs))
+        flops = (self.flops + attention_flops(self.decoder, int(self.allowed_pairs))) / self.tensor_parallel
         scalars = {
-            "perf/tokens_per_second": self.tokens / self.context_parallel / seconds,
+            "perf/tokens_per_second": self.tokens / (self.context_parallel * self.tensor_parallel) / seconds,
             "perf/tflops": flops / seconds / 1e12,
             "perf/data_wait_fraction": self.data_wait / seconds,
         }

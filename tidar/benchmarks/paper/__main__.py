@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: Namespace) -> None:
     started = time.monotonic()
-    if options.time_limit is not None and options.time_limit <= 0:
+    if options.time_limit is not None and not options.time_limit > 0:
         raise UserError(f"--time_limit {options.time_limit}: must be above 0")
     scale = SMOKE if "smoke" in options.only else FULL
     runs = select([name for name in options.only if name != "smoke"])

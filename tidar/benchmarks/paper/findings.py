@@ -164,6 +164,7 @@ IDEAS = {
     "positions-8": MAIN,
     "share-8": MAIN,
     "own-targets-8": MAIN,
+    "own-targets-more-8": "more-8",
     "own-text-8": "more-8",
     "own-samples-8": "more-8",
 }

@@ -48,6 +48,12 @@ RUNS = {
         Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
         Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
+        Run(
+            "own-targets-more-8",
+            "tidar-8 continued, drafts learn the AR half's most likely tokens",
+            f"--tidar.draft_targets model {CONTINUES}",
+            MAIN,
+        ),
         Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
         Run(
             "own-samples-8",

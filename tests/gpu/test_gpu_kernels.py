@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -168,9 +169,11 @@ def test_each_tile_equals_plain_matmuls(tile):
 
 @needs_quack
 def test_the_fused_mlp_equals_the_plain_one():
-    for n, dim, hidden in ((300, 256, 768), (1000, 1536, 8960)):
+    """With tiles that are dealt at the start, and, where there are more than SMs, as SMs become free."""
+    for n, dim, hidden, dynamic in ((300, 256, 768, False), (1000, 1536, 8960, False), (1000, 1536, 8960, True)):
         shapes = (2, n, dim), (2 * hidden, dim), (dim, hidden), (2, n, dim)
-        check_matmuls(gated_mlp, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
+        fused = partial(gated_mlp, dynamic=dynamic)
+        check_matmuls(fused, plain_mlp, [torch.randn(shape) / dim**0.25 for shape in shapes])
 
 
 def check_matmuls(fast, plain, inputs):

@@ -1,6 +1,7 @@
 """Which kernels are chosen, on machines that are imitated."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -28,8 +29,8 @@ def hopper(monkeypatch):
     return monkeypatch
 
 
-def choose(options: str = "", device=CUDA, dtype=BF16, sizes=SIZES, elsewhere=None):
-    return choose_kernels(load_config(options.split()), device, dtype, sizes, elsewhere)
+def choose(options: str = "", device=CUDA, dtype=BF16, sizes=SIZES, elsewhere=None, **further):
+    return choose_kernels(load_config(options.split()), device, dtype, sizes, elsewhere, **further)
 
 
 def test_a_hopper_gpu_runs_everything(hopper):
@@ -40,6 +41,7 @@ def test_a_hopper_gpu_runs_everything(hopper):
     assert not kernels.warnings
     assert choose("--activation_checkpoint.mode selective") == kernels
     assert choose(elsewhere=(9, 0)) == kernels
+    assert choose(several_devices=True) == replace(kernels, dynamic_tiles=True)
     assert not choose("--training.enable_cpu_offload true").adamw
     float8 = choose("--training.float8 true")
     assert float8.float8 == "on" and not float8.fused_matmul and float8.loss_without_logits

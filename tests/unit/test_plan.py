@@ -40,7 +40,10 @@ def test_a_plan_of_sixteen_devices():
     n_parameters = 151936 * 1536 + 1536 + 28 * (attention + 3 * 1536 * 8960 + 2 * 1536)
     assert found.n_parameters == n_parameters and (found.replicas, found.shards, found.micro_batches) == (4, 4, 4)
     assert found.states_bytes == n_parameters * (4 + 4 + 2 + 2) / 4 and found.positions == 2 * 2 * 4096
-    assert found.gathered_bytes == found.unsharded_gradient_bytes == 0 and found.uses_fsdp
+    # below 4 GiB they stay gathered by default
+    assert found.gathered_bytes == 2 * n_parameters and found.unsharded_gradient_bytes == 0 and found.uses_fsdp
+    assert plan(f"{options} --parallelism.fsdp_reshard_after_forward always", world_size=16).gathered_bytes == 0
+    assert plan(options, world_size=16).reshards  # in float32
     once = plan(f"{options} --training.mixed_precision_param bfloat16 --parallelism.gradient_reduction step", 16)
     assert (once.gathered_bytes, once.unsharded_gradient_bytes) == (2 * n_parameters, 4 * n_parameters)
 

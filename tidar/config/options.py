@@ -195,8 +195,9 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = option(
         "default",
         "always: free a layer's all-gathered parameters after its forward pass (ZeRO-3); never: keep them for the "
-        "backward pass (ZeRO-2); default: always if they are sharded and gradients are reduced per micro-batch. One "
-        "device keeps a 16-bit copy of all parameters if the compute dtype has 16 bits, unless always",
+        "backward pass (ZeRO-2); default: always if they are sharded, gradients are reduced per micro-batch, and the "
+        "gathered parameters of all layers take more than 4 GiB. One device keeps a 16-bit copy of all parameters if "
+        "the compute dtype has 16 bits, unless always",
     )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",

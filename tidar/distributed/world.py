@@ -93,11 +93,13 @@ def join_world(config: Config) -> World:
     check_offload(config, device)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
     store, rank, size = (dist.HashStore(), 0, 1) if missing else _rendezvous(timeout)
+    # a bound device lets groups share connections; in the second world of a process torch 2.11 crashes in that
+    is_first = sum(_joined.values()) < 2
     dist.init_process_group(
         # checkpoints exchange their plans over gloo
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if device.type == "cuda" and is_first else None,
         store=store,
         rank=rank,
         world_size=size,

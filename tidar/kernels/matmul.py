@@ -42,51 +42,63 @@ GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
 SMALL_K = 4096
 
 
-def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
+def gated_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool = False
+) -> Tensor:
     """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
     x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. Saves the activation's inputs for
-    the backward pass, which recomputes its results.
+    the backward pass, which recomputes its results. dynamic: see `matmul`.
     """
     rows = None if residual is None else residual.flatten(0, -2)
-    return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, rows).view_as(x)
+    return _GatedMLP.apply(x.flatten(0, -2), gate_up, down, rows, dynamic).view_as(x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """`x @ weight.T`, plus bias and residual. x: `[..., in]`; weight: `[out, in]`; residual: `[..., out]`."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, dynamic: bool = False
+) -> Tensor:
+    """`x @ weight.T`, plus bias and residual. x: `[..., in]`; weight: `[out, in]`; residual: `[..., out]`.
+
+    dynamic: see `matmul`.
+    """
     rows = None if residual is None else residual.flatten(0, -2)
-    return _Linear.apply(x.flatten(0, -2), weight, bias, rows).unflatten(0, x.shape[:-1])
+    return _Linear.apply(x.flatten(0, -2), weight, bias, rows, dynamic).unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dynamic: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-        return matmul(x, weight.T, residual, bias)
+        ctx.has_bias, ctx.has_residual, ctx.dynamic = bias is not None, residual is not None, dynamic
+        return matmul(x, weight.T, residual, bias, dynamic)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
         x, weight = ctx.saved_tensors
         d_bias = d_out.sum(dim=0) if ctx.has_bias else None
-        return matmul(d_out, weight), matmul(d_out.T, x), d_bias, d_out if ctx.has_residual else None
+        d_x, d_weight = matmul(d_out, weight, None, None, ctx.dynamic), matmul(d_out.T, x, None, None, ctx.dynamic)
+        return d_x, d_weight, d_bias, d_out if ctx.has_residual else None, None
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
-        preactivation, activation = gated_matmul(x, gate_up)
+    def forward(
+        ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool
+    ) -> Tensor:
+        preactivation, activation = gated_matmul(x, gate_up, dynamic)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, gate_up, down, preactivation)
-        return matmul(activation, down.T, residual)
+        ctx.dynamic = dynamic
+        return matmul(activation, down.T, residual, None, dynamic)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
         x, gate_up, down, preactivation = ctx.saved_tensors
-        d_preactivation, activation = gated_matmul_backward(d_out, down, preactivation)
-        d_down = matmul(d_out.T, activation)
-        d_x = gated_input_backward(d_preactivation, gate_up)
-        return d_x, gate_up_backward(d_preactivation, x), d_down, d_out if ctx.has_residual else None
+        d_preactivation, activation = gated_matmul_backward(d_out, down, preactivation, ctx.dynamic)
+        d_down = matmul(d_out.T, activation, None, None, ctx.dynamic)
+        d_x = gated_input_backward(d_preactivation, gate_up, ctx.dynamic)
+        d_residual = d_out if ctx.has_residual else None
+        return d_x, gate_up_backward(d_preactivation, x, ctx.dynamic), d_down, d_residual, None
 
 
 # Operators, because torch.compile cannot trace QuACK's kernels. Columns of gate and up are interleaved in the result of
@@ -95,12 +107,23 @@ class _GatedMLP(torch.autograd.Function):
 
 
 @torch.library.custom_op("tidar::matmul", mutates_args=())
-def matmul(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """`a @ b + c + bias`. a: `[m, k]`; b: `[k, n]`; c: `[m, n]`; bias: `[n]`."""
-    return _matmul(count_sms(a.device), a, b, c, bias)
+def matmul(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None, dynamic: bool = False) -> Tensor:
+    """`a @ b + c + bias`. a: `[m, k]`; b: `[k, n]`; c: `[m, n]`; bias: `[n]`.
+
+    dynamic: an SM takes its next tile when it is free. By default each has its tiles from the start, which is faster
+    where no other kernel holds SMs, as those of collectives do.
+    """
+    return _matmul(count_sms(a.device), a, b, c, bias, dynamic)
 
 
-def _matmul(num_sms: int | None, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def _matmul(
+    num_sms: int | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    bias: Tensor | None = None,
+    dynamic: bool = False,
+) -> Tensor:
     tile = best_tile(*a.shape, b.shape[1], num_sms)
     matrices = [matrix for matrix in (a, b, c) if matrix is not None]
     if tile is None or b.shape[1] % ALIGNED or not all(map(_is_aligned, matrices)):
@@ -109,45 +132,47 @@ def _matmul(num_sms: int | None, a: Tensor, b: Tensor, c: Tensor | None = None, 
         elif c is None:
             c = bias
         return a @ b if c is None else torch.addmm(c, a, b)
-    return quack_matmul(a, b, tile, c, bias)
+    return quack_matmul(a, b, tile, c, bias, dynamic=dynamic)
 
 
 @matmul.register_fake
-def _(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def _(a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None, dynamic: bool = False) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
 @torch.library.custom_op("tidar::gated_matmul", mutates_args=())
-def gated_matmul(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def gated_matmul(x: Tensor, gate_up: Tensor, dynamic: bool = False) -> tuple[Tensor, Tensor]:
     """The preactivation, columns of `x @ gate.T` and `x @ up.T` interleaved, `[n, 2 * hidden]`, and the activation,
     `silu(x @ gate.T) * (x @ up.T)`, `[n, hidden]`. x: `[n, dim]`; gate_up: `[2 * hidden, dim]`, gate above up.
     """
-    return _gated_matmul(count_sms(x.device), x, gate_up)
+    return _gated_matmul(count_sms(x.device), x, gate_up, dynamic)
 
 
-def _gated_matmul(num_sms: int | None, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_matmul(num_sms: int | None, x: Tensor, gate_up: Tensor, dynamic: bool = False) -> tuple[Tensor, Tensor]:
     if num_sms is None:
         gate, up = (x @ gate_up.T).chunk(2, dim=1)
         return torch.stack([gate, up], dim=-1).flatten(1), F.silu(gate) * up
-    return quack_gated_matmul(x, gate_up, GATED_TILE)
+    return quack_gated_matmul(x, gate_up, GATED_TILE, dynamic)
 
 
 @gated_matmul.register_fake
-def _(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, gate_up: Tensor, dynamic: bool = False) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(gate_up)), x.new_empty(len(x), len(gate_up) // 2)
 
 
 @torch.library.custom_op("tidar::gated_matmul_backward", mutates_args=())
-def gated_matmul_backward(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
+def gated_matmul_backward(
+    d_out: Tensor, down: Tensor, preactivation: Tensor, dynamic: bool = False
+) -> tuple[Tensor, Tensor]:
     """The gradient of `preactivation`, and `activation` recomputed, as of `gated_matmul`.
 
     d_out: the gradient of `activation @ down.T`, `[n, dim]`.
     """
-    return _gated_matmul_backward(count_sms(d_out.device), d_out, down, preactivation)
+    return _gated_matmul_backward(count_sms(d_out.device), d_out, down, preactivation, dynamic)
 
 
 def _gated_matmul_backward(
-    num_sms: int | None, d_out: Tensor, down: Tensor, preactivation: Tensor
+    num_sms: int | None, d_out: Tensor, down: Tensor, preactivation: Tensor, dynamic: bool = False
 ) -> tuple[Tensor, Tensor]:
     if num_sms is None:
         d_activation = d_out @ down
@@ -155,47 +180,49 @@ def _gated_matmul_backward(
         share = gate.sigmoid()
         d_gate = d_activation * up * share * (1 + gate * (1 - share))
         return torch.stack([d_gate, d_activation * gate * share], dim=-1).flatten(1), gate * share * up
-    return quack_gated_matmul_backward(d_out, down, preactivation, GATED_BACKWARD_TILE)
+    return quack_gated_matmul_backward(d_out, down, preactivation, GATED_BACKWARD_TILE, dynamic)
 
 
 @gated_matmul_backward.register_fake
-def _(d_out: Tensor, down: Tensor, preactivation: Tensor) -> tuple[Tensor, Tensor]:
+def _(d_out: Tensor, down: Tensor, preactivation: Tensor, dynamic: bool = False) -> tuple[Tensor, Tensor]:
     n, both = preactivation.shape
     return torch.empty_like(preactivation), preactivation.new_empty(n, both // 2)
 
 
 @torch.library.custom_op("tidar::gated_input_backward", mutates_args=())
-def gated_input_backward(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+def gated_input_backward(d_preactivation: Tensor, gate_up: Tensor, dynamic: bool = False) -> Tensor:
     """The gradient of `x`, from that of `preactivation`, as of `gated_matmul`."""
-    return _gated_input_backward(count_sms(gate_up.device), d_preactivation, gate_up)
+    return _gated_input_backward(count_sms(gate_up.device), d_preactivation, gate_up, dynamic)
 
 
-def _gated_input_backward(num_sms: int | None, d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+def _gated_input_backward(
+    num_sms: int | None, d_preactivation: Tensor, gate_up: Tensor, dynamic: bool = False
+) -> Tensor:
     if tile := best_tile(*d_preactivation.shape, gate_up.shape[1], num_sms):
-        return quack_matmul(d_preactivation, gate_up, tile, concatenated=("B",))
+        return quack_matmul(d_preactivation, gate_up, tile, concatenated=("B",), dynamic=dynamic)
     return _concatenated(d_preactivation) @ gate_up
 
 
 @gated_input_backward.register_fake
-def _(d_preactivation: Tensor, gate_up: Tensor) -> Tensor:
+def _(d_preactivation: Tensor, gate_up: Tensor, dynamic: bool = False) -> Tensor:
     return d_preactivation.new_empty(len(d_preactivation), gate_up.shape[1])
 
 
 @torch.library.custom_op("tidar::gate_up_backward", mutates_args=())
-def gate_up_backward(d_preactivation: Tensor, x: Tensor) -> Tensor:
+def gate_up_backward(d_preactivation: Tensor, x: Tensor, dynamic: bool = False) -> Tensor:
     """The gradient of `gate_up`, `[2 * hidden, dim]`, from that of `preactivation`, as of `gated_matmul`."""
-    return _gate_up_backward(count_sms(x.device), d_preactivation, x)
+    return _gate_up_backward(count_sms(x.device), d_preactivation, x, dynamic)
 
 
-def _gate_up_backward(num_sms: int | None, d_preactivation: Tensor, x: Tensor) -> Tensor:
+def _gate_up_backward(num_sms: int | None, d_preactivation: Tensor, x: Tensor, dynamic: bool = False) -> Tensor:
     n, both = d_preactivation.shape
     if tile := best_tile(both, n, x.shape[1], num_sms):
-        return quack_matmul(d_preactivation.T, x, tile, concatenated=("out",))
+        return quack_matmul(d_preactivation.T, x, tile, concatenated=("out",), dynamic=dynamic)
     return _concatenated(d_preactivation).T @ x
 
 
 @gate_up_backward.register_fake
-def _(d_preactivation: Tensor, x: Tensor) -> Tensor:
+def _(d_preactivation: Tensor, x: Tensor, dynamic: bool = False) -> Tensor:
     return x.new_empty(d_preactivation.shape[1], x.shape[1])
 
 
@@ -216,28 +243,31 @@ def quack_matmul(
     c: Tensor | None = None,
     bias: Tensor | None = None,
     concatenated: tuple[str, ...] = (),
+    dynamic: bool = False,
 ) -> Tensor:
     """As `matmul`. concatenated: which of "B" and "out" have all rows of gate, then all of up, and not interleaved."""
     from quack.gemm_interface import gemm_tuned
 
     out = a.new_empty(a.shape[0], b.shape[1])
-    gemm_tuned.fn(a, b, out, c, bias, config=_config(tile), concat_layout=concatenated or None)
+    options = dict(config=_config(tile), dynamic_scheduler=dynamic, concat_layout=concatenated or None)
+    gemm_tuned.fn(a, b, out, c, bias, **options)
     return out
 
 
-def quack_gated_matmul(x: Tensor, gate_up: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+def quack_gated_matmul(x: Tensor, gate_up: Tensor, tile: Tile, dynamic: bool = False) -> tuple[Tensor, Tensor]:
     from quack.gemm_interface import gemm_gated
 
-    return gemm_gated(x, gate_up.T, activation="swiglu", config=_config(tile), concat_layout=("B",))
+    options = dict(config=_config(tile), dynamic_scheduler=dynamic, concat_layout=("B",))
+    return gemm_gated(x, gate_up.T, activation="swiglu", **options)
 
 
 def quack_gated_matmul_backward(
-    d_out: Tensor, down: Tensor, preactivation: Tensor, tile: Tile
+    d_out: Tensor, down: Tensor, preactivation: Tensor, tile: Tile, dynamic: bool = False
 ) -> tuple[Tensor, Tensor]:
     from quack.gemm_interface import gemm_dgated
 
-    config = _config(tile)
-    return gemm_dgated(d_out, down, preactivation, activation="swiglu", config=config, dynamic_scheduler=False)
+    options = dict(config=_config(tile), dynamic_scheduler=dynamic)
+    return gemm_dgated(d_out, down, preactivation, activation="swiglu", **options)
 
 
 def _concatenated(interleaved: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Kernels:
     attention: "flash" is FlexAttention with FlashAttention-4's kernels, "flex" with Triton's, "sdpa" takes dense masks.
     compile: layers, and small functions of the loss, by torch.compile.
     fused_matmul: QuACK's GEMMs in the layers, with the gated activation and the residual connection inside of them.
+    dynamic_tiles: these GEMMs hand out their tiles as SMs become free, because collectives hold some of the SMs.
     fused_backward: backward passes of norms and rotary embeddings in one kernel each.
     loss_kernel: cross-entropy and its gradient in place of the logits, in one Triton kernel.
     loss_matmul: QuACK's GEMMs for the logits. loss_without_logits: in training they write exponentials and not logits.
@@ -58,6 +59,7 @@ class Kernels:
     attention: Literal["flash", "flex", "sdpa"] = "sdpa"
     compile: bool = False
     fused_matmul: bool = False
+    dynamic_tiles: bool = False
     fused_backward: bool = False
     loss_kernel: bool = False
     loss_matmul: bool = False
@@ -107,6 +109,7 @@ def choose_kernels(
     dtype: torch.dtype,
     sizes: Sizes | None = None,
     elsewhere: Capability | None = None,
+    several_devices: bool = False,
 ) -> Kernels:
     """The fastest kernels that the device, the compute dtype, the sizes, the options and the installed packages allow.
 
@@ -164,6 +167,7 @@ def choose_kernels(
         attention=attention,
         compile=compile,
         fused_matmul=quack and float8 == "off",
+        dynamic_tiles=quack and float8 == "off" and several_devices,
         fused_backward=compile and on_cuda,
         loss_kernel=compile and on_cuda and not shares_vocabulary,
         loss_matmul=quack,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -53,11 +54,11 @@ class Attention(nn.Module):
         super().__init__()
         self.flash = kernels.attention == "flash"
         self.rotates_fused = kernels.fused_backward and not config.qk_norm
-        self.linear = plain_linear
+        self.linear: Callable[..., Tensor] = plain_linear
         if kernels.fused_matmul:
             from tidar.kernels.matmul import linear
 
-            self.linear = linear
+            self.linear = partial(linear, dynamic=kernels.dynamic_tiles)
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
         n_heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv_proj = nn.Linear(config.dim, n_heads * config.head_dim, bias=config.qkv_bias)
@@ -98,7 +99,7 @@ class MLP(nn.Module):
         if kernels.fused_matmul:
             from tidar.kernels.matmul import gated_mlp
 
-            self.fused = gated_mlp
+            self.fused = partial(gated_mlp, dynamic=kernels.dynamic_tiles)
         self.gate_up_proj = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 

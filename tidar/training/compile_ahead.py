@@ -129,8 +129,9 @@ def layer_calls(work: Work) -> tuple[list[tuple[str, tuple]], list[tuple[str, tu
     """Calls of this package's operators in a layer's forward and in its backward pass, on the meta device."""
     decoder = work.decoder
     with torch.device("meta"):
+        kernels = Kernels(fused_matmul=True, dynamic_tiles=work.kernels.dynamic_tiles)
         # a shard that exchanges nothing: attention and MLP get all positions, as they do on several ranks
-        layer = DecoderLayer(decoder, Kernels(fused_matmul=True), TensorShard(0, work.ranks)).to(work.dtype)
+        layer = DecoderLayer(decoder, kernels, TensorShard(0, work.ranks)).to(work.dtype)
         x = torch.empty(1, work.positions, decoder.dim, dtype=work.dtype, requires_grad=True)
         angles = torch.empty(1, 1, work.positions, decoder.head_dim, dtype=work.dtype)
     with RecordedCalls() as forward:

@@ -92,8 +92,12 @@ class RunPlan:
     @property
     def gathered_bytes(self) -> int:
         """Of parameters that stay unsharded from the forward to the backward pass."""
-        keeps = self.uses_fsdp and not reshards_after_forward(self.config, self.shards)
-        return self.dtype.itemsize * self.n_own_parameters if keeps else 0
+        return self.dtype.itemsize * self.n_own_parameters if self.uses_fsdp and not self.reshards else 0
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP2 frees gathered parameters after the forward pass of their layer."""
+        return reshards_after_forward(self.config, self.shards, self.dtype.itemsize * self.n_own_parameters)
 
     @property
     def unsharded_gradient_bytes(self) -> int:
@@ -175,7 +179,7 @@ def plan_run(
         global_batch_size=global_batch_size,
         micro_batches=global_batch_size // (config.training.local_batch_size * dp_size),
         dtype=dtype,
-        kernels=choose_kernels(config, device, dtype, sizes, elsewhere),
+        kernels=choose_kernels(config, device, dtype, sizes, elsewhere, several_devices=world_size > 1),
         pattern=pattern,
         validation_pattern=validation_pattern,
         loss_weights=loss_weights(config, pattern),

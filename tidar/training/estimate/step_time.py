@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from math import ceil
 
-from tidar.distributed import reshards_after_forward
 from tidar.models.flops import ATTENTION_FLOPS, layer_weights, useful_flops
 from tidar.models.masks import TILE
 from tidar.training.estimate.gpus import NETWORK, PER_HOST, Gpu
@@ -126,7 +125,7 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
         # gradients of several micro-batches are added up
         return ((size + 2 * WIDE) * n * micro_batches / gpu.copy if micro_batches > 1 else 0.0), 0.0
     once = plan.config.parallelism.gradient_reduction == "step"
-    gathers = 2 * micro_batches if reshards_after_forward(plan.config, plan.shards) else 1
+    gathers = 2 * micro_batches if plan.reshards else 1
     reduces = 1 if once else micro_batches
     # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
     copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + WIDE) * n

@@ -42,9 +42,7 @@ GATED_BACKWARD_TILE = Tile(128, 128, pingpong=True, cluster=(2, 1))
 SMALL_K = 4096
 
 
-def gated_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool = False
-) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool = False) -> Tensor:
     """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
     x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. Saves the activation's inputs for
@@ -82,9 +80,7 @@ class _Linear(torch.autograd.Function):
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None, dynamic: bool) -> Tensor:
         preactivation, activation = gated_matmul(x, gate_up, dynamic)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, gate_up, down, preactivation)

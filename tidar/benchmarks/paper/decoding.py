@@ -84,6 +84,9 @@ def counts(completions: Sequence[Completion]) -> dict[str, float]:
 
 def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
     """Writes evaluation.json of a finished run: see `read_evaluation`."""
+    if config.tidar.pattern == "block_diffusion":  # neither half is trained to predict the next token
+        _write(folder, name, {"decoding": {}})
+        return
     step = last_step(folder, name)
     inputs = load_inputs(config, prepares=False)
     prompts = held_out_prompts(make_rows(config, inputs.data)[1], scale.prompts)
@@ -93,9 +96,6 @@ def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # texts: step by step, without a graph, whose capture would take longer than they do
     engine = load(step, dtype=compute_dtype(config, device), device=device, max_batch_size=scale.prompts, graph=False)
-    if config.tidar.pattern == "block_diffusion":  # neither half is trained to predict the next token
-        _write(folder, name, result | {"decoding": {}})
-        return
     options: dict[str, Any] = {"stop_token_ids": end_tokens(engine, inputs.tokenizer), "max_new_tokens": n_new}
     wanted = {how: asked for how, asked in (GREEDY | SAMPLED).items() if decodable or asked.get("mode") == "ar"}
     completions = {how: engine.generate(prompts, **options, **asked) for how, asked in wanted.items()}

@@ -13,7 +13,7 @@ from tidar.models import from_pretrained
 ROWS, STEPS = 8, 4
 COMMON = f"""
     --checkpoint.interval 2 --checkpoint.keep_latest_k 0 --training.seq_len 16 --tidar.block_size 3
-    --metrics.log_freq 1 --training.global_batch_size {ROWS} --training.steps {STEPS} --validation.share 0.17
+    --metrics.log_freq 1 --training.global_batch_size {ROWS} --training.steps {STEPS} --validation.share 0.03
     --validation.freq 4
 """.split()
 TP = "--parallelism.tensor_parallel_degree 2"
@@ -23,21 +23,26 @@ DECODE = "--validation.generate_prompts 3"
 CUTS = {
     "1": (1, 1, 1, "", DECODE),
     "tp 2": (2, 1, 1, "", f"{TP} {DECODE}"),
-    "tp 2 x dp 2": (4, 2, 2, "", f"{TP} --activation_checkpoint.mode full"),
-    "tp 2 x cp 2": (4, 1, 2, "", f"{TP} {CP} --parallelism.gradient_reduction step"),
     "dp 2 from tp 2": (2, 2, 1, "tp 2", ""),
-    "tp 2 from 1": (2, 1, 1, "1", f"{TP} --parallelism.fsdp_reshard_after_forward always"),
-    "tp 2 x replicas 2 from tp 2 x cp 2": (
-        *(4, 2, 1, "tp 2 x cp 2"),
-        f"{TP} --parallelism.data_parallel_replicate_degree 2 --activation_checkpoint.mode selective",
+    "tp 2 x dp 2 from 1": (4, 2, 2, "1", f"{TP} --activation_checkpoint.mode full"),
+    "tp 2 x cp 2 from tp 2 x dp 2": (
+        *(4, 1, 2, "tp 2 x dp 2 from 1"),
+        f"{TP} {CP} --parallelism.gradient_reduction step --activation_checkpoint.mode selective",
     ),
+}
+MORE = {
+    "tp 2 x dp 2": (4, 2, 2, "", TP),
+    "tp 2 x replicas 2": (4, 2, 1, "", f"{TP} --parallelism.data_parallel_replicate_degree 2"),
+    "tp 2 x cp 2": (4, 1, 2, "", f"{TP} {CP} {DECODE}"),
+    "tp 2 from tp 2 x cp 2": (2, 1, 1, "tp 2 x cp 2", f"{TP} --parallelism.fsdp_reshard_after_forward always"),
 }
 
 
-def test_same_numbers_however_layers_are_divided(tmp_path, ranks, small_model):
+@pytest.mark.parametrize("cuts", [CUTS, pytest.param(CUTS | MORE, marks=pytest.mark.long)], ids=["some", "all"])
+def test_same_numbers_however_layers_are_divided(tmp_path, ranks, small_model, cuts):
     """Packed rows of very different documents, in float32, against one process; and resumed on other ranks."""
     print("\n   loss    norm weights")
-    for name, (size, dp_size, micro_batches, before, options) in CUTS.items():
+    for name, (size, dp_size, micro_batches, before, options) in cuts.items():
         folder, weights = tmp_path / name, tmp_path / "weights.pt"
         extra = f"--training.local_batch_size {ROWS // dp_size // micro_batches} {options}"
         if before:
@@ -77,13 +82,13 @@ def curves(folder: Path, *keys: str) -> list[float]:
 def test_tied_embeddings_biases_and_exports(tmp_path, ranks, uneven_data):
     """Qwen2, with moments in bfloat16 whose rounding does not depend on the ranks, for an epoch."""
     make_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "qwen2")
-    options = f"{uneven_data} --model.hf_path {tmp_path / 'qwen2'} --training.seq_len 512 --training.steps 4"
+    options = f"{uneven_data} --model.hf_path {tmp_path / 'qwen2'} --training.seq_len 128 --training.steps 4"
     options += " --metrics.log_freq 1 --checkpoint.export_epochs 1 --optimizer.state_dtype bfloat16"
     options += " --tidar.draft_targets model"
     found = []
     for size, extra in ((1, ""), (2, TP)):
         folder, weights = tmp_path / str(size), tmp_path / f"{size}.pt"
-        extra = f"--training.local_batch_size 8 --job.dump_folder {folder} {extra}"
+        extra = f"--training.local_batch_size 32 --job.dump_folder {folder} {extra}"
         ranks.run(size, *options.split(), *extra.split(), weights=weights)
         found.append((curves(folder), curves(folder, "train/grad_norm"), read_weights(weights)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and len(found[0][0]) > 10

@@ -12,13 +12,20 @@ from small_models import make_model
 from tidar.config import load_config
 from tidar.training.inputs import load_inputs
 
+# CUDA devices that tests with a mark need
+MARKS = {"gpu": 1, "gpu2": 2}
+
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    available = torch.cuda.device_count()
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        needed = needed_gpus(item)
+        if needed > available:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices"))
+
+
+def needed_gpus(item) -> int:
+    return max((number for mark, number in MARKS.items() if item.get_closest_marker(mark)), default=0)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +36,8 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def without_gpu(request, monkeypatch):
-    """Only what is marked gpu runs there: the rest asks for exactness that is promised on the CPU."""
-    if not request.node.get_closest_marker("gpu"):
+    """Only what is marked for GPUs runs there: the rest asks for exactness that is promised on the CPU."""
+    if not needed_gpus(request.node):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 

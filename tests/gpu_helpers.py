@@ -1,10 +1,14 @@
 """What tests of kernels on a GPU share."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from tidar.config import load_config
 from tidar.kernels import Sizes, choose_kernels
+from tidar.models import size_config
 
 CUDA = torch.device("cuda")
 # what a run here uses for sizes that all kernels can compute
@@ -19,3 +23,14 @@ needs_quack = pytest.mark.skipif(
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def options_with_heads_of_128(folder: Path) -> str:
+    """Of 50 steps of a small model whose attention FlashAttention-4 can do."""
+    family = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    heads = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384}
+    (folder / "config.json").write_text(json.dumps(size_config("debug") | family | heads))
+    return (
+        f"--model.hf_path {folder} --training.seq_len 512 --training.local_batch_size 4 --training.steps 50 "
+        "--optimizer.lr 3e-4 --validation.enable false --checkpoint.enable false"
+    )

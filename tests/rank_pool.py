@@ -6,6 +6,7 @@ A pool starts its processes once; each run then takes as long as it computes.
 import contextlib
 import io
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 SLOW = 0.1
+TIMEOUT = 200  # seconds for a run
 
 
 def free_port() -> int:
@@ -40,13 +42,23 @@ def free_port() -> int:
 class RankPool:
     """Its processes are started when a run first wants so many."""
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu"):
+        self.device = device
         self.folder = tempfile.TemporaryDirectory()
         self.processes, self.connections = [], []
 
     def _start(self) -> None:
-        connection, theirs = forks.Pipe()
-        self.processes.append(forks.start(serve, theirs, log=Path(self.folder.name) / str(len(self.processes))))
+        log = Path(self.folder.name) / str(len(self.processes))
+        if self.device == "cpu":
+            connection, theirs = forks.Pipe()
+            process = forks.start(serve, theirs, log=log)
+        else:
+            # forked processes would not have the GPUs
+            context = multiprocessing.get_context("spawn")
+            connection, theirs = context.Pipe()
+            process = context.Process(target=forks._run, args=(serve, (theirs,), log))
+            process.start()
+        self.processes.append(process)
         self.connections.append(connection)
         theirs.close()
 
@@ -82,9 +94,11 @@ class RankPool:
 
     def _answer(self, rank: int) -> dict:
         try:
-            return self.connections[rank].recv()
+            if self.connections[rank].poll(TIMEOUT):
+                return self.connections[rank].recv()
         except EOFError:
-            raise RuntimeError((Path(self.folder.name) / str(rank)).read_text()[-3000:]) from None
+            pass
+        raise RuntimeError(f"rank {rank}: {(Path(self.folder.name) / str(rank)).read_text()[-3000:]}")
 
 
 class Recording:
@@ -153,10 +167,12 @@ class Counted:
 
 def serve(connection: Connection) -> None:
     """Trains as the pool says, one run after another."""
-    context_parallel.collectives = Counted()
+    if not torch.cuda.is_available():  # on GPUs they are compiled
+        context_parallel.collectives = Counted()
     while True:
         case = connection.recv()
         os.environ.update(case["variables"])
+        torch._dynamo.reset()  # what was compiled for other models
         config = load_config(case["options"])
         Counted.gathered = 0
         hooks, printed, error = Faults(case["faults"]), io.StringIO(), None
@@ -176,7 +192,7 @@ def serve(connection: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         if case["weights"]:
             model = trainer.model
-            weights = {name: model.shard.whole(name, whole(p.detach())) for name, p in model.named_parameters()}
+            weights = {name: model.shard.whole(name, whole(p.detach())).cpu() for name, p in model.named_parameters()}
             if trainer.world.rank == 0:
                 torch.save(weights, case["weights"])
         leave_world()

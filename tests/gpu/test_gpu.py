@@ -1,6 +1,5 @@
 """What runs on a GPU only: FlexAttention's kernels and compiled layers."""
 
-import json
 import random
 import shutil
 from functools import partial
@@ -8,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import uneven  # noqa: F401  (registers the source)
-from gpu_helpers import CUDA, relative
+from gpu_helpers import CUDA, options_with_heads_of_128, relative
 from reference import expected_mask, ids_of, listed, random_lengths, random_pattern
 from results import batch_losses, read_metrics
 
@@ -277,17 +276,6 @@ def test_same_numbers_with_each_engine(tmp_path):
         assert curve == pytest.approx(curves["none"], rel=1e-5)
     # graphs of the layer, the last norm, the loss and the block mask: not one for each of the four layers
     assert len(set(graphs[name] for name in ("none", "full", "selective", "offload"))) == 1
-
-
-def options_with_heads_of_128(folder) -> str:
-    """Of 50 steps of a small model whose attention FlashAttention-4 can do."""
-    family = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    heads = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384}
-    (folder / "config.json").write_text(json.dumps(size_config("debug") | family | heads))
-    return (
-        f"--model.hf_path {folder} --training.seq_len 512 --training.local_batch_size 4 --training.steps 50 "
-        "--optimizer.lr 3e-4 --validation.enable false --checkpoint.enable false"
-    )
 
 
 def test_the_fast_way_follows_plain_float32(tmp_path):

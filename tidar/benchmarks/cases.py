@@ -153,12 +153,13 @@ def sustained_seconds(work: Callable[[], object], device: torch.device, seconds:
 
 def steps_of_all(steps: list[Step], world: World, cpu_group: dist.ProcessGroup) -> list[Step]:
     """Steps of all ranks together: the time of the slowest one, tokens and FLOPs of a device."""
-    size, shared = world.size, world.cp_size
+    size = world.size
     return [
         Step(
             max(step.seconds for step in ranks),
-            sum(step.tokens for step in ranks) / size / shared,  # ranks that share rows count the same tokens
-            sum(step.flops for step in ranks) / size,
+            # ranks that share rows or layers count the same tokens, those that share layers the same FLOPs
+            sum(step.tokens for step in ranks) * world.dp_size / size**2,
+            sum(step.flops for step in ranks) / size / world.tp_size,
         )
         for ranks in zip(*gather(steps, cpu_group))
     ]

@@ -220,10 +220,10 @@ def report(
     tokens = config.training.local_batch_size * config.training.seq_len * plan.micro_batches
     floors = floors_ms(
         plan.decoder,
-        plan.n_parameters,
-        plan.positions * plan.micro_batches,
-        2 * tokens,
-        flops,
+        plan.n_own_parameters,
+        plan.positions * plan.micro_batches // plan.tensor_parallel,
+        2 * tokens // (plan.context_parallel * plan.tensor_parallel),
+        flops / plan.tensor_parallel,
         rates,
         plan.shards,
         gathers=0 if isinstance(trainer.parallel, OneDevice) else 2 if trainer.parallel.reshards else 1,

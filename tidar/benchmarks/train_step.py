@@ -138,8 +138,12 @@ def measure_overhead(options: list[str]) -> float:
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
     """Measures the replaced script's method on the same rows: all at once, or half, a quarter …, until they fit."""
-    if load_config(options).parallelism.context_parallel_degree > 1:
-        raise UserError("--baseline: does not divide rows; parallelism.context_parallel_degree must be 1")
+    parallelism = load_config(options).parallelism
+    if parallelism.context_parallel_degree > 1 or parallelism.tensor_parallel_degree > 1:
+        raise UserError(
+            "--baseline: divides neither rows nor layers; parallelism.context_parallel_degree and "
+            "parallelism.tensor_parallel_degree must be 1"
+        )
     with running(options) as trainer:
         batches = first_batches(trainer, steps)
         size, decoder, pattern = trainer.config.model.name, trainer.spec.decoder, trainer.plan.pattern

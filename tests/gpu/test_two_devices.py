@@ -1,0 +1,168 @@
+"""Two devices train as one does: on GPUs with the mark gpu2, on CPU processes with the mark long."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_helpers import KERNELS, options_with_heads_of_128
+from rank_pool import RankPool
+from results import batch_losses, read_metrics, read_weights
+
+ROOT = Path(__file__).parents[2]
+ROWS, STEPS = 8, 6
+FLOAT32 = f"""
+    --training.mixed_precision_param float32 --training.seq_len 64 --tidar.block_size 3 --training.steps {STEPS}
+    --training.global_batch_size {ROWS} --validation.enable false --metrics.log_freq 1 --lr_scheduler.warmup_steps 0
+"""
+SHARDING = {
+    "default": "",
+    "always": "--parallelism.fsdp_reshard_after_forward always",
+    "never": "--parallelism.fsdp_reshard_after_forward never",
+    "reduced once a step": "--parallelism.gradient_reduction step",
+    "replicas": "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 1",
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("cuda", marks=pytest.mark.gpu2), pytest.param("cpu", marks=pytest.mark.long)],
+)
+def pool(request):
+    with RankPool(request.param) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def wide_model(pool, tmp_path_factory, uneven_data) -> str:
+    """Options of a model whose attention FlashAttention-4 can do; of few steps on a CPU, which is slow in bfloat16."""
+    options = f"{options_with_heads_of_128(tmp_path_factory.mktemp('wide'))} {uneven_data} --metrics.log_freq 1"
+    return f"{options} --training.seq_len 128 --training.steps {20 if pool.device == 'cuda' else 2}"
+
+
+def train(pool: RankPool, folder: Path, size: int, options: str, micro_batches: int = 1, rows: int = 0) -> list[float]:
+    """Losses and gradient norms of all steps of a run on `size` devices. rows: of each, by default its part of ROWS."""
+    rows = rows or ROWS // size // micro_batches
+    options = f"{options} --training.local_batch_size {rows} --job.dump_folder {folder}"
+    train.answers = pool.run(size, *options.split(), weights=folder.with_suffix(".pt"))
+    assert not (error := train.answers[0].get("error")), error
+    return curve(folder)
+
+
+def curve(folder: Path) -> list[float]:
+    return [line[f"train/{name}"] for line in read_metrics(folder) for name in ("batch_loss", "grad_norm")]
+
+
+def difference(folder: Path, other: Path) -> float:
+    """Of the weights that two runs have trained, relative."""
+    found, expected = (read_weights(path.with_suffix(".pt")) for path in (folder, other))
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_every_sharding_has_the_numbers_of_one_device(tmp_path, pool, small_model):
+    options = f"{small_model} {FLOAT32} --checkpoint.enable false"
+    expected = train(pool, tmp_path / "one", 1, options)
+    assert len(expected) == 2 * STEPS
+    for number, (name, sharding) in enumerate(SHARDING.items()):
+        for micro_batches in (1, 2):
+            folder = tmp_path / f"{number}-{micro_batches}"
+            found = train(pool, folder, 2, f"{options} {sharding}", micro_batches)
+            errors = max(abs(a / b - 1) for a, b in zip(found, expected)), difference(folder, tmp_path / "one")
+            print(f"{name}, {micro_batches} micro-batches: {errors[0]:.1e}, weights {errors[1]:.1e}")
+            assert found == pytest.approx(expected, rel=1e-5), name
+            assert errors[1] < 1e-4, name
+
+
+def test_bfloat16_differs_by_its_rounding(tmp_path, pool, wide_model):
+    options = f"{wide_model} --training.mixed_precision_param bfloat16"
+    one, two = (train(pool, tmp_path / str(size), size, options) for size in (1, 2))
+    losses, norms = ([abs(a / b - 1) for a, b in zip(one[i::2], two[i::2])] for i in range(2))
+    print(f"losses {max(losses):.1e}, norms {max(norms):.1e}")
+    assert 0 < max(losses) < 5e-3 and max(norms) < 5e-2
+
+
+def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, pool, small_model):
+    options = f"{small_model} {FLOAT32} --checkpoint.interval {STEPS // 2}"
+    curves = {size: train(pool, tmp_path / str(size), size, options) for size in (1, 2)}
+    assert curves[2] == pytest.approx(curves[1], rel=1e-5)
+    for before, after in ((1, 2), (2, 1)):
+        folder = shutil.copytree(tmp_path / str(before), tmp_path / f"{before}-{after}")
+        shutil.rmtree(folder / "checkpoint" / f"step-{STEPS}")
+        resumed = train(pool, folder, after, options)
+        assert f"resumed from step {STEPS // 2}" in train.answers[0]["printed"]
+        assert resumed == pytest.approx(curves[1], rel=1e-5)
+        assert difference(folder, tmp_path / "1") < 1e-4
+
+
+def test_fused_kernels_under_fsdp_follow_plain_float32(tmp_path, pool, wide_model):
+    """In bfloat16, compiled, beside float32, eager, dense masks: both on two devices."""
+    fast, plain = (
+        "--training.mixed_precision_param bfloat16",
+        "--training.mixed_precision_param float32 --model.attention_backend sdpa --compile.enable false",
+    )
+    train(pool, tmp_path / "fast", 2, f"{wide_model} {fast}")
+    if pool.device == "cuda" and KERNELS.fused_matmul:
+        assert "QuACK matmuls, loss without logits" in train.answers[0]["printed"]
+    train(pool, tmp_path / "plain", 2, f"{wide_model} {plain}")
+    losses = [batch_losses(tmp_path / name) for name in ("fast", "plain")]
+    errors = [abs(a / b - 1) for a, b in zip(*losses)]
+    print(max(errors))
+    assert max(errors) < 5e-3
+    assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize(
+    "shared, kernels", [("context", "float32"), ("context", "flash"), ("tensor", "float32"), ("tensor", "flash")]
+)
+def test_two_devices_share_rows(tmp_path, pool, small_model, wide_model, shared, kernels):
+    """Context and tensor parallelism: in float32, and with FlashAttention-4's kernels where it is installed."""
+    if kernels == "flash":
+        if pool.device == "cpu" or KERNELS.attention != "flash":
+            pytest.skip("FlashAttention-4 does not run here")
+        options = f"{wide_model} --model.attention_backend flash --training.seq_len 512"
+        bounds = {"rel": 5e-3}, {"rel": 5e-2}
+    else:
+        options = f"{small_model} {FLOAT32} --checkpoint.enable false"
+        bounds = {"rel": 1e-5}, {"rel": 1e-5}
+    one = train(pool, tmp_path / "one", 1, options)
+    # each of the two has all rows
+    two = train(pool, tmp_path / "two", 2, f"{options} --parallelism.{shared}_parallel_degree 2", rows=ROWS)
+    print(max(abs(a / b - 1) for a, b in zip(one, two)))
+    assert two[::2] == pytest.approx(one[::2], **bounds[0]) and two[1::2] == pytest.approx(one[1::2], **bounds[1])
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(tmp_path, pool):
+    options = "--data.source uneven --data.num_workers 0 --validation.enable false --training.seq_len 64"
+    options += " --training.local_batch_size 2 --training.steps 5 --checkpoint.interval 1 --metrics.log_freq 1"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "tests/faulty.py",
+    ]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if pool.device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    finished = subprocess.run(
+        [*command, "kill", *options.split(), "--job.dump_folder", str(tmp_path)], cwd=ROOT, env=os.environ | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+    )  # fmt: skip
+    ended_at, output = time.time(), finished.stdout
+    (killed_at,) = map(float, re.findall(r"fault at ([\d.]+)", output))
+    assert finished.returncode != 0 and ended_at - killed_at < 20, output
+    assert re.search(r"rank +: 1", output) and "SIGKILL" in output
+    assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()
+
+
+def test_ranks_use_the_device_that_they_are_tested_on(tmp_path, pool, small_model):
+    train(pool, tmp_path / "run", 2, f"{small_model} {FLOAT32} --training.steps 1 --checkpoint.enable false")
+    assert f"engine   {pool.device}, torch.float32" in train.answers[0]["printed"]
+    assert pool.device == "cpu" or torch.cuda.device_count() >= 2

@@ -34,16 +34,18 @@ def estimated(options: str, world_size: int = 1, gpu: str = "h100") -> Estimate:
     return estimate(planned(options, world_size), GPUS[gpu])
 
 
-def measured_rows() -> list[list[str]]:
-    """Cells of the table of estimates in docs/performance.md."""
+def table_of(title: str, least: int) -> list[list[str]]:
+    """Cells of the rows of a table in docs/performance.md, whose first ones are code."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    table = text.split("## Estimates")[1].split("\n## ")[0]
+    table = text.split(f"## {title}\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:3] == "| `"]
-    assert len(rows) >= 12
+    assert len(rows) >= least
     return rows
 
 
-@pytest.mark.parametrize("cells", measured_rows(), ids=lambda cells: f"{cells[0]} {cells[1]}".replace("`", ""))
+@pytest.mark.parametrize(
+    "cells", table_of("Estimates", least=12), ids=lambda cells: f"{cells[0]} {cells[1]}".replace("`", "")
+)
 def test_measured_runs_are_estimated_as_the_docs_say(cells):
     """Each row has a case of the benchmarks with further options, GPUs, and estimated and measured GiB and ms."""
     case, *further = re.findall("`(.*?)`", cells[0])[0].split()
@@ -56,6 +58,19 @@ def test_measured_runs_are_estimated_as_the_docs_say(cells):
         if measured != "-":
             assert value == pytest.approx(float(measured), rel=bound)
             assert float(error) == pytest.approx(100 * (value / float(measured) - 1), abs=0.6)
+
+
+@pytest.mark.parametrize(
+    "cells", table_of("Which shape for which model", least=6), ids=lambda cells: cells[0].strip("`")
+)
+def test_configs_fit_as_the_docs_say(cells, capsys):
+    """Each row has a file of train_configs, GPUs, a shape, GiB and tokens/s of a GPU."""
+    number, gpu = cells[1].split()
+    config = ROOT / "train_configs" / cells[0].strip("`")
+    command.main(["--job.config_file", str(config), "--world_size", number, "--gpu", gpu.lower()])
+    printed = capsys.readouterr().out
+    assert f"\nmemory   {cells[3]} GiB" in printed and " fits in " in printed
+    assert f"\nspeed    {cells[4]} tokens/s" in printed and f" {cells[5]} MFU" in printed
 
 
 class Attended(torch.autograd.Function):

@@ -43,9 +43,7 @@ def table_of(title: str, least: int) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "cells", table_of("Estimates", least=12), ids=lambda cells: f"{cells[0]} {cells[1]}".replace("`", "")
-)
+@pytest.mark.parametrize("cells", table_of("Estimates", least=12), ids=" ".join)
 def test_measured_runs_are_estimated_as_the_docs_say(cells):
     """Each row has a case of the benchmarks with further options, GPUs, and estimated and measured GiB and ms."""
     case, *further = re.findall("`(.*?)`", cells[0])[0].split()
@@ -60,9 +58,7 @@ def test_measured_runs_are_estimated_as_the_docs_say(cells):
             assert float(error) == pytest.approx(100 * (value / float(measured) - 1), abs=0.6)
 
 
-@pytest.mark.parametrize(
-    "cells", table_of("Which shape for which model", least=6), ids=lambda cells: cells[0].strip("`")
-)
+@pytest.mark.parametrize("cells", table_of("Which shape for which model", least=6), ids=" ".join)
 def test_configs_fit_as_the_docs_say(cells, capsys):
     """Each row has a file of train_configs, GPUs, a shape, GiB and tokens/s of a GPU."""
     number, gpu = cells[1].split()

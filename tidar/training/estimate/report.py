@@ -33,10 +33,10 @@ def describe(found: Estimate) -> list[str]:
         f"{plan.global_batch_size * plan.config.training.seq_len:,} tokens a step",
         "engine": plan.kernels.describe(),
         "memory": f"{memory.total / GIB:.1f} GiB at the peak, {memory.at}: {needed}",
-        "": f"{fits} GiB, {RESERVED / GIB:.0f} of them left to CUDA, NCCL and the allocator; most are {largest}",
+        "": f"{fits} GiB, {RESERVED / GIB:.0f} of them left to CUDA, NCCL and the allocator; largest part {largest}",
         "time": f"{time.seconds * 1e3:,.0f} ms a step: {taken}",
         "speed": f"{time.tokens_per_second:,.0f} tokens/s a device, {time.mfu:.1%} MFU; "
-        f"{seconds[0][0]} take {seconds[0][1] / time.seconds:.0%}",
+        f"largest part {seconds[0][0]}, {seconds[0][1] / time.seconds:.0%}",
     }
     return [f"{name:<8} {text}" for name, text in lines.items()]
 

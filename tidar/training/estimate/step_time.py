@@ -36,7 +36,7 @@ def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
     parts = {name: plan.micro_batches * seconds for name, seconds in layers.items()}
     parts["optimizer"] = _optimizer_bytes(plan) / gpu.copy
     copied, sharing = _fsdp(plan, gpu)
-    parts["copies"], parts["sharding"] = copied, COLLISION * sharing
+    parts["FSDP2's copies"], parts["FSDP2's collectives"] = copied, COLLISION * sharing
     parts["host"] = BETWEEN_STEPS
     seconds = sum(parts.values())
     rows = plan.global_batch_size / plan.world_size
@@ -77,8 +77,8 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     if plan.sharding:
         # shared keys and values, and their gradients
         size = 2 * plan.sharding.n_shared * rows * decoder.n_kv_heads * decoder.head_dim * plan.dtype.itemsize
-        seconds["context parallel"] = (n_layers + recomputing) * _collective(size, sharing, 1, gpu.gather)
-        seconds["context parallel"] += n_layers * _collective(size, sharing, 1, gpu.scatter)
+        seconds["collectives of shared rows"] = (n_layers + recomputing) * _collective(size, sharing, 1, gpu.gather)
+        seconds["collectives of shared rows"] += n_layers * _collective(size, sharing, 1, gpu.scatter)
     return seconds
 
 

@@ -1,11 +1,11 @@
 """python tests/torture.py --trials 200: kills runs at random moments, starts them again, and compares how they end.
 
-Each trial trains the debug model on one rank or two, saving synchronously or not, and is killed: most often in a chosen
-phase of a save, else anywhere. With two ranks both are killed at once, as by a power cut, or one is, and the other gets
-SIGTERM, as from torchrun. At times the newest checkpoint is damaged after that. Started again, once or more, the run
-must come to the very state and curve of one that was left alone, from a checkpoint no older than the last that was
-committed. Ranks are forked from this process, which has imported all and computed nothing, so that a trial takes
-seconds. Exits with 1 if any trial failed.
+Each trial trains the debug model on one rank or two, which may share each row, saving synchronously or not, and is
+killed: most often in a chosen phase of a save, else anywhere. With two ranks both are killed at once, as by a power
+cut, or one is, and the other gets SIGTERM, as from torchrun. At times the newest checkpoint is damaged after that.
+Started again, once or more, the run must come to the very state and curve of one that was left alone, from a checkpoint
+no older than the last that was committed. Ranks are forked from this process, which has imported all and computed
+nothing, so that a trial takes seconds. Exits with 1 if any trial failed.
 """
 
 import argparse
@@ -38,6 +38,8 @@ from tidar.training.checkpoint.checkpointer import Checkpointer
 
 STEPS, INTERVAL, TIMEOUT = 8, 2, 90
 PHASES = ("elsewhere", "staging", "writing", "committing", "cleaning up")
+# ranks, and how they divide the work: by turns, those of the short form first
+SHAPES = ((2, "--parallelism.context_parallel_degree 2"), (2, ""), (1, ""))
 METHODS = ("_stage", "_write", "_commit", "_remove_old")
 OPTIONS = f"""
     --training.seq_len 16 --training.local_batch_size 2 --training.global_batch_size 4 --training.steps {STEPS}
@@ -184,11 +186,12 @@ class Run:
             os.kill(self.pids[rank], number)
 
 
-def trial(number: int, seed: int, data: str, expected: dict, folder: Path) -> tuple[str, str]:
+def trial(number: int, seed: int, data: str, expected: tuple, folder: Path) -> tuple[str, str]:
     """Where rank 0 was when it was killed first, and what went wrong, empty if nothing did."""
     random.seed(f"{seed}/{number}")
-    ranks, mode = random.choice((1, 2)), random.choice(("disabled", "async", "async_with_pinned_mem"))
-    options = [*OPTIONS.split(), *data.split(), "--checkpoint.async_mode", mode, "--job.dump_folder", str(folder)]
+    (ranks, shape), mode = SHAPES[number % len(SHAPES)], random.choice(("disabled", "async", "async_with_pinned_mem"))
+    options = [*OPTIONS.split(), *shape.split(), *data.split(), "--checkpoint.async_mode", mode]
+    options += ["--job.dump_folder", str(folder)]
     options += ["--data.num_workers", random.choice("01")]
     log = folder.with_suffix(".log")
     phases, committed = [], 0
@@ -231,7 +234,7 @@ def trial(number: int, seed: int, data: str, expected: dict, folder: Path) -> tu
     starts = re.findall(r"^(?:resumed from step (\d+)|starts from)", log.read_text(), re.MULTILINE)
     if int(starts[-1] or 0) < committed:
         return phases[0], f"went on from step {starts[-1] or 0}, though step {committed} was committed"
-    return phases[0], difference(end_of(folder), expected[ranks])
+    return phases[0], difference(end_of(folder), expected)
 
 
 def end_of(folder: Path, steps: int = STEPS) -> tuple:
@@ -271,18 +274,21 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = prepare(folder)
-        expected = {}
-        for ranks in (1, 2):
-            whole = folder / f"whole-{ranks}"
-            options = [*OPTIONS.split(), *data.split(), "--data.num_workers", "0", "--job.dump_folder", str(whole)]
+        expected = []
+        for ranks, shape in SHAPES[: arguments.trials]:
+            whole = folder / f"whole-{len(expected)}"
+            options = [*OPTIONS.split(), *shape.split(), *data.split(), "--data.num_workers", "0"]
+            options += ["--job.dump_folder", str(whole)]
             run = Run(ranks, options, whole.with_suffix(".log"))
             assert run.wait(TIMEOUT) and not any(run.codes.values()), whole.with_suffix(".log").read_text()
-            expected[ranks] = end_of(whole)
-        again = Run(2, options, whole.with_suffix(".log"), lateness=2)
-        assert again.wait(30) and not any(again.codes.values()), "a finished run that is started again does not end"
+            expected.append(end_of(whole))
+            if len(expected) == 1:
+                again = Run(ranks, options, whole.with_suffix(".log"), lateness=2)
+                assert again.wait(30) and not any(again.codes.values()), "a finished run started again does not end"
         killed, failures = Counter(), 0
         for number in range(arguments.trials):
-            phase, problem = trial(number, arguments.seed, data, expected, folder / str(number))
+            of_shape = expected[number % len(SHAPES)]
+            phase, problem = trial(number, arguments.seed, data, of_shape, folder / str(number))
             killed[phase] += 1
             if problem:
                 failures += 1

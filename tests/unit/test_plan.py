@@ -94,6 +94,14 @@ def test_a_plan_of_one_device(micro_batches, expected):
             "context_parallel_degree = 4 x .*_parallel_degree = 2: must",
         ),
         (f"{TP} 2 --training.global_batch_size 33", "on each of 2 data-parallel ranks"),
+        (
+            "--parallelism.context_parallel_degree 3",
+            "^parallelism.context_parallel_degree = 3: must divide the number of devices, 4$",
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --training.seq_len 98",
+            "^training.seq_len = 98: must be a multiple of 4, twice parallelism.context_parallel_degree = 2$",
+        ),
         ("--tidar.ar_loss_weight 0 --tidar.diffusion_loss_weight 0", "must be above 0"),
         ("--tidar.draft_targets model --tidar.pattern tidar_random", "both losses .* not tidar.pattern = tidar_random"),
         ("--tidar.draft_targets model --tidar.diffusion_share 0.5", "not tidar.diffusion_share = 0.5"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -52,7 +53,7 @@ def parallelize(
     """
     apply_activation_checkpointing(model, config.activation_checkpoint)
     if compile:
-        apply_compile(model)
+        apply_compile(model, has_collectives=world.cp_size * world.tp_size > 1)
     if not needs_fsdp(config, world.size // world.tp_size):
         model.to_empty(device=world.device)
         return OneDevice(model, param_dtype, accumulates=_micro_batches_of_one_device(config) > 1)
@@ -102,13 +103,18 @@ def _policy(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_compile(model: Any) -> None:
+def apply_compile(model: Any, has_collectives: bool = False) -> None:
     """Compiles each layer by itself, and the last norm: layers share one graph, and FSDP's hooks stay outside of it.
 
     Without checkpointing, results of norms and of the MLP's gate are not saved for the matmuls of the backward pass,
     but recomputed there from their operands, which are saved and read anyway.
+    has_collectives: layers communicate. Each collective starts as early and is waited for as late as data allow, so
+    that other work of its layer overlaps it: rotation of the queries forward, gradients of weights backward.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
+    if has_collectives:
+        torch._inductor.config.reorder_for_compute_comm_overlap = True
+        torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     model.norm.forward = torch.compile(model.norm.forward, fullgraph=True, dynamic=False)

@@ -10,12 +10,16 @@ from tidar.config import UserError
 from tidar.patterns.base import KeyRange, MaskMod, ModelBatch, Pattern, Share, Targets, key_ranges
 from tidar.patterns.checks import probe_ids
 
+# positions of a tile of attention, which long rows are rounded up to: kernels run faster without a part of one
+TILE = 128
+
 
 class RowSharding:
     """How the model positions of a row of `seq_len` tokens are dealt to `n_ranks`.
 
     A part of the row (see `Pattern.parts`) is private where it consists of blocks that see themselves and are seen by
-    nothing else, such as the noisy half of `tidar`; keys and values of the other parts are shared with all ranks.
+    nothing else, such as the noisy half of `tidar`; keys and values of the other parts are shared with all ranks. That
+    is known of masks that are made of ranges; a row of one part is shared whichever mask it has.
     Each part is divided into 2 * n_ranks chunks, of which rank r gets r and 2 * n_ranks - 1 - r, so that all ranks have
     equally much to do under a causal mask. A private block is where its first position is. A rank's positions are those
     of the shared parts, then those of the private parts: all shapes are static, and unused slots see only themselves.
@@ -33,7 +37,8 @@ class RowSharding:
                 f"training.seq_len = {seq_len}: must be a multiple of {2 * n_ranks}, twice "
                 f"parallelism.context_parallel_degree = {n_ranks}"
             )
-        self.parts, self.private = pattern.parts(seq_len), self._private_parts(seq_len)
+        self.parts = pattern.parts(seq_len)
+        self.private = self._private_parts(seq_len)
         for part, length in self.parts.items():
             if part not in self.private and length % (2 * n_ranks):
                 raise UserError(
@@ -80,8 +85,14 @@ class RowSharding:
         ids = probe_ids(seq_len)
         rows = self.pattern.layout(torch.zeros_like(ids), ids, torch.ones(ids.shape), [0, 1])
         ranges = key_ranges(self.pattern.mask_mod(rows.documents))
-        if ranges is None:
+        if ranges is None and len(self.parts) == 1:
             return set()
+        if ranges is None:
+            raise UserError(
+                f"{self.about}: cannot be sharded for parallelism.context_parallel_degree = {self.n_ranks}: its "
+                f"mask_mod does not say which keys of its parts {', '.join(self.parts)} other ranks need",
+                "it must be made by in_range or in_either (docs/patterns.md)",
+            )
         start, end = private_blocks(ranges)
         found, first = set(), 0
         for part, length in self.pattern.parts(ids.shape[1]).items():
@@ -98,7 +109,10 @@ class RowSharding:
 
     def _n_slots(self, length: int) -> int:
         # the last block of a chunk may end in the next one
-        return min(2 * (self._chunk(length) + self.block_size - 1), length)
+        slots = 2 * (self._chunk(length) + self.block_size - 1)
+        if slots > 2 * TILE:
+            slots += -slots % TILE
+        return min(slots, length)
 
     def _owner(self, at: Tensor, length: int) -> Tensor:
         """Rank of each index in a part of so many positions."""

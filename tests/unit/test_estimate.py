@@ -127,6 +127,10 @@ def test_checkpointed_layers_need_less_memory_and_more_time():
     shared = estimated(f"{options} --parallelism.context_parallel_degree 2", 8)
     assert 0.45 < shared.memory.activations / found[0].memory.activations < 0.6
     assert 0.5 < shared.time.seconds / shared.plan.micro_batches / found[0].time.seconds < 0.65
+    # results of norms are kept for all positions on each device that shares layers
+    layers = estimated(f"{options} --parallelism.tensor_parallel_degree 2", 8)
+    assert 0.5 < layers.memory.activations / found[0].memory.activations < 0.75
+    assert 0.45 < layers.time.seconds / layers.plan.micro_batches / found[0].time.seconds < 0.75
 
 
 def test_shapes_are_of_the_same_step():
@@ -154,7 +158,7 @@ def test_the_command_prints_memory_time_and_shapes(capsys):
     assert "its sizes are those of model.name = qwen3-8b" in printed.splitlines()[0]
     for start in ("shape    16 h200", "engine   flash", "memory   ", "time     ", "speed    ", "the fastest: --"):
         assert f"\n{start}" in printed
-    assert re.search(r"\n16 +1 +none .* yes ", printed)
+    assert re.search(r"\n16 +1 +1 +none .* yes ", printed)
 
 
 def test_a_run_prints_the_estimate_of_its_gpus(monkeypatch):

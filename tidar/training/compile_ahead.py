@@ -94,7 +94,7 @@ def start_compiler(plan: RunPlan, resources: ExitStack, log: Callable[[str], Non
     if not (kernels.fused_matmul or kernels.loss_without_logits) or plan.device.index != 0:
         return None
     work = Work(
-        TensorShard(0, plan.tensor_parallel).sizes(plan.decoder),
+        plan.own_sizes,
         plan.dtype,
         plan.positions,
         plan.config.training.loss_chunk_size,

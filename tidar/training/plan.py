@@ -52,6 +52,11 @@ class RunPlan:
         return self.model
 
     @property
+    def own_sizes(self) -> DecoderConfig:
+        """Sizes of the part of the model that each device has."""
+        return TensorShard(0, self.tensor_parallel).sizes(self.decoder)
+
+    @property
     def uses_fsdp(self) -> bool:
         return needs_fsdp(self.config, self.world_size // self.tensor_parallel)
 
@@ -66,6 +71,11 @@ class RunPlan:
         training, sharding = self.config.training, self.sharding
         row = sharding.n_positions if sharding else self.pattern.model_positions(training.seq_len)
         return training.local_batch_size * row
+
+    @property
+    def norm_positions(self) -> int:
+        """Those of them that norms and residual connections have: devices that share layers divide them."""
+        return self.positions // self.tensor_parallel
 
     @property
     def n_keys(self) -> int:

@@ -41,28 +41,30 @@ def saved_bytes(plan: RunPlan) -> dict[str, int]:
 
     Results of norms and of the activation are not among them: the backward pass recomputes them.
     """
-    decoder, size = plan.decoder, plan.dtype.itemsize
+    decoder, size = plan.own_sizes, plan.dtype.itemsize
     head = decoder.head_dim * size
     rows, keys = plan.config.training.local_batch_size, plan.n_keys
+    share = 1 / plan.tensor_parallel
     saved = {
-        "input": decoder.dim * size,
-        "scales of norms": 2 * WIDE,
+        "input": share * decoder.dim * size,
+        "scales of norms": share * 2 * WIDE,
+        "gathered results of norms": 0 if plan.tensor_parallel == 1 else 2 * decoder.dim * size,
         # values are a view of them; so are not gathered ones
         "heads": _n_heads(plan) * head if plan.sharding is None or decoder.qk_norm else 0,
         "rotated queries": decoder.n_heads * head,
         "attention": decoder.n_heads * (head + WIDE),
-        "after attention": decoder.dim * size,
+        "after attention": share * decoder.dim * size,
         "gate and up": 2 * decoder.hidden_dim * size,
     }
     attended = decoder.n_kv_heads * head * (1 if plan.sharding is None else 2)
-    return {name: plan.positions * each for name, each in saved.items()} | {"attended": rows * keys * attended}
+    return {name: int(plan.positions * each) for name, each in saved.items()} | {"attended": rows * keys * attended}
 
 
 def kept_bytes(plan: RunPlan) -> list[int]:
     """What each layer keeps from the forward to the backward pass."""
     options, saved = plan.config.activation_checkpoint, saved_bytes(plan)
     everything = sum(saved.values())
-    recomputed = saved["rotated queries"] + saved["attended"]
+    recomputed = saved["rotated queries"] + saved["attended"] + saved["gathered results of norms"]
     heads = plan.positions * _n_heads(plan) * plan.decoder.head_dim * plan.dtype.itemsize
     kept = {
         "none": everything,
@@ -75,15 +77,17 @@ def kept_bytes(plan: RunPlan) -> list[int]:
 
 
 def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
-    decoder, size, positions = plan.decoder, plan.dtype.itemsize, plan.positions
-    stream = positions * decoder.dim * size
+    decoder, size, positions = plan.own_sizes, plan.dtype.itemsize, plan.positions
+    stream = plan.norm_positions * decoder.dim * size
+    # of all positions, where devices that share layers gather them
+    gathered_stream = 0 if plan.tensor_parallel == 1 else positions * decoder.dim * size
     kept = kept_bytes(plan)
     everything = sum(saved_bytes(plan).values())
     # cosines, sines, tokens and their positions
     inputs = positions * (2 * decoder.head_dim * size + 16)
 
     layer = layer_weights(decoder)
-    root = plan.n_parameters - decoder.n_layers * layer
+    root = plan.n_own_parameters - decoder.n_layers * layer
     output = decoder.vocab_size * decoder.dim
     gathers = plan.uses_fsdp and not plan.gathered_bytes
     # FSDP2 gathers the next layer while it computes one; what is in no layer stays gathered
@@ -95,7 +99,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     states = plan.states_bytes - (0 if accumulates else plan.gradient_bytes)
     if plan.config.training.enable_cpu_offload:
         states = 0.0
-    gradient = 0.0 if accumulates else plan.gradient_bytes / plan.n_parameters
+    gradient = 0.0 if accumulates else plan.gradient_bytes / plan.n_own_parameters
     # of a layer under FSDP2: gradients, those that are reduced, and those of the layer before
     # on one device the buffer becomes the gradient, if it is not added to one
     buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0
@@ -106,13 +110,13 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     n = plan.config.training.local_batch_size * row.scored // plan.context_parallel
     targets = n * decoder.dim * size
     in_chunk = _chunk_bytes(plan, n)
-    both_streams = inputs + 2 * stream  # of the last norm
+    both_streams = inputs + 2 * stream + gathered_stream  # of the last norm
     yield Memory("the loss", states, gathered, sum(kept) + both_streams, 2 * targets + WIDE * output + in_chunk)
     narrowed = 2 * targets + (WIDE + size) * output
     yield Memory("the loss's gradient", states, gathered, sum(kept) + both_streams, narrowed)
 
     # the gradients of the stream, before the activation and of it; results of the norm and the activation
-    backward = 3 * stream + 3 * positions * decoder.hidden_dim * size
+    backward = 3 * stream + 2 * gathered_stream + 3 * positions * decoder.hidden_dim * size
     for done, index in enumerate(reversed(range(decoder.n_layers))):
         recomputed = everything - kept[index]
         activations = inputs + sum(kept[: index + 1]) + recomputed + backward
@@ -120,18 +124,21 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
         yield Memory(f"layer {index} backward", so_far, gathered + in_layer + reduced + of_output, activations, 0)
 
     # the embedding's gradient is dense, and the output weight's is beside it where both are one
-    ends = size * output
+    ends, embedded = size * output, stream + gathered_stream
     if plan.uses_fsdp:
         ends = (size + buffer) * root + (size * output if decoder.tie_embeddings else 0)
-    yield Memory("the embedding backward", states + gradient * plan.n_parameters, gathered + ends, inputs + stream, 0)
+    states += gradient * plan.n_own_parameters
+    yield Memory("the embedding backward", states, gathered + ends, inputs + embedded, 0)
 
 
 def _chunk_bytes(plan: RunPlan, n: int) -> int:
     """Of a chunk of the loss's n targets: logits or exponentials in their place, and hidden states."""
     chunk = ceil(n / ceil(n / plan.config.training.loss_chunk_size))
-    return chunk * plan.dtype.itemsize * (plan.decoder.vocab_size + plan.decoder.dim)
+    # devices that share the vocabulary do not write gradients in place of logits
+    logits = (1 if plan.tensor_parallel == 1 else 2) * plan.own_sizes.vocab_size
+    return chunk * plan.dtype.itemsize * (logits + plan.decoder.dim)
 
 
 def _n_heads(plan: RunPlan) -> int:
     """Of queries, keys and values."""
-    return plan.decoder.n_heads + 2 * plan.decoder.n_kv_heads
+    return plan.own_sizes.n_heads + 2 * plan.own_sizes.n_kv_heads

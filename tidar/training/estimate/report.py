@@ -43,13 +43,15 @@ def describe(found: Estimate) -> list[str]:
 
 def table(found: list[Estimate]) -> list[str]:
     """Names of columns, and a line for each shape."""
-    cells = [["dp", "cp", "checkpointing", "rows", "micro-batches", "GiB", "fits", "ms a step", "tokens/s", "MFU"]]
+    names = "dp", "cp", "tp", "checkpointing", "rows", "micro-batches", "GiB", "fits", "ms a step", "tokens/s", "MFU"
+    cells = [list(names)]
     for each in found:
         plan, time, config = each.plan, each.time, each.plan.config
         cells.append(
             [
                 str(plan.dp_size),
                 str(plan.context_parallel),
+                str(plan.tensor_parallel),
                 _checkpointing(config),
                 str(config.training.local_batch_size),
                 str(plan.micro_batches),
@@ -69,6 +71,7 @@ def options(found: Estimate) -> str:
     config = found.plan.config
     values = {
         "parallelism.context_parallel_degree": config.parallelism.context_parallel_degree,
+        "parallelism.tensor_parallel_degree": config.parallelism.tensor_parallel_degree,
         "activation_checkpoint.mode": config.activation_checkpoint.mode,
         "activation_checkpoint.layers": config.activation_checkpoint.layers,
         "training.local_batch_size": config.training.local_batch_size,
@@ -81,6 +84,7 @@ def _shape(found: Estimate) -> str:
     plan, config = found.plan, found.plan.config
     parts = [f"{plan.world_size} {found.gpu.name}"]
     parts += [f"{plan.context_parallel} for each row"] if plan.context_parallel > 1 else []
+    parts += [f"{plan.tensor_parallel} for each layer"] if plan.tensor_parallel > 1 else []
     parts += [f"{plan.replicas} replicas"] if plan.replicas > 1 else []
     return ", ".join([*parts, f"checkpointing {_checkpointing(config)}"])
 

@@ -43,8 +43,6 @@ def not_estimated(plan: RunPlan) -> str | None:
     """The option for which no estimate is made of a run, and its value; None if one is made."""
     if plan.config.training.enable_cpu_offload:
         return "training.enable_cpu_offload = true"
-    if plan.tensor_parallel > 1:
-        return f"parallelism.tensor_parallel_degree = {plan.tensor_parallel}"
     if not plan.kernels.compile:
         return f"compile.enable = {str(plan.config.compile.enable).lower()}"
     if plan.kernels.attention == "sdpa":
@@ -55,13 +53,13 @@ def not_estimated(plan: RunPlan) -> str | None:
 
 
 def shapes(plan: RunPlan, gpu: Gpu) -> list[Estimate]:
-    """The same step, divided in other ways: of each degree of context parallelism the fastest shape that fits, or else
-    the one that needs least memory. Those that fit come first, the fastest of them first.
+    """The same step, divided in other ways: of each degree of context and of tensor parallelism the fastest shape that
+    fits, or else the one that needs least memory. Those that fit come first, the fastest of them first.
     """
     row = row_work(plan.pattern, plan.config.training.seq_len)
     best = []
-    for cp_size in _degrees(plan.world_size):
-        found = [estimate(shape, gpu, row) for shape in _shapes(plan, gpu, cp_size)]
+    for cp_size, tp_size in itertools.product(_degrees(plan.world_size), repeat=2):
+        found = [estimate(shape, gpu, row) for shape in _shapes(plan, gpu, cp_size, tp_size)]
         fitting = [each for each in found if each.fits]
         if fitting:
             best.append(min(fitting, key=lambda each: each.time.seconds))
@@ -75,10 +73,10 @@ def _degrees(world_size: int) -> list[int]:
     return [size for size in (1, 2, 4, 8) if world_size % size == 0 and size <= PER_HOST]
 
 
-def _shapes(plan: RunPlan, gpu: Gpu, cp_size: int) -> Iterator[RunPlan]:
+def _shapes(plan: RunPlan, gpu: Gpu, cp_size: int, tp_size: int) -> Iterator[RunPlan]:
     """Those that are possible, with each of ROWS and of QUARTERS."""
     config = copy.deepcopy(plan.config)
-    config.parallelism.context_parallel_degree = cp_size
+    config.parallelism.context_parallel_degree, config.parallelism.tensor_parallel_degree = cp_size, tp_size
     config.training.global_batch_size, config.training.local_batch_size = plan.global_batch_size, 1
     try:
         shape = plan_run(config, plan.world_size, plan.device, plan.decoder, elsewhere=gpu.capability)

@@ -47,7 +47,7 @@ def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
 
 def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward pass."""
-    decoder, positions, kernels = plan.decoder, plan.positions, plan.kernels
+    decoder, positions, kernels = plan.own_sizes, plan.positions, plan.kernels
     rows, sharing = plan.config.training.local_batch_size, plan.context_parallel
     options, n_layers = plan.config.activation_checkpoint, decoder.n_layers
     recomputing = 0 if options.mode != "full" else n_layers if options.layers == -1 else min(options.layers, n_layers)
@@ -77,28 +77,41 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     if plan.sharding:
         # shared keys and values, and their gradients
         size = 2 * plan.sharding.n_shared * rows * decoder.n_kv_heads * decoder.head_dim * plan.dtype.itemsize
-        seconds["collectives of shared rows"] = (n_layers + recomputing) * _collective(size, sharing, 1, gpu.gather)
-        seconds["collectives of shared rows"] += n_layers * _collective(size, sharing, 1, gpu.scatter)
+        gather, scatter = (_collective(size, sharing, plan.tensor_parallel, rate) for rate in (gpu.gather, gpu.scatter))
+        seconds["collectives of shared rows"] = (n_layers + recomputing) * gather + n_layers * scatter
+    if plan.tensor_parallel > 1:
+        # before and after attention and MLP, forward and backward, and at both ends; a checkpointed layer repeats what
+        # is before and between
+        size = positions * decoder.dim * plan.dtype.itemsize
+        gather, total = (_collective(size, plan.tensor_parallel, 1, rate) for rate in (gpu.gather, gpu.scatter))
+        gathers, totals = 4 * n_layers + 2 + 2 * recomputing, 4 * n_layers + 2 + recomputing
+        seconds["collectives of shared layers"] = gathers * gather + totals * total
     return seconds
 
 
 def _elementwise_forward(plan: RunPlan) -> int:
     """Elements of a layer's forward pass that norms, rotary embeddings and the activation read and write."""
-    decoder = plan.decoder
+    decoder = plan.own_sizes
     rotated = (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
-    elements = 4 * decoder.dim + 2 * rotated
+    of_norms, elements = 4 * decoder.dim, 2 * rotated
     if not plan.kernels.fused_matmul:
-        elements += 3 * decoder.hidden_dim + 6 * decoder.dim  # the activation and the residual connections
+        elements += 3 * decoder.hidden_dim
+    if not plan.kernels.fused_matmul or plan.tensor_parallel > 1:
+        of_norms += 6 * decoder.dim  # the residual connections
+    if plan.tensor_parallel > 1:
+        of_norms += 2 * plan.tensor_parallel * decoder.dim  # terms of both sums
     if plan.kernels.float8 != "off":
         elements += 3 * decoder.hidden_dim
-    return plan.positions * elements
+    return plan.norm_positions * of_norms + plan.positions * elements
 
 
 def _elementwise(plan: RunPlan) -> int:
     """The same of the forward and the backward pass, which recomputes results of norms and of the activation."""
-    decoder = plan.decoder
+    decoder = plan.own_sizes
     heads = (decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
-    elements = 12 * decoder.dim + 2 * heads
+    of_norms, elements = 12 * decoder.dim, 2 * heads
+    if plan.tensor_parallel > 1:
+        of_norms += 2 * plan.tensor_parallel * decoder.dim
     if decoder.qkv_bias:
         elements += heads
     if decoder.qk_norm:
@@ -108,19 +121,19 @@ def _elementwise(plan: RunPlan) -> int:
     if plan.kernels.float8 != "off":
         # results are read for their largest magnitude, rounded, and transposed for the gradients of weights
         elements += 6 * decoder.hidden_dim
-    return _elementwise_forward(plan) + plan.positions * elements
+    return _elementwise_forward(plan) + plan.norm_positions * of_norms + plan.positions * elements
 
 
 def _optimizer_bytes(plan: RunPlan) -> float:
     """Read and written by AdamW and the norm of the gradients; moments are read and written."""
     moments = 4 * {"float32": 4, "bfloat16": 2}[plan.config.optimizer.state_dtype]
     copies = 0 if plan.uses_fsdp else plan.dtype.itemsize
-    return (2 * WIDE + moments + copies) * plan.n_parameters / plan.shards + 2 * plan.gradient_bytes
+    return (2 * WIDE + moments + copies) * plan.n_own_parameters / plan.shards + 2 * plan.gradient_bytes
 
 
 def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     """Seconds of a step in which parameters and gradients are copied, and in which they travel."""
-    size, n, micro_batches = plan.dtype.itemsize, plan.n_parameters, plan.micro_batches
+    size, n, micro_batches = plan.dtype.itemsize, plan.n_own_parameters, plan.micro_batches
     if not plan.uses_fsdp:
         # gradients of several micro-batches are added up
         return ((size + 2 * WIDE) * n * micro_batches / gpu.copy if micro_batches > 1 else 0.0), 0.0
@@ -129,9 +142,10 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     reduces = 1 if once else micro_batches
     # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
     copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + WIDE) * n
-    seconds = gathers * _collective(size * n, plan.shards, 1, gpu.gather)
-    seconds += reduces * _collective(WIDE * n, plan.shards, 1, gpu.scatter)
-    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, plan.shards, gpu.scatter)
+    stride = plan.tensor_parallel
+    seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
+    seconds += reduces * _collective(WIDE * n, plan.shards, stride, gpu.scatter)
+    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
     return copied / gpu.copy, seconds
 
 

@@ -1,8 +1,9 @@
 """Measures the cost of saving during training, and start-up time: python -m tidar.benchmarks.checkpoints [options]
 
 Trains with each checkpoint.async_mode, saving twice on the way, and then resumes from the last checkpoint. Further
-arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most.
-Needs room for two checkpoints: 12 bytes a parameter each.
+arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most. With
+--ngpu it trains on so many devices of this machine; rates are per device. Needs room for two checkpoints: 12 bytes a
+parameter each.
 """
 
 import argparse
@@ -16,18 +17,22 @@ import tempfile
 import time
 from pathlib import Path
 
+from tidar.benchmarks.ranks import launcher
+
 MODES = ("disabled", "async", "async_with_pinned_mem")
 
 
-def command(mode: str, interval: int, steps: int, folder: Path, options: list[str]) -> list[str]:
-    words = [sys.executable, "-u", "-m", "tidar.train", "--checkpoint.async_mode", mode, "--metrics.log_freq", "1"]
+def command(ngpu: int, mode: str, interval: int, steps: int, folder: Path, options: list[str]) -> list[str]:
+    words = launcher(ngpu) if ngpu > 1 else [sys.executable, "-u", "-m"]
+    words += ["tidar.train", "--checkpoint.async_mode", mode, "--metrics.log_freq", "1"]
     words += ["--checkpoint.interval", str(interval), "--checkpoint.keep_latest_k", "1", "--validation.enable", "false"]
     return [*words, *options, "--training.steps", str(steps), "--job.dump_folder", str(folder)]
 
 
-def measure(mode: str, interval: int, folder: Path, options: list[str]) -> str:
+def measure(ngpu: int, mode: str, interval: int, folder: Path, options: list[str]) -> str:
     """A table row: speed away from saves and right after them, stalls of the saves, size of one."""
-    subprocess.run(command(mode, interval, 2 * interval + 2, folder, options), check=True, stdout=subprocess.DEVNULL)
+    words = command(ngpu, mode, interval, 2 * interval + 2, folder, options)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     stalls = [line["perf/save_stall_seconds"] for line in lines if "perf/save_stall_seconds" in line]
     # the first steps compile
@@ -42,18 +47,16 @@ def measure(mode: str, interval: int, folder: Path, options: list[str]) -> str:
     )
 
 
-def measure_restart(folder: Path, options: list[str]) -> str:
-    """Resumes from the newest checkpoint there until a step is done."""
+def measure_restart(ngpu: int, interval: int, folder: Path, options: list[str]) -> str:
+    """Resumes for a step from the newest checkpoint there."""
     started = time.perf_counter()
-    words = command("disabled", 10**6, 10**6, folder, options)
+    words = command(ngpu, "disabled", 10**6, 2 * interval + 3, folder, options)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             if found := re.search(r"checked and restored in ([\d.]+) s", line):
                 restored = found[1]
             if line.startswith("step") and "loss" in line:
                 seconds = time.perf_counter() - started
-                process.kill()
-                break
     return f"a start from it: {seconds:.1f} s to the end of the first step, of which {restored} s to check and restore"
 
 
@@ -61,15 +64,16 @@ def main() -> None:
     description = __doc__.split("\n\n")[1]
     parser = argparse.ArgumentParser(prog="python -m tidar.benchmarks.checkpoints", description=description)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--ngpu", type=int, default=1, help="devices [1]")
     parser.add_argument("--interval", type=int, default=60, help="steps between saves, long enough to write one [60]")
     arguments, options = parser.parse_known_args()
     rows = []
     for mode in arguments.modes:
         folder = Path(tempfile.mkdtemp(prefix="tidar-checkpoints-"))
         try:
-            rows.append(measure(mode, arguments.interval, folder, options))
+            rows.append(measure(arguments.ngpu, mode, arguments.interval, folder, options))
             if mode == arguments.modes[-1]:
-                rows.append(measure_restart(folder, options))
+                rows.append(measure_restart(arguments.ngpu, arguments.interval, folder, options))
         finally:
             shutil.rmtree(folder)
     header = ("checkpoint.async_mode", "tokens/s", "while writing", "stalls of saves, s", "GiB")

@@ -15,7 +15,7 @@ from tidar.config import UserError
 
 def launcher(ngpu: int) -> list[str]:
     """The first words of a command that runs a module in so many processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ngpu), "-m"]
+    return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ngpu), "-m"]
 
 
 def numbers_of_devices(text: str) -> list[int]:

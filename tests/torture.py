@@ -1,11 +1,11 @@
 """python tests/torture.py --trials 200: kills runs at random moments, starts them again, and compares how they end.
 
-Each trial trains the debug model on one rank or two, which may share each row, saving synchronously or not, and is
-killed: most often in a chosen phase of a save, else anywhere. With two ranks both are killed at once, as by a power
-cut, or one is, and the other gets SIGTERM, as from torchrun. At times the newest checkpoint is damaged after that.
-Started again, once or more, the run must come to the very state and curve of one that was left alone, from a checkpoint
-no older than the last that was committed. Ranks are forked from this process, which has imported all and computed
-nothing, so that a trial takes seconds. Exits with 1 if any trial failed.
+Each trial trains the debug model on one rank or two, which may share each row or each layer, saving synchronously or
+not, and is killed: most often in a chosen phase of a save, else anywhere. With two ranks both are killed at once, as by
+a power cut, or one is, and the other gets SIGTERM, as from torchrun. At times the newest checkpoint is damaged after
+that. Started again, once or more, the run must come to the very state and curve of one that was left alone, from a
+checkpoint no older than the last that was committed. Ranks are forked from this process, which has imported all and
+computed nothing, so that a trial takes seconds. Exits with 1 if any trial failed.
 """
 
 import argparse
@@ -39,7 +39,12 @@ from tidar.training.checkpoint.checkpointer import Checkpointer
 STEPS, INTERVAL, TIMEOUT = 8, 2, 90
 PHASES = ("elsewhere", "staging", "writing", "committing", "cleaning up")
 # ranks, and how they divide the work: by turns, those of the short form first
-SHAPES = ((2, "--parallelism.context_parallel_degree 2"), (2, ""), (1, ""))
+SHAPES = (
+    (2, "--parallelism.context_parallel_degree 2"),
+    (2, "--parallelism.tensor_parallel_degree 2"),
+    (2, ""),
+    (1, ""),
+)
 METHODS = ("_stage", "_write", "_commit", "_remove_old")
 OPTIONS = f"""
     --training.seq_len 16 --training.local_batch_size 2 --training.global_batch_size 4 --training.steps {STEPS}

@@ -18,6 +18,9 @@ from tidar.training.estimate.report import describe, options, table
 from tidar.training.estimate.shapes import estimate, shapes
 from tidar.training.plan import plan_run
 
+# shapes that are printed
+SHOWN = 6
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
@@ -32,19 +35,19 @@ def main(arguments: list[str] | None = None) -> None:
         if given.world_size < 1:
             raise UserError(f"--world_size {given.world_size}: must be integer {in_range(1, None)}")
         gpu, config = named_gpu(given.gpu), load_config(others, prog=parser.prog)
-        spec = _model(config)
+        spec = model_spec(config)
         device = torch.device("cuda")
         model = spec.decoder, spec.mask_token_id
         plan = plan_run(config, given.world_size, device, *model, elsewhere=gpu.capability)
         name = config.model.hf_path or config.model.name
         print_lines(f"model    {name}, {plan.n_parameters:,} parameters", *describe(estimate(plan, gpu)))
         found = shapes(plan, gpu)
-        print_lines("", "shapes of the same step, the fastest of each degree:", *table(found))
+        print_lines("", "shapes of the same step, the fastest with each degree of parallelism:", *table(found[:SHOWN]))
         if found[0].fits:
             print_lines("", f"the fastest: {options(found[0])}")
 
 
-def _model(config: Config) -> ModelSpec:
+def model_spec(config: Config) -> ModelSpec:
     """The sizes of a run's model. A published model that is not here has those of its name."""
     path = config.model.hf_path
     name = next((size for size in sorted(SIZES, key=len) if f"{Path(path).name.lower()}-".startswith(f"{size}-")), None)

@@ -47,7 +47,7 @@ def saved_bytes(plan: RunPlan) -> dict[str, int]:
     share = 1 / plan.tensor_parallel
     saved = {
         "input": share * decoder.dim * size,
-        "scales of norms": share * 2 * WIDE,
+        "scales of norms": share * 2 * WIDE + (WIDE * (decoder.n_heads + decoder.n_kv_heads) if decoder.qk_norm else 0),
         "gathered results of norms": 0 if plan.tensor_parallel == 1 else 2 * decoder.dim * size,
         # values are a view of them; so are not gathered ones
         "heads": _n_heads(plan) * head if plan.sharding is None or decoder.qk_norm else 0,
@@ -64,7 +64,9 @@ def kept_bytes(plan: RunPlan) -> list[int]:
     """What each layer keeps from the forward to the backward pass."""
     options, saved = plan.config.activation_checkpoint, saved_bytes(plan)
     everything = sum(saved.values())
-    recomputed = saved["rotated queries"] + saved["attended"] + saved["gathered results of norms"]
+    recomputed = saved["rotated queries"] + saved["attended"]
+    # ranks that share layers keep outputs of matmuls for all positions, and not their sum or what is gathered
+    recomputed += saved["after attention"] if plan.tensor_parallel > 1 else 0
     heads = plan.positions * _n_heads(plan) * plan.decoder.head_dim * plan.dtype.itemsize
     kept = {
         "none": everything,

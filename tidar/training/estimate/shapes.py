@@ -58,7 +58,7 @@ def shapes(plan: RunPlan, gpu: Gpu) -> list[Estimate]:
     """
     row = row_work(plan.pattern, plan.config.training.seq_len)
     best = []
-    for cp_size, tp_size in itertools.product(_degrees(plan.world_size), repeat=2):
+    for cp_size, tp_size in _degrees(plan.world_size):
         found = [estimate(shape, gpu, row) for shape in _shapes(plan, gpu, cp_size, tp_size)]
         fitting = [each for each in found if each.fits]
         if fitting:
@@ -68,9 +68,10 @@ def shapes(plan: RunPlan, gpu: Gpu) -> list[Estimate]:
     return sorted(best, key=lambda each: (not each.fits, each.time.seconds))
 
 
-def _degrees(world_size: int) -> list[int]:
-    """Powers of two that divide the devices, up to those of a host."""
-    return [size for size in (1, 2, 4, 8) if world_size % size == 0 and size <= PER_HOST]
+def _degrees(world_size: int) -> list[tuple[int, int]]:
+    """Of context and tensor parallelism: powers of two whose product divides the devices, within a host."""
+    pairs = itertools.product((1, 2, 4, 8), repeat=2)
+    return [(cp, tp) for cp, tp in pairs if cp * tp <= PER_HOST and world_size % (cp * tp) == 0]
 
 
 def _shapes(plan: RunPlan, gpu: Gpu, cp_size: int, tp_size: int) -> Iterator[RunPlan]:

@@ -72,7 +72,8 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     elements = n_layers * _elementwise(plan) + recomputing * _elementwise_forward(plan)
     moved = plan.dtype.itemsize * elements
     if not kernels.loss_without_logits:
-        moved += 3 * plan.dtype.itemsize * decoder.vocab_size * scored
+        # passes over logits
+        moved += (3 if kernels.loss_kernel else 4) * plan.dtype.itemsize * decoder.vocab_size * scored
     seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
     if plan.sharding:
         # shared keys and values, and their gradients

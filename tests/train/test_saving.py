@@ -73,9 +73,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, uneven_data, m
     assert stalls[2] is None and 0 < stalls[3] < 0.2 and stalls[5] > stalls[3]
 
 
-def test_what_a_checkpoint_counts(tmp_path, ranks, uneven_data):
+def test_what_a_checkpoint_counts(tmp_path, ranks, small_model):
     """Tokens of all ranks, samples, and the time of all processes that have trained the run."""
-    options = [*TINY, *uneven_data.split(), "--training.global_batch_size", "4", "--checkpoint.interval", "2"]
+    options = [*TINY, *small_model.split(), "--training.global_batch_size", "4", "--checkpoint.interval", "2"]
     options += ["--job.dump_folder", str(tmp_path)]
     ranks.run(2, *options, "--training.steps", "2")
     ranks.run(1, *options, "--training.steps", "4")
@@ -212,9 +212,9 @@ def test_a_thousand_saves_leave_nothing_behind(tmp_path, uneven_data):
 HSDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 2"
 
 
-def test_resharded_it_goes_on(tmp_path, ranks, uneven_data):
+def test_resharded_it_goes_on(tmp_path, ranks, small_model):
     """Saved on 4 ranks, HSDP 2 x 2; resumed on 1, 2 and 3 with the same losses, on 4 bit for bit."""
-    options = [*TINY, *uneven_data.split(), "--training.global_batch_size", "12", "--training.local_batch_size", "1"]
+    options = [*TINY, *small_model.split(), "--training.global_batch_size", "12", "--training.local_batch_size", "1"]
     options += ["--training.steps", "7", "--checkpoint.interval", "3"]
     whole = tmp_path / "whole"
     ranks.run(4, *options, *HSDP.split(), "--job.dump_folder", str(whole), weights=tmp_path / "whole.pt")

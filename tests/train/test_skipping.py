@@ -30,9 +30,9 @@ def steps_of(folder) -> dict[int, dict]:
     return {line["step"]: line for line in lines if "train/lr" in line}
 
 
-def test_overflow_on_one_rank_skips_the_step_on_all(tmp_path, ranks, uneven_data):
+def test_overflow_on_one_rank_skips_the_step_on_all(tmp_path, ranks, small_model):
     """float16 on two ranks, step 3 overflows on rank 1: as if there had been no step 3, but for its data."""
-    options = [*COMMON, *uneven_data.split(), "--training.mixed_precision_param", "float16", "--training.steps", "8"]
+    options = [*COMMON, *small_model.split(), "--training.mixed_precision_param", "float16", "--training.steps", "8"]
     options += ["--job.dump_folder", str(tmp_path), "--checkpoint.interval", "2", "--loss_scale.start", "256"]
     options += ["--loss_scale.hysteresis", "1", "--loss_scale.window", "3"]
     answers = ranks.run(2, *options, faults=[(1, 3, "loss")])
@@ -54,9 +54,9 @@ def test_overflow_on_one_rank_skips_the_step_on_all(tmp_path, ranks, uneven_data
     assert all(again[step][key] == lines[step][key] for step in range(1, 9) for key in keys)
 
 
-def test_the_row_whose_loss_is_not_finite_is_named(tmp_path, ranks, uneven_data):
+def test_the_row_whose_loss_is_not_finite_is_named(tmp_path, ranks, small_model):
     """In both micro-batches of rank 1: the last row that has targets."""
-    options = [*COMMON, *uneven_data.split(), "--training.steps", "3", "--job.dump_folder", str(tmp_path)]
+    options = [*COMMON, *small_model.split(), "--training.steps", "3", "--job.dump_folder", str(tmp_path)]
     options += ["--training.seq_len", "64", "--training.global_batch_size", "8"]
     answers = ranks.run(2, *options, faults=[(1, 2, "row")])
     places = list(map(int, re.findall(r"row (\d+) of its micro-batch", answers[1]["printed"])))
@@ -101,11 +101,11 @@ def test_a_sum_over_tokens_that_overflows_is_named():
         leave_world()
 
 
-def test_float16_reports_and_clips_as_float32(tmp_path, ranks, uneven_data):
+def test_float16_reports_and_clips_as_float32(tmp_path, ranks, small_model):
     """Norms and weights do not show the scale of the loss."""
     norms, weights = [], []
     for dtype in ("float32", "float16"):
-        options = [*COMMON, *uneven_data.split(), "--training.mixed_precision_param", dtype, "--training.steps", "3"]
+        options = [*COMMON, *small_model.split(), "--training.mixed_precision_param", dtype, "--training.steps", "3"]
         options += ["--job.dump_folder", str(tmp_path / dtype), "--loss_scale.start", "512", "--optimizer.eps", "1e-3"]
         ranks.run(2, *options, weights=tmp_path / "weights.pt")
         norms.append([line["train/grad_norm"] for line in steps_of(tmp_path / dtype).values()])
@@ -114,9 +114,9 @@ def test_float16_reports_and_clips_as_float32(tmp_path, ranks, uneven_data):
     assert (weights[1] - weights[0]).norm() < 1e-3 * weights[0].norm()
 
 
-def test_a_skipped_step_changes_nothing(tmp_path, ranks, uneven_data):
+def test_a_skipped_step_changes_nothing(tmp_path, ranks, small_model):
     """float32: weights after a skipped third step are those after the second, and the optimizer's state too."""
-    options = [*COMMON, *uneven_data.split(), "--lr_scheduler.decay_type", "constant", "--checkpoint.enable", "false"]
+    options = [*COMMON, *small_model.split(), "--lr_scheduler.decay_type", "constant", "--checkpoint.enable", "false"]
     fault = [(0, 3, "loss")]
     for dtype in ("float32", "bfloat16"):
         results = []
@@ -129,11 +129,11 @@ def test_a_skipped_step_changes_nothing(tmp_path, ranks, uneven_data):
         assert torch.equal(two, three) and not torch.equal(three, four) and four.isfinite().all()
 
 
-def test_a_step_without_targets_changes_nothing(tmp_path, ranks, uneven_data):
+def test_a_step_without_targets_changes_nothing(tmp_path, ranks, small_model):
     """No parameter and no moment, in spite of weight decay; it counts as done, and reports no loss."""
     options = [
         *COMMON,
-        *uneven_data.split(),
+        *small_model.split(),
         "--lr_scheduler.decay_type",
         "constant",
         "--lr_scheduler.warmup_steps",
@@ -158,12 +158,12 @@ def test_a_step_without_targets_changes_nothing(tmp_path, ranks, uneven_data):
 
 
 @pytest.mark.parametrize("log_freq", [1, 100])
-def test_too_many_in_a_row_stop_the_run(tmp_path, ranks, uneven_data, log_freq):
+def test_too_many_in_a_row_stop_the_run(tmp_path, ranks, small_model, log_freq):
     """Not those that are not in a row. The checkpoint is of the state before; the run can go on from it.
 
     log_freq: whether the host looks at each step at once, or while the next is computed.
     """
-    options = [*COMMON, *uneven_data.split(), "--training.steps", "9", "--training.max_steps_skipped", "2"]
+    options = [*COMMON, *small_model.split(), "--training.steps", "9", "--training.max_steps_skipped", "2"]
     options += ["--job.dump_folder", str(tmp_path), "--metrics.log_freq", str(log_freq)]
     answers = ranks.run(
         2,

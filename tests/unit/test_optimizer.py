@@ -143,11 +143,11 @@ def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks,
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(500, marks=pytest.mark.long)])
-def test_bfloat16_moments_follow_float32(tmp_path, ranks, uneven_data, steps):
+def test_bfloat16_moments_follow_float32(tmp_path, ranks, small_model, steps):
     """At beta2 = 0.999, the loss over the last tenth of the steps within 0.5 %."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        options = f"{uneven_data} --training.seq_len 32 --training.local_batch_size 8 --validation.enable false"
+        options = f"{small_model} --training.seq_len 32 --training.local_batch_size 8 --validation.enable false"
         options += f" --optimizer.beta2 0.999 --optimizer.state_dtype {dtype} --training.steps {steps}"
         options += f" --metrics.log_freq 1 --checkpoint.enable false --job.dump_folder {tmp_path / dtype}"
         ranks.run(1, *options.split())

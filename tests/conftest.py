@@ -10,6 +10,7 @@ from rank_pool import RankPool
 from small_models import make_model
 
 from tidar.config import load_config
+from tidar.models.sizes import SIZES
 from tidar.training.inputs import load_inputs
 
 # CUDA devices that tests with a mark need
@@ -80,3 +81,10 @@ def small_model(tmp_path_factory, uneven_data) -> str:
     folder = tmp_path_factory.mktemp("small")
     make_model("qwen3", tie_word_embeddings=False, num_hidden_layers=3).save_pretrained(folder)
     return f"{uneven_data} --model.hf_path {folder}"
+
+
+@pytest.fixture
+def smaller_debug(monkeypatch) -> None:
+    """Gives the debug model a shape that learns as much in a sixth of the time, in this process."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setitem(SIZES, "debug", SIZES["debug"] | shape)

@@ -19,7 +19,6 @@ from tidar.config import UserError, load_config
 from tidar.distributed import leave_world
 from tidar.kernels import Kernels
 from tidar.losses.sums import LossSums
-from tidar.models.sizes import SIZES
 from tidar.training.compile_ahead import Compiler, Work
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
@@ -43,8 +42,9 @@ def results(folder: Path) -> list[dict]:
     return [{key: v for key, v in line.items() if not key.startswith(("perf/", "memory/"))} for line in lines]
 
 
-def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
-    options = "--training.steps 6 --training.global_batch_size 4 --checkpoint.interval 1 --validation.freq 3".split()
+def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path, small_model):
+    options = f"{small_model} --validation.share 0.17 --training.steps 6 --training.global_batch_size 4".split()
+    options += "--checkpoint.interval 1 --validation.freq 3".split()
     train_here(tmp_path / "whole", *options, "--validation.steps", "2")
     expected = results(tmp_path / "whole")
     assert [line["step"] for line in expected] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -59,8 +59,16 @@ def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path):
     assert again.step == 6 and results(tmp_path / "whole") == expected
 
 
-def test_killed_it_goes_on(tmp_path, capsys):
-    options = ["--training.steps", "24", "--checkpoint.interval", "3", "--validation.enable", "false"]
+def test_killed_it_goes_on(tmp_path, capsys, uneven_data):
+    options = [
+        *uneven_data.split(),
+        "--training.steps",
+        "24",
+        "--checkpoint.interval",
+        "3",
+        "--validation.enable",
+        "false",
+    ]
     killed = [*TINY, *options, "--job.dump_folder", str(tmp_path / "killed")]
     process = forks.start(faulty.train_with, "none", killed, log=tmp_path / "log")
     deadline = time.time() + 120
@@ -82,8 +90,9 @@ class KilledInValidation(Hooks):
         return loss
 
 
-def test_killed_in_its_last_validation_it_validates_again(tmp_path):
-    options = ["--training.steps", "4", "--checkpoint.interval", "3", "--validation.steps", "2"]
+def test_killed_in_its_last_validation_it_validates_again(tmp_path, small_model):
+    options = [*small_model.split(), "--training.steps", "4", "--checkpoint.interval", "3", "--validation.steps", "2"]
+    options += ["--validation.share", "0.17"]
     with pytest.raises(KeyboardInterrupt):
         train_here(tmp_path / "killed", *options, hooks=KilledInValidation())
     train_here(tmp_path / "killed", *options)
@@ -91,10 +100,8 @@ def test_killed_in_its_last_validation_it_validates_again(tmp_path):
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
-def test_a_run_learns_and_writes_what_it_says(tmp_path, monkeypatch):
+def test_a_run_learns_and_writes_what_it_says(tmp_path, smaller_debug):
     """Both losses fall, a draft gets worse with its place in the block, and the resolved options train again."""
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    monkeypatch.setitem(SIZES, "debug", SIZES["debug"] | shape)  # learns the same in a sixth of the time
     options = "--training.seq_len 128 --training.local_batch_size 8 --training.steps 80 --optimizer.lr 6e-3".split()
     options += "--lr_scheduler.warmup_steps 5 --metrics.log_freq 20 --validation.steps 10".split()
     options += "--checkpoint.interval 100".split()
@@ -168,18 +175,19 @@ def test_epochs_count_samples_and_not_steps(tmp_path, small_model):
     assert 1.5 * n_rows <= samples < 1.5 * n_rows + 60
 
 
-def test_bfloat16_follows_float32(tmp_path):
+def test_bfloat16_follows_float32(tmp_path, uneven_data):
     losses = {}
     for name in ("float32", "bfloat16"):
-        options = ["--training.steps", "3", "--validation.steps", "1", "--training.mixed_precision_param", name]
+        options = f"{uneven_data} --validation.share 0.17 --validation.steps 1 --training.steps 3".split()
+        options += ["--training.mixed_precision_param", name]
         train_here(tmp_path / name, *options, "--training.gc_freq", "2")
         losses[name] = [line["train/batch_loss"] for line in metrics(tmp_path / name, "train/batch_loss")]
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
 
 
-def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
-    options = ["--training.steps", "1", "--validation.enable", "false"]
+def test_two_runs_are_not_mixed_in_one_folder(tmp_path, small_model):
+    options = [*small_model.split(), "--training.steps", "1", "--validation.enable", "false"]
     train_here(tmp_path, *options)
     written = (tmp_path / "metrics.jsonl").read_text(), (tmp_path / "config.toml").read_text()
     for change, words in (
@@ -226,9 +234,9 @@ def test_the_launcher_passes_a_refusal_on():
     assert "job.config_file = /no/such.toml: cannot be read" in output
 
 
-def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys):
+def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys, small_model):
     """It is told that the process which should have done so has failed."""
-    options = "--training.steps 2 --validation.enable false --checkpoint.enable false".split()
+    options = f"{small_model} --training.steps 2 --validation.enable false --checkpoint.enable false".split()
     trainer = Trainer(load_config(["--job.dump_folder", str(tmp_path), *TINY, *options]))
     try:
         trainer.compiler = Compiler(Work(None, torch.float32, 1, 1, Kernels(fused_matmul=True), 132, (9, 0)))

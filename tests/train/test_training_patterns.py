@@ -14,7 +14,7 @@ from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
 COMMON = """
-    --training.seq_len 64 --training.local_batch_size 4 --training.steps 30 --optimizer.lr 2e-3 --metrics.log_freq 1
+    --training.seq_len 64 --training.local_batch_size 4 --training.steps 30 --optimizer.lr 6e-3 --metrics.log_freq 1
     --lr_scheduler.warmup_steps 5 --validation.steps 2 --checkpoint.enable false --data.num_workers 0
 """.split()
 EXPERIMENTS = f"--tidar.block_sizes 2 16 --tidar.random_block_offset --tidar.place_weights {'1 .5 ' * 8}"
@@ -46,7 +46,7 @@ def train(folder: Path, options: list[str]) -> Trainer:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_data):
+def test_losses_fall_and_flops_are_those_of_the_mask(case, tmp_path, embedded_data, smaller_debug):
     name, *options = CASES[case].split()
     trainer = train(tmp_path, [*embedded_data, "--tidar.pattern", name, *options])
     *steps, validation = read_metrics(tmp_path)

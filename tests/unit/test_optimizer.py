@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from results import batch_losses, read_weights
+from runs import train_run
 from torch import nn
 
 from tidar.config.options import LRScheduler, Optimizer
@@ -143,14 +144,15 @@ def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks,
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(500, marks=pytest.mark.long)])
-def test_bfloat16_moments_follow_float32(tmp_path, ranks, small_model, steps):
+def test_bfloat16_moments_follow_float32(tmp_path, smaller_debug, uneven_data, steps):
     """At beta2 = 0.999, the loss over the last tenth of the steps within 0.5 %."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        options = f"{small_model} --training.seq_len 32 --training.local_batch_size 8 --validation.enable false"
+        options = f"{uneven_data} --training.seq_len 32 --training.local_batch_size 8 --validation.enable false"
         options += f" --optimizer.beta2 0.999 --optimizer.state_dtype {dtype} --training.steps {steps}"
+        options += " --optimizer.lr 2e-3"
         options += f" --metrics.log_freq 1 --checkpoint.enable false --job.dump_folder {tmp_path / dtype}"
-        ranks.run(1, *options.split())
+        train_run(options.split())
         losses[dtype] = batch_losses(tmp_path / dtype)
     assert losses["float32"] != losses["bfloat16"]
     last = steps // 10

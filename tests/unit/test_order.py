@@ -18,7 +18,7 @@ def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
     common += f" --model.hf_path {tmp_path / 'model'} --metrics.log_freq 1 --validation.enable false"
 
     def seen(folder, size: int, until: int) -> list[int]:
-        local = rng.choice([n for n in (2, 3, 4, 6, 12) if batch % (n * size) == 0])
+        local = rng.choice([n for n in (6, 9, 12, 18) if batch % (n * size) == 0])
         options = f"--job.dump_folder {folder} --training.local_batch_size {local} --training.steps {until}"
         batches = [rank["rows"] for rank in ranks.run(size, *common.split(), *options.split())]
         return [row for micro_batch in zip(*batches, strict=True) for rows in micro_batch for row in rows]

@@ -10,7 +10,6 @@ from tidar.models import (
     CachedAttention,
     DecoderConfig,
     FusedStepAttention,
-    Mask,
     PrefillAttention,
     RangeMask,
     StepAttention,
@@ -45,6 +44,7 @@ class KeyValueCache:
         dense = mask.dense()
         return [StepAttention(*layer, slots, dense) for layer in self.layers]
 
-    def for_prefill(self, rows: Tensor, length: int, mask: Mask) -> list[CachedAttention]:
-        """See `PrefillAttention`."""
-        return [PrefillAttention(keys, values, rows, length, mask) for keys, values in self.layers]
+    def for_prefill(self, rows: Tensor, length: int, mask: RangeMask) -> list[CachedAttention]:
+        """See `PrefillAttention`. mask: of all queries, of which the first `length` are causal."""
+        behind = mask.queries_from(length).dense()
+        return [PrefillAttention(*layer, rows, length, behind) for layer in self.layers]

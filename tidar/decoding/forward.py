@@ -87,9 +87,7 @@ class Forward:
             token = choose(logits, self.sampling, new_keys, lengths[:, None])
             return torch.cat([token, F.linear(hidden[:, padded + 1 :], weight).argmax(dim=-1)], dim=1)
 
-        attention = self.cache.for_prefill(
-            at, padded, layout.mask.block_mask() if device.type == "cuda" else layout.mask.dense()
-        )
+        attention = self.cache.for_prefill(at, padded, layout.mask)
         state.draft[at] = self._run(tokens, layout, attention, head)
         state.lengths[at], state.keys[at], state.active[at] = lengths, new_keys, True
 

@@ -73,32 +73,49 @@ class FusedStepAttention(NamedTuple):
 class PrefillAttention(NamedTuple):
     """For one layer of a prefill: the first `length` keys and values go to `rows` of the cache, `[batch]` int64.
 
-    Queries attend to the positions of this forward pass alone, by `mask`.
+    Queries attend to the positions of this forward pass alone: the first `length` causally, those behind them by
+    `mask`, `[batch, 1, positions - length, positions]` bool. In two calls, because SDPA is fast with a causal mask, and
+    FlexAttention would compile for each shape.
     """
 
     keys: Tensor
     values: Tensor
     rows: Tensor
     length: int
-    mask: Mask
+    mask: Tensor
 
-    def attended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys[self.rows, :, : self.length] = k[:, :, : self.length]
-        self.values[self.rows, :, : self.length] = v[:, :, : self.length]
-        return k, v
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attention`."""
+        n = self.length
+        self.keys[self.rows, :, :n] = k[:, :, :n]
+        self.values[self.rows, :, :n] = v[:, :, :n]
+        clean = scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True)
+        if q.shape[2] == n:
+            return clean
+        # the query heads of a key/value head as rows, so that keys and values are not copied for each
+        rows = q[:, :, n:].unflatten(1, (k.shape[1], -1))
+        seen = self.mask.repeat(1, 1, rows.shape[2], 1)
+        out = scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=seen)
+        return torch.cat([clean, out.view_as(rows).flatten(1, 2)], dim=2)
 
 
 CachedAttention = StepAttention | FusedStepAttention | PrefillAttention
+# what a layer takes in place of a mask
+Attended = Mask | KeySource | CachedAttention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | KeySource, flash: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | KeySource | PrefillAttention, flash: bool = False
+) -> Tensor:
     """Grouped-query attention, scaled by `head_dim ** -0.5`.
 
     q: `[batch, n_heads, positions, head_dim]`; k, v: `[batch, n_kv_heads, positions, head_dim]`; returns q's shape.
     mask: a BlockMask runs FlexAttention; a bool tensor `[batch, 1, positions, positions]` runs SDPA; None is causal.
-    A KeySource replaces k and v by others: a cache, or those of all ranks.
+    A KeySource replaces k and v by others: a cache, or those of all ranks; for PrefillAttention see there.
     flash: FlexAttention uses FlashAttention-4's kernels.
     """
+    if isinstance(mask, PrefillAttention):
+        return mask.attend(q, k, v)
     if mask is not None and not isinstance(mask, (BlockMask, Tensor)):
         k, v = mask.attended(k, v)
         mask = mask.mask

@@ -13,7 +13,7 @@ from tidar.kernels.norm import RMSNorm
 from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
 from tidar.kernels.rotary import RopeScaling, inverse_frequencies, rotary, rotate, split_heads
 from tidar.kernels.selection import PLAIN, Kernels
-from tidar.models.attention import FusedStepAttention, KeySource, Mask, attention
+from tidar.models.attention import Attended, FusedStepAttention, attention
 from tidar.models.shards import WHOLE, TensorShard
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Attended) -> Tensor:
         """The residual plus attention from x, all `[batch, positions, dim]`.
 
         residual: None where this has some of the heads only; then the bias of `o_proj` is not added either.
@@ -127,16 +127,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config, kernels)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Attended) -> Tensor:
         normalized, x = self.normalize(self.input_layernorm, x)
         if self.shard.size > 1:
             return self._forward_of_shard(normalized, x, cos, sin, mask)
         x = self.self_attn(normalized, x, cos, sin, mask)
         return self.mlp(*self.normalize(self.post_attention_layernorm, x))
 
-    def _forward_of_shard(
-        self, normalized: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | KeySource
-    ) -> Tensor:
+    def _forward_of_shard(self, normalized: Tensor, x: Tensor, cos: Tensor, sin: Tensor, mask: Attended) -> Tensor:
         rows = cos.shape[0], cos.shape[2]  # batch, positions
         attended = self.self_attn(self.shard.gathered(normalized).view(*rows, -1), None, cos, sin, mask)
         x = x + self.shard.summed(attended)
@@ -171,7 +169,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Mask | KeySource | list[KeySource] = None,
+        mask: Attended | list[Attended] = None,
         head: Callable[[Tensor, Tensor], object] | None = None,
     ):
         """Logits `[batch, positions, vocab_size]` of tokens `[batch, positions]`.

@@ -90,6 +90,10 @@ class RangeMask(PointMask):
         super().__init__(mask_mod, batch, n_queries, n_keys, ranges[0][0].device)
         self.ranges = ranges
 
+    def queries_from(self, first: int) -> "RangeMask":
+        """The mask of the queries from number `first` on."""
+        return RangeMask([(start[:, first:], end[:, first:]) for start, end in self.ranges], self.n_keys)
+
     def dense(self) -> Tensor:
         keys = torch.arange(self.n_keys, dtype=torch.int32, device=self.device)
         seen = [(start[..., None] <= keys) & (keys < end[..., None]) for start, end in self.ranges]

@@ -1,10 +1,12 @@
-"""Layers that gather keys and values, compiled."""
+"""Layers that gather keys and values: compiled, and under FlexAttention."""
 
 import re
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from reference import ids_of
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
@@ -12,9 +14,11 @@ from torch._inductor.utils import run_and_get_code
 from tidar.distributed import GatheredAttention
 from tidar.distributed.parallelize import apply_compile
 from tidar.kernels import Kernels
-from tidar.models import size_config
+from tidar.models import attention as backend
+from tidar.models import pattern_mask, size_config
 from tidar.models.decoder import DecoderLayer
 from tidar.models.huggingface import decoder_config
+from tidar.patterns import RowSharding, Tidar
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SIZES = HEADS | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
@@ -46,3 +50,21 @@ def test_work_of_a_compiled_layer_overlaps_its_collectives(monkeypatch, alone):
     (rotation,) = re.findall(r"all_gather_into_tensor.default\(.*?wait_tensor", forward, re.DOTALL)
     (gradients,) = re.findall(r"reduce_scatter_tensor.default\(.*?wait_tensor", backward, re.DOTALL)
     assert "cpp_fused" in rotation and gradients.count("extern_kernels.mm") >= 3
+
+
+def test_flex_attention_takes_the_masks_of_ranks(monkeypatch):
+    """Forward, the only direction that it has on a CPU: more keys than queries, of lengths that no tile divides, give
+    what the dense mask gives.
+    """
+    module = sys.modules["tidar.models.attention"]
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    pattern, ids = Tidar(5, 99), torch.cat([ids_of([60, 17, 83]), ids_of([160])])
+    batch = pattern.layout(torch.zeros_like(ids), ids, torch.ones(ids.shape), [0, 1])
+    sharding = RowSharding(pattern, "tidar", 160, 2)
+    for rank in range(2):
+        mask = pattern_mask(pattern, batch.documents, sharding.share(batch, rank).share)
+        assert mask.n_queries % 128 and mask.n_queries < mask.n_keys == sharding.n_keys
+        q = torch.randn(2, 4, mask.n_queries, 16)
+        k, v = torch.randn(2, 2, 2, mask.n_keys, 16)
+        found, expected = (backend(q, k, v, form) for form in (mask.block_mask(), mask.dense()))
+        torch.testing.assert_close(found, expected)

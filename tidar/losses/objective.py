@@ -229,7 +229,8 @@ def _score_part_of_logits(
     logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool, shard: TensorShard, compile: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_score_logits`, where each rank has the logits of its part of the vocabulary. compile: as in `Kernels`."""
-    run: Callable = compiled if compile else lambda function: function
+    # chunks have any number of targets
+    run: Callable = partial(compiled, dynamic=True) if compile else lambda function: function
     own_labels = labels - shard.rank * logits.shape[1]
     of_ranks = shard.stacked(run(_summary)(logits, own_labels, coefficients.dtype))
     nll, correct, normalizer = run(_combined)(of_ranks)

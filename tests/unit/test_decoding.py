@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -235,3 +236,15 @@ def test_joint_law_of_three_tokens(options, n):
         engine.method = Method("tidar", block_size, mask_token_id=5)
         completions = engine.generate([[1, 2, 3]] * n, 3, seed=block_size, **options)
         check_law([completion.tokens for completion in completions], law)
+
+
+def test_any_number_of_shapes_is_compiled(monkeypatch):
+    """As before a CUDA graph is captured, in plain Python: the parts of a step, once for each (batch, capacity)."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    engine = random_engine(random.Random(0), 2, n_layers=1)
+    for capacity in range(16, 34, 2):
+        forward = engine._forward(1, capacity, "tidar", Sampling())
+        with forward._compiled():
+            forward._step()
+    torch._dynamo.reset()

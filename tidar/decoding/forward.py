@@ -14,6 +14,7 @@ from tidar.decoding.layout import Layout, prefill_layout, step_layout
 from tidar.decoding.sampling import Sampling, choose
 from tidar.models import CachedAttention, Decoder
 
+MOST_SHAPES = 2**12  # of (batch, capacity) and ways of choosing tokens, in a process
 PROJECTED = 256  # rows up to which the output projection is bound by reading its weight
 
 
@@ -179,7 +180,9 @@ class Forward:
             method = getattr(type(owner), name).__get__(owner)
             setattr(owner, name, torch.compile(method, fullgraph=True, dynamic=False))
         try:
-            yield
+            # by default dynamo refuses the ninth shape of a function; here each (batch, capacity) is one
+            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+                yield
         finally:
             for owner, name in parts:
                 delattr(owner, name)

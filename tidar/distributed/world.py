@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -112,14 +112,17 @@ def join_world(config: Config) -> World:
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     groups = {"dp": size // (cp_size * tp_size), "cp": cp_size, "tp": tp_size}
     rows = init_device_mesh(device.type, tuple(groups.values()), mesh_dim_names=tuple(groups))
-    parts = init_device_mesh(device.type, (size // tp_size, tp_size), mesh_dim_names=("part", "tp"))
+    loss_group: Any = dist.group.WORLD
+    if tp_size > 1:
+        parts = init_device_mesh(device.type, (size // tp_size, tp_size), mesh_dim_names=("part", "tp"))
+        loss_group = parts.get_group("part")
     return World(
         rank=rank,
         size=size,
         device=device,
         mesh=mesh[tuple(name for name in sizes if name != "tp")],
         shard_group=mesh.get_group("dp_shard"),
-        loss_group=parts.get_group("part"),
+        loss_group=loss_group,
         cp_group=rows.get_group("cp"),
         tp_group=rows.get_group("tp"),
         cp_size=cp_size,

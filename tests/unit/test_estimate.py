@@ -60,7 +60,7 @@ def test_measured_runs_are_estimated_as_the_docs_say(cells):
             assert float(error) == pytest.approx(100 * (value / float(measured) - 1), abs=0.6)
 
 
-@pytest.mark.parametrize("cells", table_of("Which shape for which model", least=6), ids=" ".join)
+@pytest.mark.parametrize("cells", table_of("What the shipped configs are estimated to do", least=6), ids=" ".join)
 def test_configs_fit_as_the_docs_say(cells):
     """Each row has a file of train_configs, GPUs, a shape, GiB and tokens/s of a GPU."""
     number, gpu = cells[1].split()

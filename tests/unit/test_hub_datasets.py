@@ -153,7 +153,7 @@ SCRIPT = RuntimeError("Dataset scripts are no longer supported, but found texts.
         (ID, (401, "RepoNotFound"), "texts: the hub shows no such dataset: if it is private, set HF_TOKEN"),
         (f"{ID}@v9", None, "texts@v9: the hub's dataset has no revision v9: must be a branch"),
         (ID, (503, ""), r"texts: it cannot be downloaded \(.*503.*\): start again when http"),
-        (ID, SCRIPT, "texts: is made by a script of its own, which is never run; the revision refs/convert/parquet"),
+        (ID, SCRIPT, "texts: is defined by a loading script, which is never run"),
         (ID, SUBSETS, "texts: has several subsets: must be one of main, more"),
         (f"{ID}/test", SUBSETS, "texts/test: has no subset test: must be one of main, more"),
         (f"{ID}/more/test", SUBSETS, "texts/more/test: has no split test: must be one of train"),

@@ -43,17 +43,17 @@ def find_shards(path: str) -> list[str]:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         commit = HfApi().dataset_info(repo_id, revision=revision).sha
-        HfApi().auth_check(repo_id, repo_type="dataset")  # a gated one shows its commit
+        HfApi().auth_check(repo_id, repo_type="dataset")  # dataset_info answers for gated datasets too
         try:
             name, splits = _open(repo_id, str(commit), subset)
-        except LocalEntryNotFoundError:  # no connection; a ValueError too
+        except LocalEntryNotFoundError:  # no connection; it is a ValueError too, so it comes before the next clause
             raise
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             raise UserError(
-                f"{path}: is made by a script of its own, which is never run; the revision refs/convert/parquet may "
-                "hold its rows as Parquet"
+                f"{path}: is defined by a loading script, which is never run; the hub may have its rows as Parquet: "
+                f"hf://datasets/{repo_id}@refs/convert/parquet"
             ) from None
         except ValueError as error:
             names = datasets.get_dataset_config_names(repo_id, revision=commit)
@@ -73,7 +73,7 @@ def find_shards(path: str) -> list[str]:
 def read_shard(name: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any] | BadDocument]:
     """The rows of a shard, with those of these columns that exist; with all columns if none exists.
 
-    One that is damaged ends with a BadDocument. Raises UserError where the hub does not answer.
+    Of a damaged one the last item is a BadDocument. Raises UserError where the hub does not answer.
     """
     address, _, place = name.rpartition("/")
     number, count = map(int, place.split("-of-"))
@@ -97,7 +97,7 @@ def read_shard(name: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any] |
 def _open(repo_id: str, commit: str, subset: str | None) -> tuple[str, dict[str, Any]]:
     """The name of a subset, and its splits as streams."""
     builder = _datasets(repo_id).load_dataset_builder(repo_id, subset, revision=commit)
-    if builder.hash != commit:  # where the hub does not answer, datasets takes what it prepared before
+    if builder.hash != commit:  # without an answer of the hub, datasets silently takes what it has prepared before
         raise ConnectionError("the hub did not answer")
     return builder.config.name, builder.as_streaming_dataset()
 

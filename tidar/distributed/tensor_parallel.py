@@ -1,9 +1,8 @@
 """Tensor and sequence parallelism: what the ranks that share each layer exchange.
 
-Between attention and MLP each rank has some positions, and inside of them some heads or hidden units of all positions.
-So there is an all-gather before each of them, and a sum over the ranks after it, of which each keeps its positions.
-Ranks send the terms of that sum in the compute dtype, to whom they belong, and each adds its own in float32: as much
-travels as in a reduce-scatter, and the sum is rounded once.
+Outside of attention and MLP, activations are divided by positions (sequence parallelism); inside, by heads or hidden
+units. Each of the two begins with an all-gather of positions and ends with a reduce-scatter, which is an all-to-all in
+the compute dtype and a local sum in float32: it moves the bytes of NCCL's reduce-scatter, and rounds each sum once.
 """
 
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ def _sum(x: Tensor, size: int, group: str) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks, one after the other; backward the sum of the gradients of this rank's rows."""
+    """All-gather of positions; backward: reduce-scatter of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
@@ -82,7 +81,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """This rank's rows of a sum over the ranks; backward the gradients of all rows."""
+    """Reduce-scatter of positions; backward: all-gather of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:

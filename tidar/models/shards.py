@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class Numbering(NamedTuple):
-    """Element p of a part is number `start + p + p // run * gap` of the whole parameter."""
+    """Element p of a part is element `start + p + p // run * gap` of the whole parameter, both flattened."""
 
     start: int
     run: int
@@ -96,11 +96,11 @@ class TensorShard:
         return Numbering(start, max(run, 1), (self.size - 1) * run if len(blocks) > 1 else 0)
 
     def gathered(self, x: Tensor) -> Tensor:
-        """Of this rank's positions `[1, positions / size, …]`, those of all ranks, `[1, positions, …]`."""
+        """All-gathers positions: `[1, positions, …]` from `[1, positions / size, …]`."""
         return x
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of `[…, dim]`, in float32: of this rank's positions, `[1, positions / size, dim]`."""
+        """Sums `[…, dim]` over the ranks in float32, and keeps this rank's positions: `[1, positions / size, dim]`."""
         return x
 
     def stacked(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def local_blocks(shard: TensorShard, name: str, parameter: Tensor) -> tuple[Tensor, list[Block]]:
-    """This rank's rows of a parameter, or of a tensor that is sharded as it is, and where in the whole they are."""
+    """This rank's rows of a parameter, or of a tensor sharded like it (a moment), and where they lie in the whole."""
     local, first = local_rows(parameter)
     end, found = first + len(local), []
     for block in shard.blocks(name, parameter.shape):

@@ -37,14 +37,14 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "temperature 1": {"temperature": 1.0},
     "temperature 1, trust diffusion": {"temperature": 1.0, "draft_mix": 0.0},
 }
-EXACT_PROMPTS, EXACT_TOKENS = 16, 128  # decoded in float32, in which rounding changes no greedy token
+EXACT_PROMPTS, EXACT_TOKENS = 16, 128  # decoded in float32, in which rounding should hardly ever change a greedy token
 SPEED_PROMPTS = 8  # decoded one at a time
 JUDGED_AT_ONCE = 8  # texts whose logits exist at one time
 
 
 def loop_start(tokens: Sequence[int]) -> int:
-    """Where a text begins to loop: the first index from which at most LONGEST_PERIOD tokens are followed by themselves
-    at least LEAST_REPEATS times, over LEAST_LOOP tokens or more. The length of the text where it does not.
+    """Index from which a text repeats a pattern of at most LONGEST_PERIOD tokens, at least LEAST_REPEATS more times and
+    for at least LEAST_LOOP tokens. The length of the text if it does not.
     """
     first = len(tokens)
     for period in range(1, LONGEST_PERIOD + 1):
@@ -192,8 +192,8 @@ def _loss(engine: Engine, pairs: list[tuple[list[int], list[int]]]) -> float:
 def write_own_text(folder: Path, name: str, temperature: float, config: Config, scale: Scale) -> tuple[Path, str]:
     """A run's completions of beginnings of training documents, prepared, if they are not there yet.
 
-    config: of a run on the corpus alone. Returns the prepared folder, and the data.weights with which an epoch has as
-    many tokens of the corpus as of these texts. A text ends where it begins to loop.
+    config: of a run whose only data are the corpus. Returns the prepared folder, and the data.weights that scale the
+    corpus down to as many tokens as these texts have (never up). A text ends where it begins to loop.
     """
     prepared = folder / "own_text" / f"{name}-{temperature:g}"
     texts = prepared.parent / f"{prepared.name}.jsonl"

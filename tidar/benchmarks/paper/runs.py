@@ -70,8 +70,8 @@ RUNS = {
         Run("tidar-8-seed-1", "blocks of 8, second seed", "--training.seed 1"),
         Run(
             "positions-8",
-            # the first mask of a group stands where the certain token does
-            "what is drafted first weighs more in the diffusion loss",
+            # of a drafted block the first token is not used: the step has chosen that one itself
+            "diffusion loss weighted towards the positions that are drafted first, from the second of a block on",
             "--tidar.place_weights 0.5 1.8 1.5 1.2 1.0 0.8 0.6 0.6",
         ),
         Run("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),

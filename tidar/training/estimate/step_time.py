@@ -12,8 +12,8 @@ from tidar.training.plan import RunPlan
 
 # seconds of a step in which the device waits for its host: data, reports
 BETWEEN_STEPS = 10e-3
-# seconds by which a second of FSDP2's communication lengthens a step, though both overlap: persistent kernels wait
-# where NCCL holds SMs, and the host is late (measured on four H200s, see docs/performance.md)
+# seconds that a second of FSDP2's communication adds to a step. Above 1, although it overlaps computation, because NCCL
+# takes SMs from persistent kernels and the host falls behind (measured on four H200s, see docs/performance.md)
 COLLISION = 2.2
 
 
@@ -35,8 +35,8 @@ def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
     layers = _layers(plan, gpu, row)
     parts = {name: plan.micro_batches * seconds for name, seconds in layers.items()}
     parts["optimizer"] = _optimizer_bytes(plan) / gpu.copy
-    copied, sharing = _fsdp(plan, gpu)
-    parts["FSDP2's copies"], parts["FSDP2's collectives"] = copied, COLLISION * sharing
+    copied, communication = _fsdp(plan, gpu)
+    parts["FSDP2's copies"], parts["FSDP2's collectives"] = copied, COLLISION * communication
     parts["host"] = BETWEEN_STEPS
     seconds = sum(parts.values())
     rows = plan.global_batch_size / plan.world_size
@@ -48,22 +48,23 @@ def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
 def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward pass."""
     decoder, positions, kernels = plan.own_sizes, plan.positions, plan.kernels
-    rows, sharing = plan.config.training.local_batch_size, plan.context_parallel
+    rows, cp_size = plan.config.training.local_batch_size, plan.context_parallel
     options, n_layers = plan.config.activation_checkpoint, decoder.n_layers
     recomputing = 0 if options.mode != "full" else n_layers if options.layers == -1 else min(options.layers, n_layers)
 
-    # GEMMs; those of the MLP may be in FP8. Checkpointed layers repeat the forward pass but for its last GEMM
+    # GEMMs; those of the MLP may be in FP8. Checkpointed layers recompute the forward pass except the down
+    # projection
     mlp, down = 3 * decoder.dim * decoder.hidden_dim, decoder.dim * decoder.hidden_dim
     others = layer_weights(decoder) - mlp
     mlp_flops = 2 * positions * (3 * n_layers * mlp + recomputing * (mlp - down))
     flops = 2 * positions * (3 * n_layers + recomputing) * others
-    scored = rows * row.scored // sharing
+    scored = rows * row.scored // cp_size
     flops += 6 * decoder.vocab_size * decoder.dim * scored
     gemms = flops / gpu.gemm + mlp_flops / (gpu.gemm if kernels.float8 == "off" else gpu.float8_gemm)
 
     # attention: a third of it forward
     passes = n_layers + recomputing / 3
-    pairs = rows * row.pairs / sharing
+    pairs = rows * row.pairs / cp_size
     tiles = ceil(positions / rows / TILE) + ceil(plan.n_keys / TILE)
     rate = gpu.flash if kernels.attention == "flash" else gpu.flex
     attention = ATTENTION_FLOPS * pairs * decoder.n_heads * decoder.head_dim / rate
@@ -76,17 +77,17 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
         moved += (3 if kernels.loss_kernel else 4) * plan.dtype.itemsize * decoder.vocab_size * scored
     seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
     if plan.sharding:
-        # shared keys and values, and their gradients
+        # all-gather of the keys and values that every rank of the group sees, reduce-scatter of their gradients
         size = 2 * plan.sharding.n_shared * rows * decoder.n_kv_heads * decoder.head_dim * plan.dtype.itemsize
-        gather, scatter = (_collective(size, sharing, plan.tensor_parallel, rate) for rate in (gpu.gather, gpu.scatter))
-        seconds["collectives of shared rows"] = (n_layers + recomputing) * gather + n_layers * scatter
+        gather, scatter = (_collective(size, cp_size, plan.tensor_parallel, rate) for rate in (gpu.gather, gpu.scatter))
+        seconds["context-parallel collectives"] = (n_layers + recomputing) * gather + n_layers * scatter
     if plan.tensor_parallel > 1:
-        # before and after attention and MLP, forward and backward, and at both ends; a checkpointed layer repeats what
-        # is before and between
+        # in each layer an all-gather before and a reduce-scatter after attention and MLP, forward and backward, and one
+        # of each at the embedding and the output projection; recomputing adds two gathers and one reduce-scatter
         size = positions * decoder.dim * plan.dtype.itemsize
         gather, total = (_collective(size, plan.tensor_parallel, 1, rate) for rate in (gpu.gather, gpu.scatter))
         gathers, totals = 4 * n_layers + 2 + 2 * recomputing, 4 * n_layers + 2 + recomputing
-        seconds["collectives of shared layers"] = gathers * gather + totals * total
+        seconds["tensor-parallel collectives"] = gathers * gather + totals * total
     return seconds
 
 
@@ -107,7 +108,7 @@ def _elementwise_forward(plan: RunPlan) -> int:
 
 
 def _elementwise(plan: RunPlan) -> int:
-    """The same of the forward and the backward pass, which recomputes results of norms and of the activation."""
+    """The same for forward and backward together; the backward pass recomputes norms and the activation."""
     decoder = plan.own_sizes
     heads = (decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
     of_norms, elements = 12 * decoder.dim, 2 * heads
@@ -126,7 +127,7 @@ def _elementwise(plan: RunPlan) -> int:
 
 
 def _optimizer_bytes(plan: RunPlan) -> float:
-    """Read and written by AdamW and the norm of the gradients; moments are read and written."""
+    """Bytes that the gradients' norm and AdamW move. Both moments are read and written."""
     moments = 4 * {"float32": 4, "bfloat16": 2}[plan.config.optimizer.state_dtype]
     copies = 0 if plan.uses_fsdp else plan.dtype.itemsize
     return (2 * WIDE + moments + copies) * plan.n_own_parameters / plan.shards + 2 * plan.gradient_bytes

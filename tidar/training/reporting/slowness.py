@@ -17,9 +17,10 @@ REPORTS = 3  # in a row that find the same, before it is logged
 
 
 class LayerTimes:
-    """Time of the layers' forward passes on this rank: what it computes between the collectives of FSDP2.
+    """Time of the layers' forward passes on this rank, between FSDP2's hooks and so without its collectives.
 
     Ranks wait for one another in collectives, so the time of a step is the same on all of them; these times are not.
+    Under context and tensor parallelism they include the collectives of the layers, and show less.
     """
 
     def __init__(self, layers: Iterable[nn.Module], device: torch.device):
@@ -42,7 +43,7 @@ class LayerTimes:
         self.moments.append(moment)
 
     def take(self) -> float:
-        """Seconds since it is on, and switches it off. The device has computed them."""
+        """Stops timing, and returns the recorded seconds. The caller has synchronized the device."""
         pairs = zip(self.moments[::2], self.moments[1::2])
         self.is_on = False
         if self.device.type == "cuda":
@@ -84,15 +85,17 @@ class Slowness:
 def slow_ranks(data_waits: list[float], layers: list[float], step: float) -> dict[tuple[str, int], str]:
     """Log lines by cause and rank.
 
-    All in seconds. data_waits: of each rank, in a step. layers: the forward passes of the layers, in the last step.
-    step: its whole.
+    All in seconds. data_waits: of each rank, mean per step since the last report. layers: forward passes of all layers
+    of each rank in the last step. step: mean time of a step since the last report.
     """
     found = {}
     rank, wait, others = _slowest(data_waits)
     if wait > DATA_SHARE * step:
         who = f"rank {rank} waits" if len(data_waits) > 1 else "waits"
         compared = f"; the other ranks {others:.3f} s" if len(data_waits) > 1 else ""
-        found["data", rank] = f"slow: {who} for data {wait:.3f} s of a step's {step:.3f} s{compared} (data.num_workers)"
+        found["data", rank] = (
+            f"slow: {who} for data {wait:.3f} s of a step's {step:.3f} s{compared} (raise data.num_workers)"
+        )
     rank, time_of_layers, others = _slowest(layers)
     if time_of_layers > (1 + RANK_SHARE) * others > 0:
         found["layers", rank] = (

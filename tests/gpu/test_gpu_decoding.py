@@ -25,7 +25,7 @@ def test_the_kernels_equal_the_dense_mask(qk_norm, dtype, rounding):
     """Attention of a step, and what it leaves in the cache: any lengths, batches, heads and sizes."""
     rng = random.Random(0)
     for _ in range(4):
-        block, head_dim = rng.choice([1, 2, 5, 8, 16]), rng.choice([16, 64, 128])
+        block, head_dim = rng.choice([1, 2, 5, 8, 16]), rng.choice([16, 64, 128] + [256] * (dtype != torch.float32))
         batch, n_kv_heads, group, capacity = (
             rng.randint(1, 4),
             rng.randint(1, 4),
@@ -92,7 +92,7 @@ def test_graphs_and_eager_steps_choose_the_tokens_of_the_cpu(temperature, block_
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_bfloat16_follows_transformers_but_for_near_ties(tmp_path, family):
-    """Where the first tokens differ, the two best of transformers are less than 0.1 nats apart."""
+    """Each token is within 0.1 nats of the one that transformers prefers after the same tokens."""
     make_model(family, hidden_size=64).to(torch.bfloat16).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["tidar"] = {"pattern": "tidar", "block_size": 4, "mask_token_id": 299}

@@ -36,7 +36,7 @@ class KeyValueCache:
         return KeyValueCache(layers, capacity)
 
     def for_step(self, slots: Tensor, mask: RangeMask) -> list[CachedAttention]:
-        """What `Decoder.forward` takes in place of a mask, see `StepAttention`."""
+        """What each layer takes in place of a mask: FusedStepAttention where its kernels run, else StepAttention."""
         keys = self.layers[0][0]
         if has_decode_attention(keys.device, keys.dtype, keys.shape[-1]):
             (_, end), own = mask.ranges

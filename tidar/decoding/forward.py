@@ -14,8 +14,8 @@ from tidar.decoding.layout import Layout, prefill_layout, step_layout
 from tidar.decoding.sampling import Sampling, choose
 from tidar.models import CachedAttention, Decoder
 
-MOST_SHAPES = 2**12  # of (batch, capacity) and ways of choosing tokens, in a process
-PROJECTED = 256  # rows up to which the output projection is bound by reading its weight
+MOST_SHAPES = 2**12  # compiled in a process: one for each batch, capacity and block size
+PROJECTED = 256  # rows up to which reading the weight dominates the time of the output projection
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Forward:
         self.model, self.cache, self.state = model, cache, state
         self.mask_token_id, self.masks, self.sampling = mask_token_id, masks, sampling
         self.block_size = state.draft.shape[1]
-        # few rows cost as much as one, which reads the weight too; so all groups are projected with the draft
+        # for few rows the time is that of reading the weight: one matmul projects the draft and all groups
         self.projects_all = state.draft.device.type == "cuda" and len(state.draft) * self.block_size**2 <= PROJECTED
         # what a step leaves for the host: the draft that it verified, and how many of its tokens it committed
         self.verified, self.accepted = torch.zeros_like(state.draft), torch.zeros_like(state.lengths)
@@ -180,7 +180,7 @@ class Forward:
             method = getattr(type(owner), name).__get__(owner)
             setattr(owner, name, torch.compile(method, fullgraph=True, dynamic=False))
         try:
-            # by default dynamo refuses the ninth shape of a function; here each (batch, capacity) is one
+            # dynamo's default limit is 8 compilations of a function; here each (batch, capacity) needs one
             with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
                 yield
         finally:

@@ -29,9 +29,9 @@ class World:
 
     The dimensions of all ranks are, outermost first, replicas of the state, its shards, context and tensor parallelism.
     tp_group: the ranks of tensor parallelism, which share each layer. cp_group: those of context parallelism, which
-    share the rows of a batch, and have the same part of each layer. mesh: of the ranks with the same part, over
-    "dp_shard" and, where the state has replicas, over "dp_replicate" before it. shard_group: those of them that share
-    one replica. loss_group: all of them, which together have all targets once.
+    share the rows of a batch, and have the same part of each layer. mesh: the ranks with the same part of each layer,
+    over "dp_shard" and, where the state has replicas, "dp_replicate" before it. shard_group: the ranks of this mesh
+    that share one replica. loss_group: all ranks of this mesh; each target is on exactly one of them.
     """
 
     rank: int
@@ -93,7 +93,7 @@ def join_world(config: Config) -> World:
     check_offload(config, device)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
     store, rank, size = (dist.HashStore(), 0, 1) if missing else _rendezvous(timeout)
-    # a bound device lets groups share connections; in the second world of a process torch 2.11 crashes in that
+    # a bound device lets NCCL split groups off the first one; torch 2.11 crashes there in the second world of a process
     is_first = sum(_joined.values()) < 2
     dist.init_process_group(
         # checkpoints exchange their plans over gloo

@@ -40,7 +40,8 @@ def decode_attention(
     a power of two from 16. keys, values: the cache, `[batch, n_kv_heads, slots, head_dim]`, both of the same strides;
     those of the queries are first stored at `slots` `[batch, queries]`. end, own_start, own_end: exclusive ends and
     first slot of the second range, `[batch, queries]` int32; end must not be above own_start where the second range is
-    not empty. Returns `[batch, queries, n_heads * head_dim]`.
+    not empty. `slots`, `end`, `own_start`, `own_end` and the weights must be contiguous, and so must each slot.
+    Returns `[batch, queries, n_heads * head_dim]`.
     """
     batch, queries, all_heads, head_dim = heads.shape
     n_kv_heads = keys.shape[1]
@@ -65,7 +66,7 @@ def decode_attention(
     _attend[(row_blocks, batch * n_kv_heads, splits)](
         q, keys, values, end, own_start, own_end, partial, sums, head_dim**-0.5 * 1.4426950408889634, *strides,
         n_kv_heads, KEYS=KEYS, BLOCK=block, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
-        **sizes,
+        num_stages=3 if head_dim * q.itemsize <= 256 else 2, **sizes,
     )  # fmt: skip
     max_splits = triton.next_power_of_2(splits)
     combined = max(1, COMBINED // (max_splits * head_dim))
@@ -88,7 +89,7 @@ def _rotate_and_store(
     GROUP: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One head of one query: normalized and rotated, a value as it is, to `q` or to the cache."""
-    at, head, all_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    at, head, all_heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     batch, query = at // QUERIES, at % QUERIES
     kv_head, in_group = head // (GROUP + 2), head % (GROUP + 2)
     lanes = tl.arange(0, HALF)
@@ -131,7 +132,7 @@ def _attend(
     KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of rows (query head in its group, query), one key/value head, every SPLITS-th tile of keys."""
-    row_block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_block, head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     batch = head // n_kv_heads
     row = row_block * BLOCK + tl.arange(0, BLOCK)
     real = row < GROUP * QUERIES
@@ -148,8 +149,8 @@ def _attend(
     first_tiles = tl.cdiv(tl.max(end, axis=0), KEYS)
     second = tl.min(tl.where(own_end > own_start, own_start, 2147483647), axis=0)
     second_tiles = tl.cdiv(tl.maximum(tl.max(own_end, axis=0) - second, 0), KEYS)
-    k_ptr += batch.to(tl.int64) * cache_batch + (head % n_kv_heads) * cache_head
-    v_ptr += batch.to(tl.int64) * cache_batch + (head % n_kv_heads) * cache_head
+    k_ptr += batch * cache_batch + (head % n_kv_heads) * cache_head
+    v_ptr += batch * cache_batch + (head % n_kv_heads) * cache_head
 
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -186,7 +187,7 @@ def _combine(
     MAX_SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The splits of BLOCK rows, weighted by their sums of exponentials."""
-    row, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    row, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     batch, kv_head = head // n_kv_heads, head % n_kv_heads
     split = tl.arange(0, MAX_SPLITS)
     dim = tl.arange(0, HEAD_DIM)

@@ -98,9 +98,11 @@ def count_sms(device: torch.device) -> int | None:
 
 
 def has_decode_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a decoding step runs `tidar.kernels.decode_attention`, whose tiles have sizes that are powers of two."""
-    is_power_of_two = head_dim & (head_dim - 1) == 0
-    return device.type == "cuda" and dtype != torch.float64 and 16 <= head_dim <= 256 and is_power_of_two
+    """Whether a decoding step runs `tidar.kernels.decode_attention`, whose tiles have sizes that are powers of two and
+    must fit in shared memory.
+    """
+    is_power_of_two, largest = head_dim & (head_dim - 1) == 0, 128 if dtype == torch.float32 else 256
+    return device.type == "cuda" and dtype != torch.float64 and 16 <= head_dim <= largest and is_power_of_two
 
 
 def choose_kernels(

@@ -46,9 +46,9 @@ class StepAttention(NamedTuple):
 
 
 class FusedStepAttention(NamedTuple):
-    """The same in fused kernels, from the projected heads to the input of the output projection.
+    """StepAttention in fused kernels: takes the projected heads, returns the input of the output projection.
 
-    A query sees the slots 0 … end and own_start … own_end, ends excluded: all `[batch, queries]` int32.
+    Each query sees the slots `[0, end)` and `[own_start, own_end)`, all `[batch, queries]` int32.
     """
 
     keys: Tensor
@@ -73,9 +73,9 @@ class FusedStepAttention(NamedTuple):
 class PrefillAttention(NamedTuple):
     """For one layer of a prefill: the first `length` keys and values go to `rows` of the cache, `[batch]` int64.
 
-    Queries attend to the positions of this forward pass alone: the first `length` causally, those behind them by
-    `mask`, `[batch, 1, positions - length, positions]` bool. In two calls, because SDPA is fast with a causal mask, and
-    FlexAttention would compile for each shape.
+    Queries see only the positions of this forward pass: the first `length` causally, the others by `mask`, `[batch, 1,
+    positions - length, positions]` bool. These are two calls of SDPA: the causal one is fast, and FlexAttention would
+    compile for each shape.
     """
 
     keys: Tensor
@@ -89,7 +89,12 @@ class PrefillAttention(NamedTuple):
         n = self.length
         self.keys[self.rows, :, :n] = k[:, :, :n]
         self.values[self.rows, :, :n] = v[:, :, :n]
-        clean = scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True)
+        groups = 1
+        if q.dtype == torch.float32:
+            # with grouped heads only SDPA's flash kernel is fused, and it takes no float32; others need n² scores
+            groups = q.shape[1] // k.shape[1]
+        keys, values = (part[:, :, :n].repeat_interleave(groups, dim=1) for part in (k, v))
+        clean = scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True, enable_gqa=True)
         if q.shape[2] == n:
             return clean
         # the query heads of a key/value head as rows, so that keys and values are not copied for each

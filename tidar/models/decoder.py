@@ -74,15 +74,14 @@ class Attention(nn.Module):
         batch, positions, _ = x.shape
         heads = self.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).view(batch, positions, -1, self.head_dim)
         if isinstance(mask, FusedStepAttention):
-            return self.linear(
-                mask.attend(heads, (self.q_norm, self.k_norm), cos, sin), self.o_proj.weight, self.o_proj.bias, residual
-            )
-        if self.rotates_fused:
-            q, k, v = RotatedHeads.apply(heads, cos, sin, self.n_kv_heads)
+            out = mask.attend(heads, (self.q_norm, self.k_norm), cos, sin)
         else:
-            q, k, v = split_heads(heads, self.n_kv_heads)
-            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(batch, positions, -1)
+            if self.rotates_fused:
+                q, k, v = RotatedHeads.apply(heads, cos, sin, self.n_kv_heads)
+            else:
+                q, k, v = split_heads(heads, self.n_kv_heads)
+                q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+            out = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(batch, positions, -1)
         return self.linear(out, self.o_proj.weight, None if residual is None else self.o_proj.bias, residual)
 
 

@@ -95,7 +95,7 @@ class RunPlan:
     @property
     def gradient_bytes(self) -> float:
         """Of the gradients among the states."""
-        # on one device without FSDP2 those of several micro-batches are accumulated in float32
+        # without FSDP2 those of several micro-batches are accumulated in float32
         size = 4 if self.uses_fsdp or self.micro_batches > 1 else self.dtype.itemsize
         return size * self.n_own_parameters / self.shards
 

@@ -182,7 +182,9 @@ class CheckpointTensors:
             wanted = rows[begin - start : end - start]
             if len(saved.size) > 1:
                 wanted = wanted.narrow(1, chunk.offsets[1], chunk.sizes[1])
-            found = torch.empty_like(wanted, memory_format=torch.contiguous_format)
+            found = (
+                wanted if wanted.is_contiguous() else torch.empty_like(wanted, memory_format=torch.contiguous_format)
+            )
             row_bytes = found[0].nbytes
             into: Any = found.flatten().view(torch.uint8).numpy()
             try:
@@ -194,7 +196,8 @@ class CheckpointTensors:
                         raise ValueError("it ends too early")
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: {name} cannot be read from it ({error})") from None
-            wanted.copy_(found)
+            if found is not wanted:
+                wanted.copy_(found)
             filled += found.numel()
         if filled != rows.numel():
             raise UserError(f"{self.path}: holds {filled} of {rows.numel()} values of rows {start} to {stop} of {name}")

@@ -51,5 +51,5 @@ def test_slow_ranks_are_those_above_the_median_of_the_others(seed):
 def test_one_device_has_only_its_data_to_wait_for():
     assert slow_ranks([0.01], [1.0], step=1.0) == {}
     assert slow_ranks([0.5], [1.0], step=1.0) == {
-        ("data", 0): "slow: waits for data 0.500 s of a step's 1.000 s (data.num_workers)"
+        ("data", 0): "slow: waits for data 0.500 s of a step's 1.000 s (raise data.num_workers)"
     }

@@ -38,7 +38,7 @@ from tidar.training.checkpoint.checkpointer import Checkpointer
 
 STEPS, INTERVAL, TIMEOUT = 8, 2, 90
 PHASES = ("elsewhere", "staging", "writing", "committing", "cleaning up")
-# ranks, and how they divide the work: by turns, those of the short form first
+# ranks, and how they divide the work: in turn, those of the short form first
 SHAPES = (
     (2, "--parallelism.context_parallel_degree 2"),
     (2, "--parallelism.tensor_parallel_degree 2"),

@@ -55,7 +55,7 @@ def test_the_corpus_is_a_function_of_the_packages(tmp_path):
     training, held_out = divide(packages, Extent(held_out=0.1))
     assert sum(package.n_bytes for package in held_out) == 240 and len(training) + len(held_out) == 40
     assert (training, held_out) == divide(packages, Extent(held_out=0.1))
-    # what is held out stays out, whoever vendors it; the rest is skipped and counted
+    # held-out files are not trained on, also where another package vendors them; others are skipped and counted
     vendored = tmp_path / training[0].name
     for name, content in (
         ("copy.py", held_out[0].files[0].read_bytes()),

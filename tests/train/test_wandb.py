@@ -78,7 +78,7 @@ def test_what_fails_in_wandb_ends_no_run(tmp_path, offline, monkeypatch, capsys)
     options = [*OPTIONS, "--training.steps", "1", "--job.dump_folder"]
     monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
     assert train_run([*options, str(tmp_path / "a")]).step == 1
-    assert "goes on without Weights & Biases (division by zero)" in capsys.readouterr().out
+    assert "continues without Weights & Biases (division by zero)" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
     assert train_run([*options, str(tmp_path / "b")]).step == 1

@@ -1,12 +1,12 @@
 """lm-eval's tasks (extra eval)."""
 
 import difflib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError, first_line
+from tidar.config.packages import check_version
 from tidar.data import Tokenizer
 from tidar.data.tokenizer import FolderTokenizer
 from tidar.decoding import Engine
@@ -17,14 +17,7 @@ FIRST_LM_EVAL = (0, 4, 13)
 
 def check_lm_eval() -> None:
     """Raises UserError where it is not installed, or too old."""
-    needed = f"needs lm-eval {'.'.join(map(str, FIRST_LM_EVAL))} or later: pip install -e '.[eval]'"
-    try:
-        installed = importlib.metadata.version("lm-eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"--tasks: {needed}") from None
-    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdecimal())
-    if numbers < FIRST_LM_EVAL:
-        raise UserError(f"--tasks: {needed}; {installed} is installed")
+    check_version("--tasks", "lm-eval", FIRST_LM_EVAL, ": pip install -e '.[eval]'")
 
 
 class Tasks:

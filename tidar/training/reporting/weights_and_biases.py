@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import importlib.metadata
 import json
 import os
 import secrets
@@ -10,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tidar.config import Config, UserError, first_line
+from tidar.config import Config, first_line
 from tidar.config.files import open_regular, parse_json, write_atomically
+from tidar.config.packages import check_version
 
 STATE = "wandb.json"  # of the run's folder: its id, and the last step of each scalar and text
 # the first whose login() can be told not to ask at a terminal
@@ -20,15 +20,9 @@ FIRST_WANDB = (0, 30)
 
 def check_wandb(config: Config) -> None:
     """Raises UserError where metrics.enable_wandb is set, and wandb is not installed or too old."""
-    if not config.metrics.enable_wandb:
-        return
-    needed = f"needs wandb {'.'.join(map(str, FIRST_WANDB))} or later, of the extra wandb: pip install 'tidar[wandb]'"
-    try:
-        installed = importlib.metadata.version("wandb")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"metrics.enable_wandb = true: {needed}") from None
-    if tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal()) < FIRST_WANDB:
-        raise UserError(f"metrics.enable_wandb = true: {needed}; {installed} is installed")
+    if config.metrics.enable_wandb:
+        how = ", of the extra wandb: pip install 'tidar[wandb]'"
+        check_version("metrics.enable_wandb = true", "wandb", FIRST_WANDB, how)
 
 
 class WandbRun:
@@ -36,7 +30,7 @@ class WandbRun:
 
     WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_MODE and the others are wandb's own; without them the project is
     "tidar" and the name that of the folder. Steps that a resumed run repeats keep their first values: wandb cannot
-    take a value back. Whatever fails in wandb is logged once, and the run goes on without it.
+    take a value back. Whatever fails in wandb is logged once, and the run continues without it.
     """
 
     def __init__(self, folder: Path, config: Config, log: Callable[[str], None]):
@@ -96,7 +90,7 @@ class WandbRun:
     def _fail(self, reason: Exception | str) -> None:
         self.run = None
         text = reason if isinstance(reason, str) else first_line(reason)
-        self.log(f"warning: metrics.enable_wandb = true: the run goes on without Weights & Biases ({text})")
+        self.log(f"warning: metrics.enable_wandb = true: the run continues without Weights & Biases ({text})")
 
     def _read_state(self) -> tuple[str, dict[str, int]]:
         try:

@@ -69,9 +69,8 @@ def _validation(checkpoint: Path) -> tuple[int | None, dict[str, float]]:
     number = re.fullmatch("step-([0-9]+)", path.name)
     if not number:
         return None, {}
-    return int(number[1]), validation_figures(
-        path.parents[1], int(number[1])
-    ) if path.parent.name == "checkpoint" else {}
+    step, lies_in_a_run = int(number[1]), path.parent.name == "checkpoint"
+    return step, validation_figures(path.parents[1], step) if lies_in_a_run else {}
 
 
 def list_checkpoints(run: Path) -> list[str]:

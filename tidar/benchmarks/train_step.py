@@ -39,7 +39,7 @@ from tidar.benchmarks.cases import (
 )
 from tidar.benchmarks.power import power_log
 from tidar.benchmarks.ranks import gather, is_first_rank, is_rank, launcher, n_ranks, numbers_of_devices
-from tidar.config import ArgumentParser, UserError, load_config, user_errors_exit
+from tidar.config import ArgumentParser, UserError, aligned, load_config, user_errors_exit
 from tidar.data import Batch
 from tidar.distributed import check_device_count, resolve_degrees
 from tidar.training.reporting.metrics import peak_memory_gib
@@ -226,8 +226,7 @@ def table(results: list[dict]) -> str:
     columns = {key: column for key, column in columns.items() if any(key in result for result in results)}
     cells = [[title for title, _ in columns.values()]]
     cells += [[show(result[key]) if key in result else "" for key, (_, show) in columns.items()] for result in results]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
+    return "\n".join(aligned(cells))
 
 
 def _of_one(result: dict, alone: dict) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
-from tidar.config.errors import UserError, first_line, print_lines, printable, user_errors_exit
+from tidar.config.errors import UserError, aligned, first_line, print_lines, printable, user_errors_exit
 from tidar.config.loading import (
     ArgumentParser,
     in_range,
@@ -17,6 +17,7 @@ __all__ = [
     "ArgumentParser",
     "Config",
     "UserError",
+    "aligned",
     "derive_seed",
     "first_line",
     "in_range",

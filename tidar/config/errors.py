@@ -1,6 +1,6 @@
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -16,6 +16,18 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Of an error's text, or its type where it has none: errors of libraries may fill a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def aligned(rows: Sequence[Sequence[str]], n_left: int = 0) -> list[str]:
+    """Lines of a table. The first `n_left` columns are justified to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < n_left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
 
 
 def print_lines(*lines: str, file: TextIO | None = None) -> None:

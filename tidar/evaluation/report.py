@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tidar.config import aligned
 from tidar.evaluation.speed import Decoded
 
 
@@ -10,7 +11,7 @@ def decoding_lines(measured: dict[str, Decoded]) -> list[str]:
     """A table of what `measure_speed` returns, the speed-up, and how many tokens the steps added."""
     rows = [["decoding", "tokens", "forwards", "tokens/forward", "tokens/s"]]
     for mode, decoded in measured.items():
-        rate = f"{decoded.tokens / decoded.seconds:,.1f}"
+        rate = f"{decoded.tokens_per_second:,.1f}"
         rows.append([mode, f"{decoded.tokens:,}", f"{decoded.forwards:,}", f"{decoded.tokens_per_forward:.3f}", rate])
     lines = table(rows)
     first = next(iter(measured.values()))
@@ -23,15 +24,9 @@ def decoding_lines(measured: dict[str, Decoded]) -> list[str]:
 
 def speed_up(measured: dict[str, Decoded]) -> float:
     """Tokens per second of the first mode by those of mode "ar"."""
-    rates = [decoded.tokens / decoded.seconds for decoded in (next(iter(measured.values())), measured["ar"])]
-    return rates[0] / rates[1]
+    return next(iter(measured.values())).tokens_per_second / measured["ar"].tokens_per_second
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:
     """Lines of columns: the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
-        for row in cells
-    ]
+    return [line.rstrip() for line in aligned([[str(cell) for cell in row] for row in rows], n_left=1)]

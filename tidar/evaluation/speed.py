@@ -36,9 +36,14 @@ class Decoded:
         """0 where nothing was decoded."""
         return self.tokens / self.forwards if self.forwards else 0.0
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The time must have been measured."""
+        return self.tokens / self.seconds
+
     def report(self) -> dict[str, Any]:
         """As it stands in the JSON file."""
-        rate = {"tokens_per_second": self.tokens / self.seconds} if self.seconds else {}
+        rate = {"tokens_per_second": self.tokens_per_second} if self.seconds else {}
         return {
             "prompts": self.prompts,
             "tokens": self.tokens,

@@ -82,15 +82,27 @@ class RunPlan:
         """Keys that the queries of a row attend to on each device."""
         return self.sharding.n_keys if self.sharding else self.pattern.model_positions(self.config.training.seq_len)
 
+    @property
+    def n_checkpointed(self) -> int:
+        """Layers with activation checkpointing, of whichever mode."""
+        options, n_layers = self.config.activation_checkpoint, self.decoder.n_layers
+        if options.mode == "none":
+            return 0
+        return n_layers if options.layers == -1 else min(options.layers, n_layers)
+
     # memory in bytes; the model must be known
+
+    @property
+    def moment_size(self) -> int:
+        """Of one of the two moments of a parameter."""
+        return {"float32": 4, "bfloat16": 2}[self.config.optimizer.state_dtype]
 
     @property
     def states_bytes(self) -> float:
         """Of parameters, moments and gradients, and of the copies in the compute dtype: of each device or its host."""
-        moments = 2 * {"float32": 4, "bfloat16": 2}[self.config.optimizer.state_dtype]
         # under FSDP2 no copies: it casts what it gathers
         copies = self.dtype.itemsize if self.dtype.itemsize < 4 and not self.uses_fsdp else 0
-        return (4 + moments + copies) * self.n_own_parameters / self.shards + self.gradient_bytes
+        return (4 + 2 * self.moment_size + copies) * self.n_own_parameters / self.shards + self.gradient_bytes
 
     @property
     def gradient_bytes(self) -> float:
@@ -174,10 +186,10 @@ def plan_run(
         _check_positions(config, tensor_parallel, [sharding or pattern, validation_sharding or validation_pattern])
     if decoder:
         _check_divides(tensor_parallel, decoder)
-        shard = TensorShard(0, tensor_parallel)
+        shard = TensorShard(0, tensor_parallel)  # with one rank it is WHOLE
         own = shard.sizes(decoder)
         sizes = Sizes(own.dim, own.hidden_dim, own.head_dim, own.vocab_size, tensor_parallel)
-        n_parameters, n_own_parameters = count_parameters(decoder), count_parameters(decoder, shard)
+        n_parameters, n_own_parameters = count_parameters(decoder, WHOLE), count_parameters(decoder, shard)
     return RunPlan(
         config=config,
         device=device,
@@ -202,7 +214,7 @@ def plan_run(
 
 
 @lru_cache
-def count_parameters(decoder: DecoderConfig, shard: TensorShard = WHOLE) -> int:
+def count_parameters(decoder: DecoderConfig, shard: TensorShard) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Decoder(decoder, shard=shard).parameters())
 

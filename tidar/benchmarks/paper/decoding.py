@@ -109,7 +109,7 @@ def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
         result["equal"] = _share_equal(completions["greedy"], completions["ar"])
         fast = load(step, dtype=engine.dtype, device=device, max_batch_size=1)
         speeds = measure_speed(fast, prompts[:SPEED_PROMPTS], "tidar", **options)
-        result["speed"] = {mode: decoded.tokens / decoded.seconds for mode, decoded in speeds.items()}
+        result["speed"] = {mode: decoded.tokens_per_second for mode, decoded in speeds.items()}
         del fast, engine
         exact = load(step, dtype=torch.float32, device=device, graph=False)
         options["max_new_tokens"] = min(n_new, EXACT_TOKENS)

@@ -62,7 +62,7 @@ def saved_bytes(plan: RunPlan) -> dict[str, int]:
 
 def kept_bytes(plan: RunPlan) -> list[int]:
     """What each layer keeps from the forward to the backward pass."""
-    options, saved = plan.config.activation_checkpoint, saved_bytes(plan)
+    saved = saved_bytes(plan)
     everything = sum(saved.values())
     recomputed = saved["rotated queries"] + saved["attended"]
     # ranks that share layers keep outputs of matmuls for all positions, and not their sum or what is gathered
@@ -72,10 +72,8 @@ def kept_bytes(plan: RunPlan) -> list[int]:
         "none": everything,
         "selective": everything - recomputed - saved["heads"] + heads,
         "full": saved["input"],
-    }[options.mode]
-    n_layers = plan.decoder.n_layers
-    recomputing = n_layers if options.layers == -1 else min(options.layers, n_layers)
-    return [kept] * recomputing + [everything] * (n_layers - recomputing)
+    }[plan.config.activation_checkpoint.mode]
+    return [kept] * plan.n_checkpointed + [everything] * (plan.decoder.n_layers - plan.n_checkpointed)
 
 
 def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:

@@ -1,6 +1,6 @@
 """Estimates as text."""
 
-from tidar.config import Config
+from tidar.config import Config, aligned
 from tidar.training.estimate.gpus import GIB
 from tidar.training.estimate.shapes import RESERVED, Estimate
 
@@ -62,8 +62,7 @@ def table(found: list[Estimate]) -> list[str]:
                 f"{time.mfu:.1%}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return aligned(cells)
 
 
 def options(found: Estimate) -> str:

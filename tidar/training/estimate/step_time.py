@@ -49,8 +49,8 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward pass."""
     decoder, positions, kernels = plan.own_sizes, plan.positions, plan.kernels
     rows, cp_size = plan.config.training.local_batch_size, plan.context_parallel
-    options, n_layers = plan.config.activation_checkpoint, decoder.n_layers
-    recomputing = 0 if options.mode != "full" else n_layers if options.layers == -1 else min(options.layers, n_layers)
+    n_layers = decoder.n_layers
+    recomputing = plan.n_checkpointed if plan.config.activation_checkpoint.mode == "full" else 0
 
     # GEMMs; those of the MLP may be in FP8. Checkpointed layers recompute the forward pass except the down
     # projection
@@ -128,9 +128,8 @@ def _elementwise(plan: RunPlan) -> int:
 
 def _optimizer_bytes(plan: RunPlan) -> float:
     """Bytes that the gradients' norm and AdamW move. Both moments are read and written."""
-    moments = 4 * {"float32": 4, "bfloat16": 2}[plan.config.optimizer.state_dtype]
     copies = 0 if plan.uses_fsdp else plan.dtype.itemsize
-    return (2 * WIDE + moments + copies) * plan.n_own_parameters / plan.shards + 2 * plan.gradient_bytes
+    return (2 * WIDE + 4 * plan.moment_size + copies) * plan.n_own_parameters / plan.shards + 2 * plan.gradient_bytes
 
 
 def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:

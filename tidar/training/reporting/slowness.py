@@ -72,10 +72,7 @@ class Slowness:
         """
         mine = torch.tensor([data_wait, self.layer_times.take() if self.layer_times else 0.0], dtype=torch.float64)
         ranks = [torch.empty_like(mine) for _ in range(self.size)]
-        if self.size > 1:
-            dist.all_gather(ranks, mine, group=self.cpu_group)
-        else:
-            ranks = [mine]
+        dist.all_gather(ranks, mine, group=self.cpu_group)
         data_waits, layers = (list(column) for column in zip(*(rank.tolist() for rank in ranks)))
         found = slow_ranks([wait / steps for wait in data_waits], layers, seconds / steps)
         self.reports = {cause: self.reports.get(cause, 0) + 1 for cause in found}

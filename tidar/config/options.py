@@ -199,6 +199,10 @@ class Parallelism:
         "gathered parameters of all layers take more than 4 GiB. One device keeps a 16-bit copy of all parameters if "
         "the compute dtype has 16 bits, unless always",
     )
+    fsdp_collectives: Literal["default", "nccl"] = option(
+        "default",
+        "default: GPUs of one host copy parameters and gradients by copy engines, others use NCCL; nccl: all use it",
+    )
     gradient_reduction: Literal["micro_batch", "step"] = option(
         "micro_batch",
         "reduce-scatter gradients after each micro-batch (least memory), or once per step (least communication, keeps "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import torch._inductor.config
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -21,6 +22,7 @@ import tidar.kernels.matmul  # noqa: F401  (registers torch.ops.tidar)
 from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
+from tidar.distributed.peer_copies import Buffers, PeerAllGather, PeerReduceScatter, can_copy
 from tidar.distributed.world import World
 from tidar.models import Decoder
 
@@ -56,7 +58,7 @@ def parallelize(
         apply_compile(model, has_collectives=world.cp_size * world.tp_size > 1)
     if not needs_fsdp(config, world.size // world.tp_size):
         model.to_empty(device=world.device)
-        return OneDevice(model, param_dtype, accumulates=_micro_batches_of_one_device(config) > 1)
+        return OneDevice(model, param_dtype, accumulates=_micro_batches(config, 1) > 1)
     sharded = Sharded(model, world, config, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     return sharded
@@ -138,14 +140,19 @@ class Sharded:
         mesh = world.mesh
         gathered = sum(parameter.numel() for parameter in model.parameters()) * param_dtype.itemsize
         self.reshards = reshards_after_forward(config, mesh.size(-1), gathered)
+        copies = config.parallelism.fsdp_collectives == "default" and can_copy(world.shard_group, world.device)
+        # summed in float32 in any case; what is accumulated before is accumulated in the dtype that is exchanged
+        exchanges_gradients = copies and (self.reduces_each or _micro_batches(config, world.dp_size) == 1)
         options: dict[str, Any] = {
             "mesh": mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+            "mp_policy": MixedPrecisionPolicy(param_dtype, param_dtype if exchanges_gradients else torch.float32),
             "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
         }
         for layer in model.layers:
             fully_shard(layer, reshard_after_forward=self.reshards, **options)
         fully_shard(model, **options)
+        if copies:
+            _use_peer_copies(model, world.shard_group, exchanges_gradients)
         for module in (*model.layers, model):
             if mesh.size() > 1:
                 # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
@@ -179,8 +186,18 @@ class Sharded:
         return {name: self.model.shard.whole(name, p.full_tensor().to(self.device)) for name, p in narrow.items()}
 
 
-def _micro_batches_of_one_device(config: Config) -> int:
-    return resolve_global_batch_size(config, 1) // config.training.local_batch_size
+def _use_peer_copies(model: Any, group: dist.ProcessGroup, exchanges_gradients: bool) -> None:
+    gathered, reduced, rest = Buffers(group, 2), Buffers(group, 1), Buffers(group, 1)
+    for layer in model.layers:
+        layer.set_custom_all_gather(PeerAllGather(gathered))
+        layer.set_custom_reduce_scatter(PeerReduceScatter(reduced))
+    # first of a step and last of it, so that one buffer does for both, where they are of one dtype
+    model.set_custom_all_gather(PeerAllGather(rest))
+    model.set_custom_reduce_scatter(PeerReduceScatter(rest if exchanges_gradients else Buffers(group, 1)))
+
+
+def _micro_batches(config: Config, dp_size: int) -> int:
+    return resolve_global_batch_size(config, dp_size) // (config.training.local_batch_size * dp_size)
 
 
 def _reduces_in_place(config: Config) -> bool:
@@ -188,7 +205,7 @@ def _reduces_in_place(config: Config) -> bool:
 
     Then it may stay in memory of FSDP2's main stream, which otherwise could reuse it too early.
     """
-    once = config.parallelism.gradient_reduction == "step" or _micro_batches_of_one_device(config) == 1
+    once = config.parallelism.gradient_reduction == "step" or _micro_batches(config, 1) == 1
     return once and not config.training.enable_cpu_offload
 
 

@@ -87,7 +87,9 @@ class PeerReduceScatter:
     """
 
     def __init__(self, buffers: Buffers):
-        self.buffers = buffers
+        from tidar.kernels.term_sum import sum_terms  # needs Triton
+
+        self.buffers, self.sum = buffers, sum_terms
         self.is_filled = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -95,17 +97,17 @@ class PeerReduceScatter:
         self.is_filled = not self.is_filled
         if self.is_filled:
             return self.buffers.next(math.prod(size), dtype, device)
-        return torch.empty(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return torch.empty(size, dtype=torch.float32, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         handle, numel = self.buffers.handle(input_tensor), output_tensor.numel()
-        terms = input_tensor.new_empty(handle.world_size, numel)
+        first = handle.rank * numel
+        others = input_tensor.new_empty(handle.world_size - 1, numel)
         handle.barrier()
-        terms[handle.rank].copy_(input_tensor[handle.rank * numel : (handle.rank + 1) * numel])
-        for peer in peers(handle):
-            terms[peer].copy_(handle.get_buffer(peer, (numel,), terms.dtype, handle.rank * numel))
+        for term, peer in zip(others, peers(handle)):
+            term.copy_(handle.get_buffer(peer, (numel,), term.dtype, first))
         handle.barrier()
-        torch.sum(terms, dim=0, dtype=output_tensor.dtype, out=output_tensor)
+        self.sum(output_tensor, input_tensor[first : first + numel], others)
 
 
 def peers(handle: Any) -> list[int]:

@@ -93,13 +93,16 @@ def join_world(config: Config) -> World:
     check_offload(config, device)
     timeout = timedelta(seconds=config.comm.init_timeout_seconds + BACKSTOP)
     store, rank, size = (dist.HashStore(), 0, 1) if missing else _rendezvous(timeout)
-    # a bound device lets NCCL split groups off the first one; torch 2.11 crashes there in the second world of a process
-    is_first = sum(_joined.values()) < 2
+    # a bound device lets NCCL split groups off the first one; torch 2.11 crashes there in a process's second world.
+    # All ranks bind theirs or none does
+    if rank == 0:
+        store.set("binds-device", str(int(sum(_joined.values()) < 2)))
+    binds_device = device.type == "cuda" and store.get("binds-device") == b"1"
     dist.init_process_group(
         # checkpoints exchange their plans over gloo
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
-        device_id=device if device.type == "cuda" and is_first else None,
+        device_id=device if binds_device else None,
         store=store,
         rank=rank,
         world_size=size,

@@ -1,16 +1,20 @@
 """The reduced form of the paper's table, its corpus, and what it counts."""
 
 import json
+import os
 import random
 import re
+import signal
+import time
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import forks
 import pytest
 
 from tidar.benchmarks.paper import __main__ as paper
 from tidar.benchmarks.paper import corpus as corpora
-from tidar.benchmarks.paper.corpus import Extent, Package, divide, find_packages, read_texts
+from tidar.benchmarks.paper.corpus import Extent, Package, divide, find_packages, read_texts, stamp
 from tidar.benchmarks.paper.decoding import LEAST_LOOP, LEAST_REPEATS, LONGEST_PERIOD, counts, loop_start
 from tidar.benchmarks.paper.findings import FINDINGS, IDEAS
 from tidar.benchmarks.paper.runs import RUNS, run_config, select
@@ -68,8 +72,9 @@ def test_the_corpus_is_a_function_of_the_packages(tmp_path):
     texts = read_texts(training, held_out)
     assert len(texts.training) == len(training) and len(texts.held_out) == len(held_out)
     assert sorted(texts.skipped.values()) == [1, 1, 1, 1]
+    before = stamp(training, held_out)
     vendored.joinpath("one.py").write_text("y = 1\n")
-    assert read_texts(training, held_out).digest != texts.digest
+    assert read_texts(training, held_out).digest != texts.digest and stamp(training, held_out) != before
     with pytest.raises(UserError, match="too few to hold any out"):
         divide(packages[:1], Extent())
     assert {"stdlib/json", "torch"} <= {package.name for package in find_packages()}
@@ -101,8 +106,9 @@ def test_the_reduced_form_trains_decodes_and_reports(folder, monkeypatch, capsys
     assert "stopped at causal" in capsys.readouterr().out and not (folder / "runs").exists()
     paper.main(arguments)
     report = (folder / "report.md").read_text()
-    table = report.split("## All runs")[1].split("## Options")[0]
-    assert re.findall(r"^\| `(.*?)` \| \d\.\d{4} \|", table, re.MULTILINE) == ["causal", "tidar-8", "own-text-8"]
+    losses, decoding = report.split("## Losses")[1].split("## Decoding")
+    assert re.findall(r"^\| `(.*?)` \| \d\.\d{4} \|", losses, re.MULTILINE) == ["causal", "tidar-8", "own-text-8"]
+    assert re.findall(r"^\| `(.*?)` \| \d\.\d{3} ±", decoding, re.MULTILINE) == ["tidar-8", "own-text-8"]
     for name in ("tidar-8", "own-text-8"):
         found = json.loads((folder / "runs" / name / "evaluation.json").read_text())
         assert found["equal_float32"] == found["equal"] == 1
@@ -114,8 +120,40 @@ def test_the_reduced_form_trains_decodes_and_reports(folder, monkeypatch, capsys
         assert len(ElementTree.parse(folder / "pictures" / f"{picture}.svg").getroot()) > 10
     monkeypatch.setattr(paper, "train", None)
     monkeypatch.setattr(paper, "evaluate", None)
+    monkeypatch.setattr(corpora, "read_texts", None)
     paper.main(arguments)
     assert (folder / "report.md").read_text() == report
+
+
+def test_processes_share_the_runs(tmp_path):
+    """One is stopped in the middle of a run, and killed while another one waits for that run's weights."""
+    folder, logs = tmp_path / "paper", [tmp_path / "first", tmp_path / "second"]
+    arguments = ["--output", str(folder), "--only", "smoke", "causal", "causal-more", "tidar-8"]
+
+    def done(name: str) -> bool:
+        return (folder / "runs" / name / "evaluation.json").exists()
+
+    first = forks.start(paper.main, arguments, log=logs[0])
+    while not (folder / "runs" / "causal" / "outcome.json").exists():
+        assert first.is_alive(), logs[0].read_text()
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = forks.start(paper.main, arguments, log=logs[1])
+    try:
+        while not done("tidar-8"):
+            assert second.is_alive(), logs[1].read_text()
+            time.sleep(0.1)
+        second.join(2 * paper.POLL)
+        assert second.is_alive() and not done("causal") and not (folder / "runs" / "causal-more").exists()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        second.join(60)
+    assert second.exitcode == 0, logs[1].read_text()
+    begun = [re.findall("^=== (.*?):", log.read_text(), re.MULTILINE) for log in logs]
+    assert begun == [["causal"], ["tidar-8", "causal", "causal-more"]]
+    assert "tokens/s" not in logs[1].read_text().split("=== ")[0]  # the corpus is there already
+    assert (folder / "report.md").read_text().count("| `causal") >= 2 and "3 of" in (folder / "report.md").read_text()
+    assert "judged" in json.loads((folder / "runs" / "causal" / "evaluation.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     template = str(tokenizer.chat_template) if isinstance(source, Chat) else ""
     files = hashlib.sha256()
     for part in parts:
-        files.update(json.dumps([asdict(part), [_stamp(file) for file in part.files]]).encode())
+        files.update(json.dumps([asdict(part), [file_stamp(file) for file in part.files]]).encode())
     return {
         "format": FORMAT,
         "options": {name: options[name] for name in ("source", *source.meaning)},
@@ -70,7 +70,8 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     }
 
 
-def _stamp(file: str) -> list[int]:
+def file_stamp(file: str) -> list[int]:
+    """Size and time of modification, which tell that a file has changed; empty where it cannot be read."""
     try:
         stat = os.stat(file)
         return [stat.st_size, stat.st_mtime_ns]

@@ -2,12 +2,14 @@
 
 Trains small models from scratch on the Python source of this interpreter's packages, each by an ordinary run of
 tidar.train, decodes held-out prompts with them, and writes FOLDER/report.md: a table, pictures, and which of the
-findings of the paper held. Called again, it resumes; what is finished is not repeated. --only smoke: a reduced form
-that takes minutes on a CPU.
+findings of the paper held. Called again, it resumes; what is finished is not repeated. Started several times at once,
+each on a GPU of its own, it shares the runs. --only smoke: a reduced form that takes minutes on a CPU.
 """
 
 import time
+import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,10 +31,10 @@ from tidar.benchmarks.paper.runs import (
     select,
     train,
 )
-from tidar.config import ArgumentParser, Config, UserError, print_lines, user_errors_exit
-from tidar.config.files import write_atomically
+from tidar.benchmarks.paper.sharing import add_seconds, held, seconds_of_all
+from tidar.config import ArgumentParser, Config, UserError, first_line, print_lines, user_errors_exit
 
-SECONDS = "seconds.txt"  # of all calls
+POLL = 1.0  # seconds between two looks at what other processes have finished
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,9 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: Namespace) -> None:
-    started = time.monotonic()
     if options.time_limit is not None and not options.time_limit > 0:
         raise UserError(f"--time_limit {options.time_limit}: must be above 0")
+    deadline = None if options.time_limit is None else time.monotonic() + 60 * options.time_limit
     scale = SMOKE if "smoke" in options.only else FULL
     runs = select([name for name in options.only if name != "smoke"])
     folder = options.output
@@ -60,45 +62,78 @@ def run(options: Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be made ({error.strerror})") from None
-    deadline = None if options.time_limit is None else started + 60 * options.time_limit
-    corpus = make_corpus(folder, scale.extent)
-    before, works = seconds_before(folder), not all(is_done(folder, one.name) for one in runs)
+    with held(folder, "corpus"):
+        started = time.monotonic()
+        corpus = make_corpus(folder, scale.extent)
 
-    def report() -> Path:
-        seconds = before + (time.monotonic() - started) * works
-        write_atomically(folder / SECONDS, f"{seconds:.1f}\n")
-        return write_report(folder, corpus, scale, seconds)
+    def report(seconds: float = 0.0) -> Path:
+        """seconds: that this process has worked since its last report."""
+        with held(folder, "report"):
+            if is_finished(folder, CAUSAL):
+                judge(folder, list(RUNS))
+            add_seconds(folder, seconds)
+            return write_report(folder, corpus, scale, seconds_of_all(folder))
 
     for one in runs:
-        if not work(one, folder, scale, deadline):
-            print_lines(f"stopped at {one.name}: the same command resumes")
-            break
-        judge_all(folder)
-        report()
-    else:
-        print_lines(f"all {len(runs)} runs are done")
-    print_lines(f"report: {report()}")
-
-
-def seconds_before(folder: Path) -> float:
-    """Wall time of the calls before that had something to do, each up to its last report."""
-    try:
-        return float((folder / SECONDS).read_text())
-    except (OSError, ValueError):
-        return 0.0
+        if is_done(folder, one.name):
+            check_options(config_of(one, folder, scale))
+    if not all(is_done(folder, one.name) for one in runs):
+        report(time.monotonic() - started)
+    failed: dict[str, str] = {}
+    print_lines(work_on(runs, folder, scale, deadline, report, failed), f"report: {report()}")
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} runs failed, and those that continue them: {reasons}")
 
 
 def is_done(folder: Path, name: str) -> bool:
     return is_finished(folder, name) and read_evaluation(folder, name) is not None
 
 
+def work_on(
+    runs: list[Run],
+    folder: Path,
+    scale: Scale,
+    deadline: float | None,
+    report: Callable[[float], object],
+    failed: dict[str, str],
+) -> str:
+    """Trains and evaluates, one after another, the runs that no other process works on. Returns how it ended.
+
+    A run that continues another one waits until that is trained, while there are others to do. failed: gets the names
+    of runs that raised an error, and why; the rest goes on.
+    """
+    while True:
+        possible = [one for one in runs if not {one.name, one.starts_from} & failed.keys()]
+        left = [one for one in possible if not is_done(folder, one.name)]
+        if not left:
+            return "the other runs are done" if failed else f"all {len(runs)} runs are done"
+        if is_over(deadline):
+            return f"stopped at {left[0].name}: the same command resumes"
+        begun = [one for one in left if not one.starts_from or is_finished(folder, one.starts_from)]
+        for one in begun:
+            started = time.monotonic()
+            with held(folder, one.name, wait=False) as is_held:
+                if not is_held or is_done(folder, one.name):
+                    continue
+                try:
+                    is_whole = work(one, folder, scale, deadline)
+                except Exception as error:
+                    if not isinstance(error, UserError):
+                        traceback.print_exc()
+                    failed[one.name], is_whole = first_line(error), True
+            report(time.monotonic() - started)
+            if not is_whole:
+                return f"stopped at {one.name}: the same command resumes"
+            break
+        else:
+            if len(begun) == len(left):
+                return f"other processes work on the rest: {', '.join(one.name for one in left)}"
+            time.sleep(POLL)
+
+
 def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
-    """Trains and evaluates a run, unless that is done. Returns False where the time is over before it is."""
-    if is_done(folder, one.name):
-        check_options(config_of(one, folder, scale))
-        return True
-    if is_over(deadline):
-        return False
+    """Trains and evaluates a run. Returns False where the time is over, or the run asked to stop, before it is done."""
     print_lines(f"=== {one.name}: {one.about}")
     config = config_of(one, folder, scale)
     check_options(config)
@@ -114,7 +149,8 @@ def work(one: Run, folder: Path, scale: Scale, deadline: float | None) -> bool:
 def config_of(one: Run, folder: Path, scale: Scale) -> Config:
     config = run_config(one, folder, scale)
     if one.own_text is not None:
-        own = write_own_text(folder, one.starts_from, one.own_text, config, scale)
+        with held(folder, f"text of {one.starts_from}"):
+            own = write_own_text(folder, one.starts_from, one.own_text, config, scale)
         config = run_config(one, folder, scale, *own)
     return config
 
@@ -127,11 +163,6 @@ def free_gpu() -> None:
     """Frees the memory of what came before, and what it has compiled, which does not fit another run."""
     if torch.cuda.is_available():
         free_memory()
-
-
-def judge_all(folder: Path) -> None:
-    if is_finished(folder, CAUSAL):
-        judge(folder, list(RUNS))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from tidar.config import UserError, load_config, print_lines
 from tidar.config.files import parse_json, write_atomically
 from tidar.data import Corpus, load_tokenizer, make_source, prepare
 from tidar.data.dataset import progress_printer
+from tidar.data.preparation import file_stamp
 from tidar.data.python_source import SKIPPED_FOLDERS
 from tidar.data.source import visible
 
 LARGEST_FILE = 2**20  # bytes; larger ones are tables
-VOCABULARY_BYTES = 2**25  # of text from which the vocabulary is made
+VOCABULARY_BYTES = 2**24  # of text from which the vocabulary is made
+BYTES_PER_PROCESS = 2**23  # least work for which a process is started that tokenises
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -31,12 +33,12 @@ class Extent:
     """How much text is taken, and how large the vocabulary is.
 
     vocabulary: ids of the tokenizer; with the mask token they are one more. held_out: share of the bytes. most_bytes:
-    of all packages, None for no limit.
+    of all packages.
     """
 
     vocabulary: int = 2**14 - 1
     held_out: float = 0.02
-    most_bytes: int | None = None
+    most_bytes: int = 2**28
 
 
 @dataclass
@@ -101,7 +103,7 @@ def divide(packages: list[Package], extent: Extent) -> tuple[list[Package], list
     """
     taken, total = [], 0
     for package in packages:
-        if extent.most_bytes is None or total + package.n_bytes <= extent.most_bytes:
+        if total + package.n_bytes <= extent.most_bytes:
             taken.append(package)
             total += package.n_bytes
     training, held_out, wanted, held = [], [], extent.held_out * total, 0
@@ -116,6 +118,15 @@ def divide(packages: list[Package], extent: Extent) -> tuple[list[Package], list
             f"corpus: {len(taken)} packages of this interpreter have Python source; too few to hold any out"
         )
     return training, held_out
+
+
+def stamp(training: list[Package], held_out: list[Package]) -> str:
+    """Equal while no file of the packages has another path, size or time of modification, as make and git assume."""
+    parts = [
+        [(package.name, str(file), *file_stamp(str(file))) for package in packages for file in package.files]
+        for packages in (training, held_out)
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_texts(training: list[Package], held_out: list[Package]) -> Texts:
@@ -164,35 +175,44 @@ def make_corpus(folder: Path, extent: Extent) -> dict[str, Any]:
 
     Returns what corpus.json says of it. Raises UserError where the folder holds another one.
     """
-    texts = read_texts(*divide(find_packages(), extent))
-    about = _recorded(folder)
-    if about and (about["digest"], about["vocabulary"]) != (texts.digest, extent.vocabulary):
-        raise UserError(
-            f"--output {folder}: holds the results of another corpus, {about['digest'][:12]} with a vocabulary of "
-            f"{about['vocabulary']:,}; this interpreter's packages give {texts.digest[:12]} with {extent.vocabulary:,}",
-            "choose another folder, or the interpreter and packages that it was made with",
-        )
-    if not about:
-        print_lines(f"corpus: {len(texts.training):,} files to train on, {len(texts.held_out):,} held out")
-        for name, documents in (("training", texts.training), ("held_out", texts.held_out)):
-            lines = "".join(json.dumps(document) + "\n" for document in documents)
-            (folder / "texts").mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "texts" / f"{name}.jsonl", lines)
-        _make_tokenizer(texts.training, extent.vocabulary, folder / "tokenizer")
-        about = {
-            "digest": texts.digest,
-            "vocabulary": extent.vocabulary,
-            "python": sys.version.split()[0],
-            "packages": len({document["package"] for document in texts.training}),
-            "held_out_packages": texts.held_out_packages,
-            "files": {"training": len(texts.training), "held_out": len(texts.held_out)},
-            "skipped": texts.skipped,
-        }
+    parts = divide(find_packages(), extent)
+    about, now = _recorded(folder), {"vocabulary": extent.vocabulary, "files_stamp": stamp(*parts)}
+    if not about or not now.items() <= about.items():
+        about = _make_texts(folder, extent, read_texts(*parts), about) | now
         write_atomically(folder / "corpus.json", json.dumps(about, indent=1) + "\n")
     tokens = {}
     for name in ("training", "held_out"):
         tokens[name] = prepare_texts(folder, folder / "texts" / f"{name}.jsonl", folder / "data" / name)
     return about | {"tokens": tokens}
+
+
+def _make_texts(folder: Path, extent: Extent, texts: Texts, about: dict[str, Any] | None) -> dict[str, Any]:
+    """Writes texts and tokenizer, unless they are there: `about` says what the folder holds. Returns the same of them.
+
+    Raises UserError where it holds others.
+    """
+    if about:
+        if (about["digest"], about["vocabulary"]) == (texts.digest, extent.vocabulary):
+            return about
+        raise UserError(
+            f"--output {folder}: holds the results of another corpus, {about['digest'][:12]} with a vocabulary of "
+            f"{about['vocabulary']:,}; this interpreter's packages give {texts.digest[:12]} with {extent.vocabulary:,}",
+            "choose another folder, or the interpreter and packages that it was made with",
+        )
+    print_lines(f"corpus: {len(texts.training):,} files to train on, {len(texts.held_out):,} held out")
+    for name, documents in (("training", texts.training), ("held_out", texts.held_out)):
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        (folder / "texts").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "texts" / f"{name}.jsonl", lines)
+    _make_tokenizer(texts.training, extent.vocabulary, folder / "tokenizer")
+    return {
+        "digest": texts.digest,
+        "python": sys.version.split()[0],
+        "packages": len({document["package"] for document in texts.training}),
+        "held_out_packages": texts.held_out_packages,
+        "files": {"training": len(texts.training), "held_out": len(texts.held_out)},
+        "skipped": texts.skipped,
+    }
 
 
 def prepare_texts(folder: Path, texts: Path, prepared: Path, end: str = END_OF_TEXT) -> int:
@@ -203,7 +223,8 @@ def prepare_texts(folder: Path, texts: Path, prepared: Path, end: str = END_OF_T
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     options = ["--data.source", "text", "--data.paths", str(texts), "--data.end_of_document", end]
     source = make_source(load_config(options).data, tokenizer)
-    prepare(source, make_source, [str(texts)], prepared, os.cpu_count() or 1, progress_printer())
+    processes = min(os.cpu_count() or 1, max(1, texts.stat().st_size // BYTES_PER_PROCESS))
+    prepare(source, make_source, [str(texts)], prepared, processes, progress_printer())
     return int(Corpus.open(prepared, verify=False).meta["tokens"])
 
 

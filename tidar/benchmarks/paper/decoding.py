@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tidar.benchmarks.paper.corpus import prepare_texts
-from tidar.benchmarks.paper.runs import CAUSAL, Scale, last_step, run_folder
+from tidar.benchmarks.paper.runs import BY_SIZE, CAUSAL, Scale, last_step, run_folder
 from tidar.config import Config
 from tidar.config.files import parse_json, write_atomically
 from tidar.data import Corpus, load_tokenizer, make_rows
@@ -85,8 +86,9 @@ def counts(completions: Sequence[Completion]) -> dict[str, float]:
 def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
     """Writes evaluation.json of a finished run: see `read_evaluation`."""
     if config.tidar.pattern == "block_diffusion":  # neither half is trained to predict the next token
-        _write(folder, name, {"decoding": {}})
+        _write(folder, name, {"decoding": {}, "seconds": 0.0})
         return
+    started = time.monotonic()
     step = last_step(folder, name)
     inputs = load_inputs(config, prepares=False)
     prompts = held_out_prompts(make_rows(config, inputs.data)[1], scale.prompts)
@@ -105,17 +107,18 @@ def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
         for how in SAMPLED.keys() & completions.keys()
     }
     if decodable:
-        result["scores"] = _scores(config, engine, inputs)
+        if config.tidar.pattern != "tidar":
+            result["scores"] = _scores(config, engine, inputs)
         result["equal"] = _share_equal(completions["greedy"], completions["ar"])
-        fast = load(step, dtype=engine.dtype, device=device, max_batch_size=1)
-        speeds = measure_speed(fast, prompts[:SPEED_PROMPTS], "tidar", **options)
-        result["speed"] = {mode: decoded.tokens_per_second for mode, decoded in speeds.items()}
-        del fast, engine
+        if name in BY_SIZE.values():
+            fast = load(step, dtype=engine.dtype, device=device, max_batch_size=1)
+            speeds = measure_speed(fast, prompts[:SPEED_PROMPTS], "tidar", **options)
+            result["speed"] = {mode: decoded.tokens_per_second for mode, decoded in speeds.items()}
         exact = load(step, dtype=torch.float32, device=device, graph=False)
         options["max_new_tokens"] = min(n_new, EXACT_TOKENS)
         pairs = [exact.generate(prompts[:EXACT_PROMPTS], **options | asked) for asked in ({}, {"mode": "ar"})]
         result["exact_prompts"], result["equal_float32"] = len(pairs[0]), _share_equal(*pairs)
-    _write(folder, name, result)
+    _write(folder, name, result | {"seconds": time.monotonic() - started})
 
 
 def _share_equal(some: list[Completion], others: list[Completion]) -> float:
@@ -146,9 +149,10 @@ def _write(folder: Path, name: str, result: dict[str, Any]) -> None:
 def read_evaluation(folder: Path, name: str) -> dict[str, Any] | None:
     """Of a run, None where it is not evaluated.
 
-    decoding: `counts` by how it was asked. scores: the `val/` scalars under full masking. equal, equal_float32: share
-    of the greedy texts that are those of autoregressive decoding. speed: tokens/s by mode, one prompt at a time.
-    judged: mean loss of its sampled texts under the causal model, where `judge` has been called.
+    decoding: `counts` by how it was asked. scores: the `val/` scalars under full masking, where the run's own ones are
+    under random masking. equal, equal_float32: share of the greedy texts that are those of autoregressive decoding.
+    speed: tokens/s by mode, one prompt at a time, for one run of each block size. judged: mean loss of its sampled
+    texts under the causal model, where `judge` has been called. seconds: that all this took.
     """
     try:
         return parse_json(_path(folder, name).read_bytes())

@@ -10,23 +10,28 @@ import torch
 from tidar.benchmarks.cases import device_name
 from tidar.benchmarks.paper.findings import FINDINGS, IDEAS, Result, idea_row, read_results
 from tidar.benchmarks.paper.picture import line_chart
-from tidar.benchmarks.paper.runs import MAIN, RUNS, SMOKE, Scale
+from tidar.benchmarks.paper.runs import BY_SIZE, MAIN, RUNS, SMOKE, Scale
 from tidar.config.files import write_atomically
 
-BY_SIZE = {"4": "tidar-4", "8": MAIN, "16": "tidar-16"}
-COLUMNS = (
-    "run", "AR loss", "diffusion loss", "at the first, middle, last position", "tokens/forward, greedy",
-    "of whole texts", "looped", "temperature 1", "trust diffusion: greedy, temperature 1",
-    "judged: AR, TiDAR, trust diffusion", "equal to AR", "tokens/s, speed-up", "training tokens/s", "steps, minutes",
+LOSSES = (
+    "run", "AR loss", "diffusion loss", "at the first, middle, last position", "steps", "training tokens/s",
+    "minutes of training, of evaluation",
 )  # fmt: skip
-LEGEND = """\
-AR loss, diffusion loss: of held-out packages, each position masked (block diffusion: its own loss). tokens/forward:
-tokens per forward pass of held-out prompts up to the end of each text or where it begins to loop, prefill counted,
-± standard error over prompts; "of whole texts" counts loops too, "looped" is their share of the tokens. trust
-diffusion: the first mask of a group decides a token (`draft_mix` 0). judged: mean loss of texts sampled at temperature
-1 under the causal model, by autoregressive decoding, TiDAR, and TiDAR that trusts diffusion. equal to AR: share of
-greedy texts, in the run's dtype; in float32. tokens/s: greedy, one prompt at a time, and the ratio to autoregressive
-decoding of the same model."""
+DECODING = (
+    "run", "tokens/forward, greedy", "of whole texts", "looped", "temperature 1",
+    "trust diffusion: greedy, temperature 1", "judged: AR, TiDAR, trust diffusion", "equal to AR",
+    "tokens/s, speed-up",
+)  # fmt: skip
+LOSSES_LEGEND = """\
+Losses of held-out packages, each position masked (block diffusion: its own loss). Minutes of training include its
+start; those of evaluation are decoding and scores."""
+DECODING_LEGEND = """\
+tokens/forward: tokens per forward pass of held-out prompts up to the end of each text or where it begins to loop,
+prefill counted, ± standard error over prompts; "of whole texts" counts loops too, "looped" is their share of the
+tokens. trust diffusion: the first mask of a group decides a token (`draft_mix` 0). judged: mean loss of texts sampled
+at temperature 1 under the causal model, by autoregressive decoding, TiDAR, and TiDAR that trusts diffusion. equal to
+AR: share of greedy texts, in the run's dtype; in float32. tokens/s: greedy, one prompt at a time, and the ratio to
+autoregressive decoding of the same model; measured for one run of each block size."""
 
 
 def write_report(folder: Path, corpus: dict[str, Any], scale: Scale, seconds: float) -> Path:
@@ -49,10 +54,18 @@ def write_report(folder: Path, corpus: dict[str, Any], scale: Scale, seconds: fl
     ]
     columns = ("idea", "compared with", "greedy", "temperature 1", "AR loss", "worth it")
     lines += _table(columns, [idea_row(name, results) for name in IDEAS])
-    lines += ["", "## All runs", "", *_table(COLUMNS, [_row(name, one) for name, one in results.items()])]
-    lines += ["", LEGEND, "", *_pictures(folder, results), "## Options", ""]
+    lines += ["", "## Losses", "", *_table(LOSSES, [_losses(name, one) for name, one in results.items()])]
+    decoded = {name: one for name, one in results.items() if one.evaluation["decoding"]}
+    lines += ["", LOSSES_LEGEND, "", "## Decoding", ""]
+    lines += [*_table(DECODING, [_decoding(name, one) for name, one in decoded.items()]), "", DECODING_LEGEND, ""]
+    lines += [*_pictures(folder, results), "## Options", ""]
     toml = scale.toml.relative_to(scale.toml.parents[2])
-    lines += [f"`python -m tidar.train --job.config_file {toml}` with:", ""]
+    only = " --only smoke" if scale is SMOKE else ""
+    lines += [
+        f"`python -m tidar.benchmarks.paper --output FOLDER{only}` made this report. A run is `python -m tidar.train "
+        f"--job.config_file {toml}` with the corpus of that folder and:",
+        "",
+    ]
     lines += _table(("run", "what", "options"), [_options(name) for name in RUNS])
     path = folder / "report.md"
     write_atomically(path, "\n".join(lines) + "\n")
@@ -63,7 +76,8 @@ def _setting(corpus: dict[str, Any], scale: Scale, results: dict[str, Result], s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files, tokens = corpus["files"], corpus["tokens"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus["skipped"].items()) or "none"
-    minutes = sum(one.training["seconds"] for one in results.values()) / 60
+    trained = sum(one.training["seconds"] for one in results.values()) / 60
+    evaluated = sum(one.evaluation["seconds"] for one in results.values()) / 60
     return [
         f"- machine: {device_name(device)}, {os.cpu_count()} CPU cores, torch {torch.__version__}; commit {_commit()}",
         f"- corpus: {files['training']:,} Python files of {corpus['packages']:,} packages, {tokens['training']:,} "
@@ -71,8 +85,9 @@ def _setting(corpus: dict[str, Any], scale: Scale, results: dict[str, Result], s
         f"{tokens['held_out']:,} tokens; vocabulary {corpus['vocabulary']:,}; digest {corpus['digest'][:16]}",
         f"- files that were skipped: {skipped}",
         f"- decoding: {scale.prompts} held-out prompts, up to {scale.new_tokens} new tokens, fewer where a text ends",
-        f"- {len(results)} of {len(RUNS)} runs are finished, in {seconds / 60:.1f} minutes; they trained for "
-        f"{minutes:.1f} of these, startup included",
+        f"- {len(results)} of {len(RUNS)} runs are finished, in {seconds / 60:.1f} minutes of one device (summed over "
+        f"processes, without waiting): {trained:.1f} of training, {evaluated:.1f} of evaluation, the rest for the "
+        "corpus, own texts, judging and what was interrupted",
     ]
 
 
@@ -89,29 +104,37 @@ def _commit() -> str:
     return commit.strip() + "+" * bool(changed.strip())
 
 
-def _row(name: str, one: Result) -> list[str]:
-    evaluation, training = one.evaluation, one.training
-    greedy, sampled = one.decoded("greedy"), one.decoded("temperature 1")
+def _losses(name: str, one: Result) -> list[str]:
+    training = one.training
     by_position = [value for k in range(64) if (value := one.score(f"diffusion_loss_at/{k}")) is not None]
     parts = [by_position[k] for k in (0, len(by_position) // 2, -1)] if by_position else []
-    trusting = [one.decoded(f"{how}, trust diffusion") for how in ("greedy", "temperature 1")]
-    hows = ("ar, temperature 1", "temperature 1", "temperature 1, trust diffusion")
-    speed = evaluation.get("speed")
     return [
         f"`{name}`",
         _number(one.score("ar_loss"), 4),
         _number(one.score("diffusion_loss"), 4),
         ", ".join(_number(value, 2) for value in parts),
+        f"{training['steps']:,}",
+        f"{training['tokens_per_second']:,.0f}",
+        f"{training['seconds'] / 60:.1f}, {one.evaluation['seconds'] / 60:.1f}",
+    ]
+
+
+def _decoding(name: str, one: Result) -> list[str]:
+    evaluation = one.evaluation
+    greedy, sampled = one.decoded("greedy"), one.decoded("temperature 1")
+    trusting = [one.decoded(f"{how}, trust diffusion") for how in ("greedy", "temperature 1")]
+    hows = ("ar, temperature 1", "temperature 1", "temperature 1, trust diffusion")
+    speed = evaluation.get("speed")
+    return [
+        f"`{name}`",
         f"{greedy:.3f} ± {one.decoded('greedy', 'error'):.3f}" if greedy else "",
         _number(one.decoded("greedy", "whole_texts"), 3),
-        f"{one.decoded('greedy' if greedy else 'ar', 'looped') or 0:.1%}" if evaluation["decoding"] else "",
+        f"{one.decoded('greedy' if greedy else 'ar', 'looped') or 0:.1%}",
         f"{sampled:.3f} ± {one.decoded('temperature 1', 'error'):.3f}" if sampled else "",
         ", ".join(_number(value, 2) for value in trusting if value),
         ", ".join(_number(one.judged(how), 3) for how in hows if one.judged(how)),
         f"{evaluation['equal']:.0%}, {evaluation['equal_float32']:.0%}" if "equal" in evaluation else "",
         f"{speed['tidar']:,.0f}, {speed['tidar'] / speed['ar']:.2f}" if speed else "",
-        f"{training['tokens_per_second']:,.0f}",
-        f"{training['steps']:,}, {training['seconds'] / 60:.1f}",
     ]
 
 

@@ -17,6 +17,7 @@ from tidar.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[3] / "train_configs" / "paper_small"
 CAUSAL, MAIN = "causal", "tidar-8"
+BY_SIZE = {"4": "tidar-4", "8": MAIN, "16": "tidar-16"}
 # of a run that continues another one: a third of its steps, over rows in another order
 CONTINUES = "--training.steps 300 --training.seed 1 --optimizer.lr 7.5e-4"
 
@@ -35,7 +36,7 @@ class Run:
     own_text: float | None = None
 
 
-# In the order in which they are trained: what the findings need most comes first
+# In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats
 RUNS = {
     run.name: run
     for run in (
@@ -54,16 +55,6 @@ RUNS = {
             f"--tidar.draft_targets model {CONTINUES}",
             MAIN,
         ),
-        Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
-        Run(
-            "own-samples-8",
-            "tidar-8 continued, half of it on its own text, temperature 1",
-            CONTINUES,
-            MAIN,
-            own_text=1.0,
-        ),
-        Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
-        Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
         Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
         Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
         Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),
@@ -74,13 +65,23 @@ RUNS = {
             "diffusion loss weighted towards the positions that are drafted first, from the second of a block on",
             "--tidar.place_weights 0.5 1.8 1.5 1.2 1.0 0.8 0.6 0.6",
         ),
+        Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
+        Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
+        Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
+        Run(
+            "own-samples-8",
+            "tidar-8 continued, half of it on its own text, temperature 1",
+            CONTINUES,
+            MAIN,
+            own_text=1.0,
+        ),
         Run("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),
+        Run("block-diffusion-8", "BD3-LM, the rival", "--tidar.pattern block_diffusion"),
         Run(
             "mixed-offset-8",
             "mixed sizes that begin anywhere",
             "--tidar.block_sizes 4 8 16 --tidar.random_block_offset",
         ),
-        Run("block-diffusion-8", "BD3-LM, the rival", "--tidar.pattern block_diffusion"),
     )
 }
 

@@ -39,6 +39,8 @@ COLLECTIVES = {
     "all-gather": r"(?i)^nccl.*all_?gather",
     "reduce-scatter": r"(?i)^nccl.*reduce_?scatter",
     "other collectives": r"(?i)^nccl",
+    # of FSDP2's all-gathers and reduce-scatters (tidar/distributed/peer_copies.py), by copy engines
+    "copies between GPUs": r"PtoP|symmetric_memory",
 }
 KINDS = COLLECTIVES | {
     "attention backward": r"(?i)(flex|flash|fmha|attention).*(bwd|backward)",
@@ -47,7 +49,7 @@ KINDS = COLLECTIVES | {
     "optimizer": r"(?i)adam|lpnorm|foreach_norm|multi_tensor_apply(?!.*copy)",
     "matmuls": r"nvjet|gemm|cutlass|splitK|xmma|^aten::(linear|matmul|mm)$",
     # FSDP2's, around collectives and between dtypes
-    "cast and copy": r"(?i)^(?!triton).*(copy|chunk_cat|catarray|split_with_sizes)|^aten::(cat|to)$",
+    "cast and copy": r"(?i)^_sum_kernel|^(?!triton).*(copy|chunk_cat|catarray|split_with_sizes)|^aten::(cat|to)$",
     "memory movement": r"(?i)memcpy|memset|^(?!triton).*fill",
     "norm and elementwise": "",
 }

@@ -15,9 +15,14 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from tidar.config import print_lines
+
 
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the ranks of a group, started by torchrun, have GPUs of one host that can read each other's memory."""
+    """Whether the ranks of a group, started by torchrun, have GPUs of one host that can read each other's memory.
+
+    All ranks of the group call it.
+    """
     if device.type != "cuda" or group.size() == 1:
         return False
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -25,7 +30,18 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     if len({rank // per_host for rank in ranks}) > 1:
         return False
     others = {rank % per_host for rank in ranks} - {device.index}
-    return all(torch.cuda.can_device_access_peer(device, torch.device("cuda", other)) for other in others)
+    if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+        return False
+    error = ""
+    try:
+        Buffers(group, 1).next(1, torch.uint8, device)
+    except RuntimeError as raised:
+        error = str(raised).splitlines()[0]
+    works = torch.tensor(not error, dtype=torch.int32)
+    dist.all_reduce(works, dist.ReduceOp.MIN, group)
+    if error:
+        print_lines(f"warning: rank {dist.get_rank()}: FSDP2 uses NCCL, for symmetric memory does not work ({error})")
+    return bool(works)
 
 
 class Buffer(NamedTuple):

@@ -118,30 +118,18 @@ def _adamw_kernel(
     if rounds and divided:
         number += tl.load(entry + 7) + number // tl.load(entry + 8) * tl.load(entry + 9)
     noise = number.to(tl.int32) ^ tl.load(salts + owner)
+    factors = (beta1, rest1, beta2, rest2, eps)
     # whole blocks are loaded without a mask
     if start + BLOCK <= size:
-        _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, None)
+        _update(pointers, copied, noise, scalars, factors, None, rounds, copies)
     else:
-        inside = place < size
-        _update(pointers, copied, noise, scalars, beta1, rest1, beta2, rest2, eps, rounds, copies, inside)
+        _update(pointers, copied, noise, scalars, factors, place < size, rounds, copies)
 
 
 @triton.jit
-def _update(
-    pointers,
-    copied,
-    noise,
-    scalars,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    rounds: tl.constexpr,
-    copies: tl.constexpr,
-    inside,
-):
+def _update(pointers, copied, noise, scalars, factors, inside, rounds: tl.constexpr, copies: tl.constexpr):
     parameters, gradients, first_moments, second_moments = pointers
+    beta1, rest1, beta2, rest2, eps = factors
     # loaded before it is known whether the step is skipped, because loads take longest
     parameter = tl.load(parameters, mask=inside)
     gradient = tl.load(gradients, mask=inside).to(tl.float32)

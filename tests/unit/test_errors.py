@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tidar.config import UserError, print_lines, printable, user_errors_exit
+from tidar.config import UserError, packages, print_lines, printable, user_errors_exit
 from tidar.models import from_pretrained
 from tidar.models.sizes import size_config
 from tidar.prepare_data import main as prepare_data
@@ -60,3 +60,12 @@ def test_dropped_documents_have_one_line_each(tmp_path, capsys, monkeypatch):
     lines = Path(tmp_path / "out" / "dropped.txt").read_bytes().decode().removesuffix("\n").split("\n")
     assert len(lines) == 3 and all(is_one_safe_line(line) for line in lines)
     assert all(is_one_safe_line(line) for line in capsys.readouterr().out.removesuffix("\n").split("\n"))
+
+
+def test_the_command_that_installs_an_extra(monkeypatch, tmp_path):
+    monkeypatch.chdir(packages.ROOT)
+    assert packages.install("data") == "pip install -e '.[data]'"
+    monkeypatch.chdir(packages.ROOT / "tests")
+    assert packages.install("data") == "pip install -e '..[data]'"
+    monkeypatch.setattr(packages, "ROOT", tmp_path)
+    assert packages.install("data") == "pip install 'tidar[data]'"

@@ -11,6 +11,7 @@ from results import batch_losses
 
 from tidar import check
 from tidar.config import UserError, load_config
+from tidar.config.packages import install
 from tidar.distributed import leave_world
 from tidar.kernels import Sizes, choose_kernels, make_mlps_float8
 from tidar.models import Decoder, size_config
@@ -103,7 +104,7 @@ def test_what_cannot_be_had_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["check", *options])
     for version, found in ((None, ""), ("0.17.3", ", not 0.17.3"), ("nightly", "")):
         monkeypatch.setattr("tidar.kernels.selection.metadata.version", partial(installed, version))
-        expected = f"needs torchao 0.18 or later: pip install -e '.[fp8]'{found}"
+        expected = f"needs torchao 0.18 or later: {install('fp8')}{found}"
         assert refusal(lambda: Trainer(load_config(options))) == expected
         leave_world()
         with pytest.raises(SystemExit):

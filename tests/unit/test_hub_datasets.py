@@ -176,7 +176,7 @@ def test_offline_without_datasets_and_with_another_source(server, datasets, toke
     with pytest.raises(UserError, match="texts: HF_HUB_OFFLINE forbids a download: unset it"):
         find_shards(f"hf://datasets/{ID}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"texts: needs datasets, of the extra data: pip install 'tidar\[data\]'"):
+    with pytest.raises(UserError, match=r"texts: needs datasets: pip install -e '.*\[data\]'"):
         find_shards(f"hf://datasets/{ID}")
     options = load_config(["--data.paths", f"hf://datasets/{ID}"]).data
     with pytest.raises(UserError, match="data.paths = hf://.*: must be read with data.source = text or chat"):

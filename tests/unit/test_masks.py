@@ -137,7 +137,7 @@ def test_bad_input(run, arguments):
 def test_plot_says_what_is_missing(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "PIL", None)
     code, _, err = run("plot", "--output", str(tmp_path / "mask.png"))
-    assert code == 1 and "needs Pillow, the extra plot: pip install 'tidar[plot]'" in err
+    assert code == 1 and "masks plot: needs Pillow: pip install" in err
 
 
 def test_help(run):

@@ -12,6 +12,7 @@ from typing import Any
 
 from tidar.config import UserError, first_line
 from tidar.config.hub import hub_errors
+from tidar.config.packages import install
 from tidar.data.corpus import BadDocument
 from tidar.data.source import unreadable
 
@@ -106,5 +107,5 @@ def _datasets(name: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name}: needs datasets, of the extra data: pip install 'tidar[data]'") from None
+        raise UserError(f"{name}: needs datasets: {install('data')}") from None
     return datasets

@@ -18,6 +18,7 @@ import numpy as np
 
 from tidar.config import UserError, first_line
 from tidar.config.options import Data
+from tidar.config.packages import install
 from tidar.data.corpus import BadDocument, Document
 from tidar.data.json_array import begins_array, split_array
 from tidar.data.tokenizer import Tokenizer
@@ -353,5 +354,5 @@ def _pyarrow(module: str, file: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: needs pyarrow, of the extra data: pip install 'tidar[data]'") from None
+        raise UserError(f"{file}: needs pyarrow: {install('data')}") from None
     return pyarrow.parquet if module else pyarrow

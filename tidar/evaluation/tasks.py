@@ -17,7 +17,7 @@ FIRST_LM_EVAL = (0, 4, 13)
 
 def check_lm_eval() -> None:
     """Raises UserError where it is not installed, or too old."""
-    check_version("--tasks", "lm-eval", FIRST_LM_EVAL, ": pip install -e '.[eval]'")
+    check_version("--tasks", "lm-eval", FIRST_LM_EVAL, "eval")
 
 
 class Tasks:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from tidar.config import Config, UserError
+from tidar.config.packages import install
 
 # elements of 16 bits: rows are multiples of them, so that each begins at 16 bytes
 ALIGNED = 8
@@ -189,7 +190,7 @@ def _flash_obstacle(
     except ImportError:
         installed = False
     if not installed:
-        return Obstacle("is not installed: pip install -e '.[flash]'")
+        return Obstacle(f"is not installed: {install('flash')}")
     if (elsewhere or torch.cuda.get_device_capability(device))[0] != HOPPER:
         return Obstacle(f"needs a Hopper GPU{'' if elsewhere else f', not {torch.cuda.get_device_name(device)}'}")
     if dtype not in NARROW_DTYPES:
@@ -207,7 +208,7 @@ def _quack_obstacle(
     first, end = QUACK_VERSIONS
     version = first if elsewhere else _version("quack-kernels", 3)
     if version is None:
-        return Obstacle("is not installed: pip install -e '.[flash]'")
+        return Obstacle(f"is not installed: {install('flash')}")
     if not first <= version < end:
         known = f"{'.'.join(map(str, first))} or later, before {'.'.join(map(str, end))}"
         return Obstacle(f"needs quack-kernels {known}, not {metadata.version('quack-kernels')}")
@@ -224,7 +225,7 @@ def _quack_obstacle(
 def _float8_obstacle(
     device: torch.device, dtype: torch.dtype, sizes: Sizes | None, elsewhere: Capability | None
 ) -> Obstacle | None:
-    needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: pip install -e '.[fp8]'"
+    needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: {install('fp8')}"
     version = FIRST_TORCHAO if elsewhere else _version("torchao", 2)
     if version is None:
         return Obstacle(needed)

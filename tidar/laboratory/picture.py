@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tidar.config import UserError
+from tidar.config.packages import install
 from tidar.laboratory.row_mask import BLOCK, DOCUMENT, PART, RowMask
 
 # pixels: smallest side of the mask, largest cell, left and top margin
@@ -25,7 +26,7 @@ def save_picture(row_mask: RowMask, path: Path) -> None:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        raise UserError("masks plot: needs Pillow, the extra plot: pip install 'tidar[plot]'") from None
+        raise UserError(f"masks plot: needs Pillow: {install('plot')}") from None
     positions = len(row_mask.mask)
     if positions > MOST:
         raise UserError(f"masks plot: {positions} model positions: must be at most {MOST}")

@@ -21,8 +21,7 @@ FIRST_WANDB = (0, 30)
 def check_wandb(config: Config) -> None:
     """Raises UserError where metrics.enable_wandb is set, and wandb is not installed or too old."""
     if config.metrics.enable_wandb:
-        how = ", of the extra wandb: pip install 'tidar[wandb]'"
-        check_version("metrics.enable_wandb = true", "wandb", FIRST_WANDB, how)
+        check_version("metrics.enable_wandb = true", "wandb", FIRST_WANDB, "wandb")
 
 
 class WandbRun:

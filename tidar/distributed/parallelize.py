@@ -111,12 +111,14 @@ def apply_compile(model: Any, has_collectives: bool = False) -> None:
     Without checkpointing, results of norms and of the MLP's gate are not saved for the matmuls of the backward pass,
     but recomputed there from their operands, which are saved and read anyway.
     has_collectives: layers communicate. Each collective starts as early and is waited for as late as data allow, so
-    that other work of its layer overlaps it: rotation of the queries forward, gradients of weights backward.
+    that other work of its layer overlaps it: rotation of the queries forward, gradients of weights backward. In this
+    order: the first pass delays what no collective needs until the last one has started, the second fills each wait
+    with what is ready.
     """
     torch._functorch.config.ban_recompute_materialized_backward = False
     if has_collectives:
         torch._inductor.config.reorder_for_compute_comm_overlap = True
-        torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]
+        torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     model.norm.forward = torch.compile(model.norm.forward, fullgraph=True, dynamic=False)

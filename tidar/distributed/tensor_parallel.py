@@ -64,7 +64,9 @@ def _sum(x: Tensor, size: int, group: str) -> Tensor:
     splits = [len(x) // size] * size
     terms = collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), splits, splits, group))
     wide = torch.promote_types(x.dtype, torch.float32)
-    return terms.unflatten(0, (size, -1)).sum(dim=0, dtype=wide).to(x.dtype)
+    total = terms.unflatten(0, (size, -1)).sum(dim=0, dtype=wide)
+    # under torch.compile in torch 2.11 a cast to the same dtype would make the gradient zero
+    return total if x.dtype == wide else total.to(x.dtype)
 
 
 class _Gather(torch.autograd.Function):

@@ -4,20 +4,17 @@ import random
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when imported; the suite has a core for each worker
 
 import pytest
-import torch
-import uneven  # noqa: F401  (registers the source)
-from rank_pool import RankPool
-from small_models import make_model
 
-from tidar.config import load_config
-from tidar.models.sizes import SIZES
-from tidar.training.inputs import load_inputs
+# what takes seconds to import is imported below: the process that gives the tests to the workers needs none of it
 
 # CUDA devices that tests with a mark need
 MARKS = {"gpu": 1, "gpu2": 2}
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+    import uneven  # noqa: F401  (registers the source)
+
     available = torch.cuda.device_count()
     for item in items:
         needed = needed_gpus(item)
@@ -31,6 +28,8 @@ def needed_gpus(item) -> int:
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
+
     random.seed(0)
     torch.manual_seed(0)
 
@@ -62,6 +61,8 @@ def call(monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def ranks():
     """Processes that train together, as many of them as a run wants."""
+    from rank_pool import RankPool
+
     with RankPool() as pool:
         yield pool
 
@@ -69,6 +70,9 @@ def ranks():
 @pytest.fixture(scope="session")
 def uneven_data(tmp_path_factory) -> str:
     """Options that train on the source "uneven", prepared."""
+    from tidar.config import load_config
+    from tidar.training.inputs import load_inputs
+
     folder = tmp_path_factory.mktemp("uneven")
     options = "--data.source uneven --validation.enable false --job.dump_folder"
     load_inputs(load_config([*options.split(), str(folder)]))
@@ -78,6 +82,8 @@ def uneven_data(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory, uneven_data) -> str:
     """Options that train a model of three small layers on these data, in less time than the debug model."""
+    from small_models import make_model
+
     folder = tmp_path_factory.mktemp("small")
     make_model("qwen3", tie_word_embeddings=False, num_hidden_layers=3).save_pretrained(folder)
     return f"{uneven_data} --model.hf_path {folder}"
@@ -86,5 +92,7 @@ def small_model(tmp_path_factory, uneven_data) -> str:
 @pytest.fixture
 def smaller_debug(monkeypatch) -> None:
     """Gives the debug model a shape that learns as much in a sixth of the time, in this process."""
+    from tidar.models.sizes import SIZES
+
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setitem(SIZES, "debug", SIZES["debug"] | shape)

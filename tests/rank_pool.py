@@ -173,7 +173,8 @@ def serve(connection: Connection) -> None:
         case = connection.recv()
         os.environ.update(case["variables"])
         torch._dynamo.reset()  # what was compiled for other models
-        config = load_config(case["options"])
+        # without collections of all that is imported, which take longer than a small run
+        config = load_config(["--training.gc_freq", "0", *case["options"]])
         Counted.gathered = 0
         hooks, printed, error = Faults(case["faults"]), io.StringIO(), None
         try:

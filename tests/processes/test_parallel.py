@@ -49,9 +49,11 @@ def all_cuts():
 
 
 @pytest.mark.parametrize(
-    "cuts, steps", [(CUTS, 8), pytest.param(list(all_cuts()), 30, marks=pytest.mark.long)], ids=["some", "all"]
+    "cuts, steps, warmup_steps",
+    [(CUTS, 4, 0), pytest.param(list(all_cuts()), 30, 20, marks=pytest.mark.long)],
+    ids=["some", "all"],
 )
-def test_same_numbers_however_it_is_cut(tmp_path, ranks, small_model, cuts, steps):
+def test_same_numbers_however_it_is_cut(tmp_path, ranks, small_model, cuts, steps, warmup_steps):
     """Some steps in float32 against one process with one micro-batch, printed as a table."""
     one = (1, "ZeRO-3", "none", 1, "micro_batch")
     print(f"\nranks {'sharding':9} checkpoints micro-batches {'reduced':11}     loss     norm  weights")
@@ -63,7 +65,7 @@ def test_same_numbers_however_it_is_cut(tmp_path, ranks, small_model, cuts, step
         options += " --activation_checkpoint.layers 2" if mode == "full" else ""
         dp_size = size // SHARING.get(sharding, 1)
         options += f" --training.local_batch_size {ROWS // dp_size // micro_batches} --training.steps {steps}"
-        options += f" --parallelism.gradient_reduction {reduced}"
+        options += f" --parallelism.gradient_reduction {reduced} --lr_scheduler.warmup_steps {warmup_steps}"
         answers = ranks.run(size, *COMMON, *options.split(), weights=weights)
         found = run_results(folder, weights, steps)
         if cut == one:

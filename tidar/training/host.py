@@ -47,5 +47,6 @@ def scheduled_gc(freq: int) -> Iterator[Callable[[int], None]]:
     try:
         yield collect
     finally:
-        gc.enable()
-        gc.unfreeze()
+        if freq:
+            gc.enable()
+            gc.unfreeze()

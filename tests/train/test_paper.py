@@ -1,5 +1,6 @@
 """The reduced form of the paper's table, its corpus, and what it counts."""
 
+import dataclasses
 import json
 import os
 import random
@@ -10,13 +11,24 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import forks
+import numpy as np
 import pytest
 
 from tidar.benchmarks.paper import __main__ as paper
 from tidar.benchmarks.paper import corpus as corpora
 from tidar.benchmarks.paper.corpus import Extent, Package, divide, find_packages, read_texts, stamp
-from tidar.benchmarks.paper.decoding import LEAST_LOOP, LEAST_REPEATS, LONGEST_PERIOD, counts, loop_start
-from tidar.benchmarks.paper.findings import FINDINGS, IDEAS
+from tidar.benchmarks.paper.decoding import (
+    GREEDY,
+    LEAST_LOOP,
+    LEAST_REPEATS,
+    LONGEST_PERIOD,
+    SAMPLED,
+    counts,
+    loop_start,
+    ratio_error,
+)
+from tidar.benchmarks.paper.findings import FINDINGS, IDEAS, Result, idea_row
+from tidar.benchmarks.paper.report import write_report
 from tidar.benchmarks.paper.runs import RUNS, run_config, select
 from tidar.config import UserError
 
@@ -46,6 +58,18 @@ def test_a_loop_adds_neither_tokens_nor_forwards():
     found = counts([looping, plain])
     assert found["tokens_per_forward"] == (3 + 4) / (1 + 3 + 1 + 2) and found["whole_texts"] == 67 / 22
     assert found["looped"] == 60 / 67
+
+
+def test_errors_of_ratios_are_those_of_resampled_prompts():
+    rng = np.random.default_rng(0)
+    forwards = rng.integers(20, 200, 300)
+    first, second = (np.stack([forwards * rng.uniform(1, 3, 300), forwards], axis=1) for _ in range(2))
+    second = 0.8 * first * [1.3, 1] + 0.2 * second  # two models that find the same prompts hard
+    chosen = rng.integers(0, 300, (4000, 300))
+    ratios = [(one[:, 0][chosen].sum(axis=1) / one[:, 1][chosen].sum(axis=1)) for one in (first, second)]
+    assert ratio_error(first) == pytest.approx(ratios[0].std(), rel=0.06)
+    assert ratio_error(first, second) == pytest.approx((ratios[1] / ratios[0]).std(), rel=0.06)
+    assert ratio_error(first, second) < 0.5 * ratio_error(second) and ratio_error(first, first) == 0
 
 
 def test_the_corpus_is_a_function_of_the_packages(tmp_path):
@@ -92,6 +116,49 @@ def test_every_run_is_one_of_the_trainer(tmp_path, monkeypatch):
         assert list(RUNS).index(run.starts_from or run.name) <= list(RUNS).index(run.name)
     assert {name for finding in FINDINGS for name in finding.needs} | {*IDEAS, *IDEAS.values()} <= set(RUNS)
     assert [run.name for run in select(["continued-8"])] == ["causal", "continued-8"]
+
+
+def result(ar_loss: float, tokens: int) -> Result:
+    """Of a run that decodes two prompts with so many tokens in 100 forward passes."""
+    decoded = {"tokens_per_forward": tokens / 100, "error": 0.1, "whole_texts": 1.0, "looped": 0.0}
+    decoded["by_text"] = [(tokens // 2, 40), (tokens - tokens // 2, 60)]
+    hows = [*GREEDY, *SAMPLED]
+    evaluation = {"decoding": dict.fromkeys(hows, decoded), "judged": dict.fromkeys(SAMPLED, 1.0), "seconds": 1.0}
+    evaluation |= {"equal": 0.5, "equal_float32": 1.0, "exact_prompts": 16, "speed": {"ar": 1.0, "tidar": 2.0}}
+    training = {"steps": 9, "seconds": 1.0, "tokens_per_second": 1.0, "val/ar_loss": ar_loss}
+    training |= {f"val/{name}_at/{k}": 1.02 * ar_loss for name in ("diffusion_loss", "accuracy_diff") for k in range(8)}
+    return Result(training, evaluation)
+
+
+def test_findings(tmp_path, monkeypatch):
+    """Of results made up, in which each holds, and each fails for its reason; and of some of the runs."""
+    results = {name: result(2.0, 300) for name in RUNS}
+    results |= {"tidar-4": result(2.0, 250), "tidar-16": result(2.0, 350), "random-8": result(2.0, 270)}
+    results |= {"random-8-seed-1": result(2.0, 290), "continued-8": result(1.9, 290), "causal-more": result(1.89, 0)}
+    results |= {"own-text-8": result(2.009, 315), "own-targets-more-8": result(2.011, 330)}
+    assert [finding.row(results)[1] for finding in FINDINGS] == ["held"] * len(FINDINGS)
+    assert idea_row("own-text-8", results)[-1] == "yes" and idea_row("own-targets-more-8", results)[-1] == "no"
+    main = results["tidar-8"]
+    for number, worse in enumerate(
+        (
+            {"tidar-16": result(2.0, 299)},
+            {"random-8": result(2.0, 340)},
+            {"causal-more": result(1.88, 0)},
+            {"tidar-8": dataclasses.replace(main, evaluation=main.evaluation | {"equal_float32": 0.9})},
+            {"ar-heavy-8": result(2.0, 331)},
+            {"tidar-8": dataclasses.replace(main, training=main.training | {"val/ar_loss": 1.9})},
+            {"continued-8": result(1.9, 260)},
+        )
+    ):
+        assert FINDINGS[number].row(results | worse)[1] == "**not held**", number
+    corpus = {"files": {"training": 9, "held_out": 1}, "tokens": {"training": 9, "held_out": 1}, "packages": 2}
+    corpus |= {"held_out_packages": ["a"], "vocabulary": 9, "digest": "d", "skipped": {}}
+    rng = random.Random(0)
+    for share in (0, 0.5, 0.5, 0.5, 1):
+        some = {name: one for name, one in results.items() if rng.random() < share or share == 1}
+        monkeypatch.setattr("tidar.benchmarks.paper.report.read_results", lambda folder, some=some: some)
+        report = write_report(tmp_path, corpus, paper.FULL, 60.0).read_text()
+        assert f"{len(some)} of {len(RUNS)} runs" in report and ("not measured" in report) == (len(some) < len(RUNS))
 
 
 @pytest.fixture(scope="module")

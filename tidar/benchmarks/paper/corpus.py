@@ -24,7 +24,7 @@ from tidar.data.source import visible
 
 LARGEST_FILE = 2**20  # bytes; larger ones are tables
 VOCABULARY_BYTES = 2**24  # of text from which the vocabulary is made
-BYTES_PER_PROCESS = 2**23  # least work for which a process is started that tokenises
+BYTES_PER_PROCESS = 2**24  # least work for which a process is started that tokenises
 END_OF_TEXT = "<|endoftext|>"
 
 

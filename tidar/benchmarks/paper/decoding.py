@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -47,40 +48,57 @@ def loop_start(tokens: Sequence[int]) -> int:
     """Index from which a text repeats a pattern of at most LONGEST_PERIOD tokens, at least LEAST_REPEATS more times and
     for at least LEAST_LOOP tokens. The length of the text if it does not.
     """
-    first = len(tokens)
-    for period in range(1, LONGEST_PERIOD + 1):
-        needed, run = max(LEAST_REPEATS * period, LEAST_LOOP), 0
-        for index in range(len(tokens) - period - 1, -1, -1):
-            run = run + 1 if tokens[index] == tokens[index + period] else 0
-            if run >= needed:
-                first = min(first, index)
-    return first
+    text, n = np.array(tokens), len(tokens)
+    periods, index = np.arange(1, LONGEST_PERIOD + 1)[:, None], np.arange(n)
+    needed = np.maximum(LEAST_REPEATS * periods, LEAST_LOOP)
+    later, ends = index + periods, index + needed  # [periods, n]
+    same = (later < n) & (text[later.clip(max=n - 1)] == text)
+    sums = np.pad(same.cumsum(axis=1), ((0, 0), (1, 0)))
+    repeats = np.take_along_axis(sums, ends.clip(max=n), axis=1) - sums[:, :-1] == needed
+    found = np.flatnonzero((repeats & (ends <= n)).any(axis=0))
+    return int(found[0]) if len(found) else n
 
 
-def counts(completions: Sequence[Completion]) -> dict[str, float]:
+def counts(completions: Sequence[Completion]) -> dict[str, Any]:
     """Tokens per forward pass of texts up to where each begins to loop, with its standard error over texts; that of
-    whole texts; and the share of tokens that loop.
+    whole texts; and the share of tokens that loop. by_text: tokens and forward passes of each up to there.
 
     The pass that reaches the loop is counted whole.
     """
-    tokens, forwards, whole, passes = [], [], 0, 0
+    by_text = []
     for completion in completions:
         start = loop_start(completion.tokens)
         ends = list(itertools.accumulate(completion.accepted))
-        tokens.append(start)
-        forwards.append(1 + next((n for n, end in enumerate(ends, start=1) if end >= start), len(ends)) if start else 0)
-        whole += len(completion.tokens)
-        passes += completion.n_forwards
-    ratio = sum(tokens) / sum(forwards) if sum(forwards) else 0.0
-    squares = sum((t - ratio * f) ** 2 for t, f in zip(tokens, forwards))
+        passes = 1 + next((n for n, end in enumerate(ends, start=1) if end >= start), len(ends)) if start else 0
+        by_text.append((start, passes))
+    before_loops, whole = sum(tokens for tokens, _ in by_text), sum(len(one.tokens) for one in completions)
+    passes, all_passes = sum(passes for _, passes in by_text), sum(one.n_forwards for one in completions)
     return {
-        "tokens_per_forward": ratio,
-        "error": math.sqrt(squares) / sum(forwards) if sum(forwards) else 0.0,
-        "whole_texts": whole / passes,
-        "looped": 1 - sum(tokens) / whole,
+        "tokens_per_forward": before_loops / passes if passes else 0.0,
+        "error": ratio_error(by_text),
+        "whole_texts": whole / all_passes,
+        "looped": 1 - before_loops / whole,
         "tokens": whole,
-        "forwards": passes,
+        "forwards": all_passes,
+        "by_text": by_text,
     }
+
+
+def ratio_error(*by_text: Sequence[Sequence[int]]) -> float:
+    """Standard error of the tokens per forward pass of some texts; given two decodings of the same prompts, that of
+    the second one's relative to the first one's, minus 1: what both find hard or easy counts in neither.
+
+    By the delta method: the relative change of a ratio is that of its numerator less that of its denominator.
+    """
+    influences = np.zeros(len(by_text[0]))
+    ratio = 1.0
+    for sign, counted in zip((1, -1), reversed(by_text)):
+        tokens, forwards = np.array(counted, dtype=float).T
+        if not tokens.sum():
+            return 0.0
+        ratio *= (tokens.sum() / forwards.sum()) ** sign
+        influences += sign * (tokens / tokens.sum() - forwards / forwards.sum())
+    return float(ratio * math.sqrt((influences**2).sum()))
 
 
 def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidar.benchmarks.paper.decoding import read_evaluation
+from tidar.benchmarks.paper.decoding import ratio_error, read_evaluation
 from tidar.benchmarks.paper.runs import MAIN, RUNS, is_finished, trained
 
 # an idea is worth it from this gain in tokens per forward on, at an autoregressive loss that is at most so much higher
@@ -27,6 +27,12 @@ class Result:
 
     def decoded(self, how: str, name: str = "tokens_per_forward") -> float | None:
         return self.evaluation["decoding"].get(how, {}).get(name)
+
+    def gain(self, base: "Result", how: str) -> tuple[float, float]:
+        """Relative gain in tokens per forward pass over another run, and its standard error over their prompts."""
+        decoded = [one.evaluation["decoding"][how] for one in (base, self)]
+        ratio = decoded[1]["tokens_per_forward"] / decoded[0]["tokens_per_forward"]
+        return ratio - 1, ratio_error(*(one["by_text"] for one in decoded))
 
     def judged(self, how: str) -> float | None:
         return self.evaluation.get("judged", {}).get(how)
@@ -79,12 +85,13 @@ def _grows(results: Results) -> tuple[bool, str]:
 def _full_beats_random(results: Results) -> tuple[bool, str]:
     pairs = [(MAIN, "random-8"), ("tidar-8-seed-1", "random-8-seed-1")]
     pairs = [pair for pair in pairs if all(name in results for name in pair)]
-    ratios, texts = [], []
-    for title, how in (("greedy", "greedy"), ("temperature 1", "temperature 1")):
+    means, texts = [], []
+    for how in ("greedy", "temperature 1"):
         full, random = ([results[pair[i]].decoded(how) or 0.0 for pair in pairs] for i in (0, 1))
-        ratios.append(sum(full) / sum(random))
-        texts.append(f"{title} {_join(full)} to {_join(random)} ({ratios[-1] - 1:+.1%})")
-    return min(ratios) > 1, f"{len(pairs)} seeds: {'; '.join(texts)}"
+        gains = [results[full].gain(results[random], how) for full, random in pairs]
+        means.append(sum(gain for gain, _ in gains) / len(gains))
+        texts.append(f"{how} {_join(full)} to {_join(random)} ({', '.join(_percent(*gain) for gain in gains)})")
+    return min(means) > 0, f"{'; '.join(texts)}; seeds: {len(pairs)}"
 
 
 def _same_ar_loss(results: Results) -> tuple[bool, str]:
@@ -126,6 +133,10 @@ def _continued(results: Results) -> tuple[bool, str]:
     losses, greedy = [f"{one.ar_loss:.4f} to" for one in (continued, scratch)], (continued.greedy, scratch.greedy)
     held = continued.ar_loss < scratch.ar_loss and greedy[0] >= (1 - ROBUST) * greedy[1]
     return held, f"AR loss {' '.join(losses).removesuffix(' to')}, greedy {greedy[0]:.2f} to {greedy[1]:.2f}"
+
+
+def _percent(gain: float, error: float) -> str:
+    return f"{gain:+.1%} ± {error:.1%}"
 
 
 def _join(values: Any) -> str:
@@ -178,7 +189,7 @@ def idea_row(name: str, results: Results) -> list[str]:
     if missing:
         return [title, f"`{other}`", "", "", "", f"not measured: needs {', '.join(missing)}"]
     idea, base = results[name], results[other]
-    gains = [idea.greedy / base.greedy - 1, idea.sampled / base.sampled - 1]
+    gains = [idea.gain(base, how) for how in ("greedy", "temperature 1")]
     loss = idea.ar_loss / base.ar_loss - 1
-    worth = gains[0] >= GAIN and loss <= SAME_LOSS
-    return [title, f"`{other}`", *(f"{gain:+.1%}" for gain in gains), f"{loss:+.2%}", "yes" if worth else "no"]
+    worth = gains[0][0] >= GAIN and loss <= SAME_LOSS
+    return [title, f"`{other}`", *(_percent(*gain) for gain in gains), f"{loss:+.2%}", "yes" if worth else "no"]

@@ -102,7 +102,7 @@ class Scale:
     continued_steps: int | None = None
 
 
-FULL = Scale(CONFIGS / "base.toml", Extent(), prompts=128, new_tokens=256, own_prompts=8192)
+FULL = Scale(CONFIGS / "base.toml", Extent(), prompts=256, new_tokens=256, own_prompts=8192)
 SMOKE = Scale(
     CONFIGS / "smoke.toml",
     Extent(vocabulary=511, held_out=0.1, most_bytes=2**19),

@@ -37,6 +37,9 @@ CASES = {
     "1.5b-4096x8": "--model.name qwen2.5-1.5b --training.seq_len 4096 --training.local_batch_size 8 "
     "--training.loss_chunk_size 16384",
     "1.5b-16384": "--model.name qwen2.5-1.5b --training.seq_len 16384 --training.local_batch_size 1",
+    "1.5b-32768": "--model.name qwen2.5-1.5b --training.seq_len 32768 --training.local_batch_size 1",
+    # without checkpointing for two H200s, --parallelism.context_parallel_degree 2
+    "1.5b-65536": "--model.name qwen2.5-1.5b --training.seq_len 65536 --training.local_batch_size 1",
     "4b-4096": "--model.name qwen3-4b --training.seq_len 4096 --training.local_batch_size 2",
     "8b-4096": "--model.name qwen3-8b --training.seq_len 4096 --training.local_batch_size 2 "
     "--optimizer.state_dtype bfloat16 --parallelism.fsdp_reshard_after_forward always "

@@ -1,60 +1,18 @@
-"""Files to documents: every format, and every way in which they are bad."""
+"""Files to documents: formats, tokens, paths, and every way in which they are bad."""
 
 import gzip
 import json
-import os
-import pickle
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from corpora import TEXTS, as_bytes, documents, load, write_texts
 from small_models import SPECIAL_TOKENS, write_tokenizer
 from transformers import AutoTokenizer
 
-from tidar.config import UserError, load_config
-from tidar.data import Corpus, data_tokenizer, load_data, load_tokenizer, make_rows
-from tidar.data.source import lines_before, read_records
-from tidar.data.text import Text
-
-
-def load(tmp_path: Path, *options: str):
-    """The corpora of a run in a folder of its own."""
-    number = len(list(tmp_path.glob("run-*")))
-    config = load_config([*options, "--job.dump_folder", str(tmp_path / f"run-{number}")])
-    name = config.data.tokenizer
-    return config, load_data(config, data_tokenizer(config.data, load_tokenizer(name) if name else None))
-
-
-def documents(corpus: Corpus) -> list[list[int]]:
-    return [corpus.read(start, end - start)[0].tolist() for start, end in zip(corpus.offsets, corpus.offsets[1:])]
-
-
-def as_bytes(texts: list[str]) -> list[list[int]]:
-    return [[*text.encode(), 256] for text in texts if text]
-
-
-TEXTS = ["one", "zwei — ü", "三\nlines", "x" * 5000, "", "last"]
-
-
-def write_texts(folder: Path) -> dict[str, list[str]]:
-    """The same texts in every format; what each path holds."""
-    folder.mkdir()
-    lines = "\r\n\n".join(json.dumps({"text": text, "other": 1}, ensure_ascii=False) for text in TEXTS)
-    (folder / "a.jsonl").write_bytes(lines.encode())  # no newline at its end
-    with gzip.open(folder / "b.JSONL.GZ", "wt", encoding="utf-8") as file:
-        file.write(lines)
-    (folder / "plain").mkdir()
-    for number, text in enumerate(TEXTS):
-        (folder / "plain" / f"{number}.txt").write_text(text, encoding="utf-8")
-    return {
-        "a.jsonl": TEXTS,
-        "b.JSONL.GZ": TEXTS,
-        "plain": TEXTS,
-        "plain/[13].txt": [TEXTS[1], TEXTS[3]],
-        "": TEXTS * 3,
-    }
+from tidar.config import UserError
+from tidar.data import load_tokenizer, make_rows
 
 
 def test_text_in_every_format(tmp_path, monkeypatch):
@@ -78,25 +36,6 @@ def test_parquet_and_zstd(tmp_path):
     parquet.write_table(pyarrow.table({"text": [*TEXTS[:4], None]}), tmp_path / "in" / "a.parquet", row_group_size=2)
     with pytest.raises(UserError, match=r"a.parquet: row 5: has no text in the field"):
         load(tmp_path, *options)
-
-
-def test_lines_are_divided_without_loss(tmp_path, monkeypatch):
-    """Whatever the size of a part, shorter or longer than a line, and wherever a line ends."""
-    file = tmp_path / "a.jsonl"
-    texts = [f"{number}" + "-" * (number * 7 % 23) for number in range(40)]
-    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
-    file.write_bytes(b"".join(lines))
-    for size in (1, 2, 17, len(lines[0]), len(lines[0]) + len(lines[1]), 300, 10**6):
-        monkeypatch.setattr("tidar.data.source.PART_BYTES", size)
-        source = Text(load_config([]).data, load_tokenizer("bytes"))
-        parts = source.parts([str(file)])
-        found = [
-            (line, source.place(part, index, lines_before(part)))
-            for part in parts
-            for index, line in enumerate(read_records(part))
-        ]
-        assert [line for line, _ in found] == lines
-        assert [place for _, place in found] == [f"{file}: line {number}" for number in range(1, 41)]
 
 
 def test_a_tokenizer_and_the_end_of_documents(tmp_path):
@@ -162,109 +101,6 @@ def test_weights_and_validation_paths(tmp_path):
     assert not set(texts(training)) & set(texts(held_out)) and 100 <= len(texts(held_out)) <= 130
     with pytest.raises(UserError, match="data.weights: 1 numbers for 2 paths"):
         make_rows(*load(tmp_path, *options, "--data.weights", "1"))
-
-
-class Malicious:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_gumiho_files(tmp_path):
-    """Tensors or lists, of shape [S] or [1, S], in a fixed order, links followed; other keys do not matter."""
-    folder = tmp_path / "in" / "deep"
-    folder.mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    expected = []
-    kinds = [
-        (lambda x: torch.tensor(x), lambda x: torch.tensor(x)),
-        (lambda x: [x], lambda x: torch.tensor([x]).float()),
-        (lambda x: x, lambda x: torch.tensor(x).bool()),
-        (lambda x: torch.tensor([x], dtype=torch.int32), lambda x: [x]),
-    ]
-    for number, (make_ids, make_mask) in enumerate(kinds):
-        ids = list(range(number, number + 5))
-        mask = [i % 2 for i in ids]
-        where = tmp_path / "elsewhere" if number == 3 else folder
-        saved = {"input_ids": make_ids(ids), "loss_mask": make_mask(mask), "hidden_state": torch.ones(100)}
-        torch.save(saved, where / f"{number}.ckpt")
-        expected.append((ids, mask))
-    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "in" / "link" / "loop").symlink_to(tmp_path / "in")
-    _, data = load(tmp_path, "--data.source", "gumiho", "--data.paths", str(tmp_path / "in"))
-    (corpus,) = data.training
-    assert documents(corpus) == [ids for ids, _ in expected]
-    assert corpus.read(0, 20)[1].tolist() == [value for _, mask in expected for value in mask]
-    assert data.n_ids == 8
-
-
-def test_bad_gumiho_files(tmp_path):
-    trap, folder = tmp_path / "trap", tmp_path / "in"
-    folder.mkdir()
-    write_tokenizer(tmp_path / "tokenizer")
-    good = {"input_ids": torch.arange(5), "loss_mask": torch.ones(5)}
-    torch.save(good, folder / "0.ckpt")
-    torch.save(good, tmp_path / "whole.ckpt")
-    contents = {
-        "cannot be read safely": lambda file: file.write_bytes((tmp_path / "whole.ckpt").read_bytes()[:-200]),
-        "has no loss_mask": lambda file: torch.save({"input_ids": [1, 2]}, file),
-        "has 5 input_ids and 4 values": lambda file: torch.save(good | {"loss_mask": torch.ones(4)}, file),
-        "holds the token 263: must be from 0 to 262": lambda file: torch.save(
-            good | {"input_ids": [1, 263, 2, 3, 4]}, file
-        ),
-        "holds the token -1": lambda file: torch.save(good | {"input_ids": [1, -1, 2, 3, 4]}, file),
-        "holds no tokens": lambda file: torch.save({"input_ids": [], "loss_mask": []}, file),
-        "is empty": lambda file: file.write_bytes(b""),
-        "cannot be read safely as": lambda file: torch.save(good | {"more": Malicious(trap)}, file),
-        "cannot be read safely as a": lambda file: file.write_bytes(pickle.dumps(Malicious(trap))),
-        "must be a dict": lambda file: torch.save([1, 2], file),
-        "input_ids are float32": lambda file: torch.save(good | {"input_ids": torch.ones(5)}, file),
-        "shape [2, 5]": lambda file: torch.save(good | {"input_ids": torch.ones(2, 5)}, file),
-        "must be numbers": lambda file: torch.save(good | {"loss_mask": ["a"] * 5}, file),
-        "other values than 0 and 1": lambda file: torch.save(good | {"loss_mask": torch.full((5,), 0.5)}, file),
-    }
-    options = ["--data.source", "gumiho", "--data.paths", str(folder), "--data.tokenizer", str(tmp_path / "tokenizer")]
-    for message, write in contents.items():
-        write(folder / "1.ckpt")
-        with pytest.raises(UserError) as error:
-            load(tmp_path, *options)
-        assert str(error.value).startswith(f"{folder / '1.ckpt'}: ") and message in str(error.value)
-        assert len(str(error.value).splitlines()) == 1
-        _, data = load(tmp_path, *options, "--data.on_error", "skip")
-        assert len(data.training[0]) == 1 and data.training[0].meta["dropped"] == 1
-    assert not trap.exists()
-
-
-BAD_LINES = {
-    '{"text": "a"': "is not JSON",
-    '{"other": "a"}': 'has no text in the field "text" (data.text_field)',
-    "[1]": 'has no text in the field "text"',
-    '{"text": 3}': 'has no text in the field "text"',
-    '{"text": "\\ud800"}': "lone surrogate",
-    b'{"text": "\xff\xfe"}': "is not UTF-8",
-}
-
-
-@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_named_or_counted(line, tmp_path, monkeypatch):
-    """Its number is that in the file, also where the file is read in parts."""
-    monkeypatch.setattr("tidar.data.source.PART_BYTES", 50)
-    bad = line if isinstance(line, bytes) else line.encode()
-    good = b'{"text": "good"}\n'
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(good * 20 + b"\n" + bad + b"\n" + good * 3)
-    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(file)]
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    with pytest.raises(UserError) as error:
-        load(tmp_path, *options)
-    assert str(error.value).startswith(f"{file}: line 22: ") and BAD_LINES[line] in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-    _, data = load(tmp_path, *options, "--data.on_error", "skip")
-    assert documents(data.training[0]) == as_bytes(["good"] * 23)
-    dropped = next(tmp_path.glob("run-*/data/training/dropped.txt")).read_text()
-    assert dropped.startswith(f"{file}: line 22: ") and data.training[0].meta["dropped"] == 1
 
 
 def test_bad_chats_and_plain_files(tmp_path):
@@ -381,81 +217,12 @@ def test_files_are_found_or_missed_aloud(tmp_path):
         load(tmp_path, *options, str(tmp_path / "d.parquet"))
 
 
-def test_odd_tensors_are_bad_documents(tmp_path):
-    """What torch.save can hold and a row of tokens cannot be; a tensor that takes a graph is one like any other."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    ids = torch.arange(5)
-    torch.save({"input_ids": ids, "loss_mask": torch.ones(5, requires_grad=True)}, folder / "0.ckpt")
-    for number, mask in enumerate(
-        [torch.zeros(1).expand(10**13), torch.ones(5).to_sparse(), torch.ones(5, device="meta"), torch.ones(5, 1, 1)], 1
-    ):
-        torch.save({"input_ids": ids, "loss_mask": mask}, folder / f"{number}.ckpt")
-    torch.save({"input_ids": [2**32 - 1], "loss_mask": [1]}, folder / "5.ckpt")
-    _, data = load(tmp_path, "--data.source", "gumiho", "--data.paths", str(folder), "--data.on_error", "skip")
-    assert documents(data.training[0]) == [ids.tolist()] and data.training[0].meta["bad_documents"] == 5
-
-
 def test_validation_paths_of_python_source(tmp_path):
     """The standard library is there to train on, and not among them."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.py").write_text("x = 1\n")
     _, data = load(tmp_path, "--validation.paths", str(tmp_path / "own"))
     assert documents(data.validation[0]) == as_bytes(["x = 1\n"]) and len(data.training[0]) > 100
-
-
-def json_array(layout: str, values: list) -> bytes:
-    """A JSON array of these values in one of the layouts in which arrays are written."""
-    if layout == "one line":
-        return json.dumps(values, ensure_ascii=False).encode()
-    if layout == "indented":
-        return b"\xef\xbb\xbf\n " + json.dumps(values, indent=3).encode() + b"\n\n"
-    return b"[\r\n" + b",\r\n".join(json.dumps(value).encode() for value in values) + b"\r\n]"
-
-
-@pytest.mark.parametrize("layout", ["one line", "indented", "a line each"])
-def test_json_arrays(layout, tmp_path, monkeypatch):
-    """Every element once, wherever parts and blocks end; what looks like structure in strings is none."""
-    rng = np.random.default_rng(len(layout))
-    words = ["[", "]", "{", "}", '"', "\\", '\\"', ",", "},\n{", "ü", "三", "a", " ", "\n"]
-    texts = ["".join(rng.choice(words, size=rng.integers(0, 40))) for _ in range(120)]
-    content = json_array(layout, [{"text": text, "more": [[1, {"x": "]"}], None]} for text in texts])
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.json").write_bytes(content)
-    with gzip.open(tmp_path / "in" / "b.JSON.GZ", "wb") as file:
-        file.write(content)
-    (tmp_path / "in" / "c.json").write_bytes(b" [ ] ")
-    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "in")]
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    for part_bytes, block in ((1, 7), (100, 3), (1000, 64), (10**6, 2**20)):
-        monkeypatch.setattr("tidar.data.source.PART_BYTES", part_bytes)
-        monkeypatch.setattr("tidar.data.json_array.CHUNK", block)
-        config, data = load(tmp_path, *options)
-        assert documents(data.training[0]) == as_bytes(texts * 2)
-        parts = Text(config.data, load_tokenizer("bytes")).parts([str(tmp_path / "in" / "a.json")])
-        assert part_bytes == 10**6 or len(parts) > min(len(texts), len(content) / part_bytes) / 2
-
-
-@pytest.mark.parametrize(
-    "content, place, reason",
-    [
-        (b'[{"text": "a"}, {"text": }, {"text": "b"}]', "element 2", "is not JSON"),
-        (b'[{"text": "a"}, {"text": "b"}, 3]', "element 3", "has no text in the field"),
-        (b'[{"text": "a"}, {"text": "b"}] {}', "element 3", "there is more behind the end of the JSON array"),
-        (b'[{"text": "a"}, {"text": "b"},', "element 3", "the JSON array has no end"),
-        (b'[{"text": "a"}, {"text": "b"}, {"text": "c', "element 3", "the JSON array has no end"),
-    ],
-)
-def test_bad_json_arrays(content, place, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr("tidar.data.source.PART_BYTES", 10)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    (tmp_path / "a.json").write_bytes(content)
-    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "a.json")]
-    with pytest.raises(UserError) as error:
-        load(tmp_path, *options)
-    assert str(error.value).startswith(f"{tmp_path / 'a.json'}: {place}: ") and reason in str(error.value)
-    _, data = load(tmp_path, *options, "--data.on_error", "skip")
-    assert documents(data.training[0]) == as_bytes(["a", "b"]) and data.training[0].meta["bad_documents"] == 1
 
 
 def test_names_that_begin_with_a_dot(tmp_path):
@@ -495,33 +262,6 @@ def test_a_path_that_does_not_exist(source, tmp_path):
         load(tmp_path, "--data.source", source, "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "nothing"))
 
 
-def test_compressed_gumiho_files(tmp_path, monkeypatch):
-    """SpecForge writes them. One that is damaged, or grows beyond a bound, is a bad document."""
-    (tmp_path / "in").mkdir()
-    torch.save({"input_ids": torch.arange(5), "loss_mask": torch.ones(1, 5)}, tmp_path / "a.ckpt")
-    packed = gzip.compress((tmp_path / "a.ckpt").read_bytes())
-    (tmp_path / "in" / "a.ckpt.gz").write_bytes(packed)
-    (tmp_path / "in" / "B.CKPT.GZ").write_bytes(packed)
-    options = ["--data.source", "gumiho", "--data.paths", str(tmp_path / "in")]
-    _, data = load(tmp_path, *options)
-    assert documents(data.training[0]) == [[0, 1, 2, 3, 4]] * 2
-    bad = {
-        "cannot be read": packed[:-20],
-        "cannot be read (Not a gzipped file": b"plain" + packed,
-        "cannot be read safely as a file of torch.save": gzip.compress(pickle.dumps(Malicious(tmp_path / "trap"))),
-        "is empty": b"",
-    }
-    for reason, content in bad.items():
-        (tmp_path / "in" / "a.ckpt.gz").write_bytes(content)
-        with pytest.raises(UserError) as error:
-            load(tmp_path, *options)
-        assert str(error.value).startswith(f"{tmp_path / 'in' / 'a.ckpt.gz'}: {reason}")
-    monkeypatch.setattr("tidar.data.gumiho.MOST_BYTES", 100)
-    with pytest.raises(UserError, match="B.CKPT.GZ: holds more than 100 bytes when decompressed"):
-        load(tmp_path, *options)
-    assert not (tmp_path / "trap").exists()
-
-
 def test_a_bug_is_no_bad_document(tmp_path, monkeypatch):
     """An exception of the trainer's own code ends the run; data.on_error = skip does not hide it."""
     monkeypatch.setattr("tidar.data.text.parse_json", lambda record: record < 3)
@@ -529,36 +269,3 @@ def test_a_bug_is_no_bad_document(tmp_path, monkeypatch):
     options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.on_error", "skip"]
     with pytest.raises(TypeError):
         load(tmp_path, *options, "--data.paths", str(tmp_path / "a.jsonl"))
-
-
-def test_chats_of_parquet_and_of_arrays(tmp_path):
-    """Structs whose fields are null are none, turns of weight 0 are context, and an array's records are JSON lines'."""
-    write_tokenizer(tmp_path / "tokenizer")
-    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls or '' }}<|im_end|>\n"
-    template = "{% for m in messages %}" + turn + "{% endfor %}"
-    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
-    turns = [("system", "s", None), ("user", "a", 1), ("assistant", "b", 0), ("user", "c", None), ("assistant", "d", 1)]
-    empty = {"tool_calls": [{"function": {"name": None, "arguments": None}}], "function_call": {"name": None}}
-    messages = [{"role": role, "content": text, "weight": weight, **empty} for role, text, weight in turns[1:]]
-    records = [{"system": "s", "messages": messages, "tools": [{"name": None}], "score": 1.5}] * 3
-    (tmp_path / "a.json").write_text(json.dumps(records, indent=1))
-    paths = [tmp_path / "a.json"]
-    if find_spec("pyarrow"):
-        import pyarrow.parquet
-
-        paths.append(tmp_path / "b.parquet")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), paths[1])
-    backend = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    expected = []
-    for role, text, weight in turns:
-        pieces = [
-            (f"<|im_start|>{role}\n", 0),
-            (f"{text}<|im_end|>", int(role == "assistant" and weight == 1)),
-            ("\n", 0),
-        ]
-        expected += [(token, flag) for piece, flag in pieces for token in backend(piece)["input_ids"]]
-    options = ["--data.source", "chat", "--data.tokenizer", str(tmp_path / "tokenizer"), "--validation.enable", "false"]
-    for path in paths:
-        _, data = load(tmp_path, *options, "--data.paths", str(path))
-        tokens, mask = data.training[0].read(0, len(data.training[0].tokens))
-        assert list(zip(tokens.tolist(), mask.tolist())) == expected * 3

@@ -221,7 +221,8 @@ def write_own_text(folder: Path, name: str, temperature: float, config: Config, 
     texts = prepared.parent / f"{prepared.name}.jsonl"
     if not texts.is_file():
         inputs = load_inputs(config, prepares=False)
-        engine = load(last_step(folder, name), max_batch_size=min(256, scale.own_prompts))
+        # so many at one time that the kernels take longer than their launch, and a graph would save nothing
+        engine = load(last_step(folder, name), max_batch_size=1024, graph=False)
         prompts = held_out_prompts(make_rows(config, inputs.data)[0], scale.own_prompts)
         n_new = min(scale.new_tokens, n_new_tokens(config.training.seq_len))
         ends = end_tokens(engine, inputs.tokenizer)

@@ -21,6 +21,7 @@ from tidar.models.huggingface import ModelSpec
 from tidar.training import trainer
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.hooks import Hooks
+from tidar.training.run_lock import RunLock
 
 
 class Faulty(Hooks):
@@ -81,6 +82,13 @@ def train_on_full_disk(n_bytes: int, options: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     sys.argv[1:] = options
     train.main()
+
+
+def hold_folder(folder: Path) -> None:
+    """As a run that is in it, until it is killed."""
+    lock = RunLock(folder)
+    print("holds", lock, flush=True)
+    time.sleep(1000)
 
 
 def prepare_small_parts(n_bytes: int, options: list[str]) -> None:

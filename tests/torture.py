@@ -32,6 +32,7 @@ from tidar import train
 from tidar.distributed import Watchdog
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.manifest import saved_steps
+from tidar.models.sizes import SIZES
 from tidar.training import trainer
 from tidar.training.checkpoint import writer
 from tidar.training.checkpoint.checkpointer import Checkpointer
@@ -46,6 +47,8 @@ SHAPES = (
     (1, ""),
 )
 METHODS = ("_stage", "_write", "_commit", "_remove_old")
+# of the debug model here: a phase of a save lasts as long as it is told, whatever is saved
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 OPTIONS = f"""
     --training.seq_len 16 --training.local_batch_size 2 --training.global_batch_size 4 --training.steps {STEPS}
     --checkpoint.interval {INTERVAL} --checkpoint.keep_latest_k 2 --metrics.log_freq 1 --validation.enable false
@@ -276,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(arguments)
+    SIZES["debug"] |= SHAPE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = prepare(folder)

@@ -101,11 +101,12 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path, uneven_data):
 def test_the_clock_saves_and_stops(tmp_path, ranks, uneven_data):
     """All ranks at the same step; the next start counts its minutes from 0."""
     options = [*uneven_data.split(), *OPTIONS.split()[2:], "100000", "--job.dump_folder", str(tmp_path)]
-    answers = ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05")
+    late = [(0, step, "data") for step in range(1000)]  # a step takes time, and little of the processor's
+    answers = ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05", faults=late)
     assert all(answer["error"] is None for answer in answers)
     (first,) = re.findall(r"stopped after step (\d+) by checkpoint.max_wall_minutes", answers[0]["printed"])
     assert outcome(tmp_path)["step"] == int(first) > 2
-    ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05")
+    ranks.run(2, *options, "--checkpoint.max_wall_minutes", "0.05", faults=late)
     assert outcome(tmp_path)["outcome"] == "stopped" and outcome(tmp_path)["step"] > int(first)
 
 

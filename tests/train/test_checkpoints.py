@@ -4,10 +4,11 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import faulty
+import forks
 import pytest
 import torch
 from results import batch_losses, read_metrics
@@ -110,19 +111,18 @@ def test_a_folder_is_one_runs(tmp_path, train):
     train(tmp_path, "--training.steps", "1")
     leave_world()
     written = (tmp_path / "metrics.jsonl").read_text()
-    hold = "import sys; from pathlib import Path; from tidar.training.run_lock import RunLock; "
-    hold += "lock = RunLock(Path(sys.argv[1])); print(flush=True); input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    holder.stdout.readline()
+    log = tmp_path / "log"
+    holder = forks.start(faulty.hold_folder, tmp_path, log=log)
+    while not log.exists() or not log.read_text():
+        assert holder.is_alive()
+        time.sleep(0.01)
     with pytest.raises(
         UserError, match=f"another run is in it, process {holder.pid} on .*; wait for its end, or choose another"
     ):
         train(tmp_path, "--training.steps", "2")
     leave_world()
     holder.kill()
-    holder.wait()
+    holder.join()
     assert (tmp_path / "metrics.jsonl").read_text() == written
     train(tmp_path, "--training.steps", "2")
 

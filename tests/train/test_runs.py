@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -226,12 +225,20 @@ def test_bad_runs_are_refused_in_two_lines(tmp_path, call, monkeypatch):
         assert BAD_RUNS[arguments] in error and len(error.splitlines()) <= 2
 
 
-def test_the_launcher_passes_a_refusal_on():
-    command = ["env", f"PYTHON={sys.executable}", "CONFIG_FILE=/no/such.toml", "./run_train.sh"]
+def test_the_launcher_passes_a_refusal_on(tmp_path, call):
+    """What the check prints and no more, and starts nothing."""
+    code, _, error = call(check.main, "--job.config_file", "/no/such.toml")
+    assert code == 1 and "job.config_file = /no/such.toml: cannot be read" in error and len(error.splitlines()) <= 2
+    # an interpreter that is asked where the environment is, and then to check
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n*environment.py) echo "$0" ;;\n"-m tidar.check --job.config_file /no/such.toml") '
+        "echo refused >&2; exit 1 ;;\n*) echo started ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    command = ["env", f"PYTHON={python}", "CONFIG_FILE=/no/such.toml", "./run_train.sh"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    output = finished.stdout + finished.stderr
-    assert finished.returncode == 1 and len(output.splitlines()) <= 2
-    assert "job.config_file = /no/such.toml: cannot be read" in output
+    assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", "refused\n")
 
 
 def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys, small_model):

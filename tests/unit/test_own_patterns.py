@@ -1,16 +1,14 @@
 """A user's own pattern, as docs/patterns.md says, and the errors for one that is not right."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from results import read_metrics
 
-from tidar import masks
+from tidar import masks, train
 from tidar.config import UserError, load_config
 from tidar.patterns import checked_pattern, configured_pattern, loss_weights
 
@@ -22,11 +20,18 @@ def chapter(kind: str) -> str:
     return re.search(rf"```{kind}\n(.*?)```", (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8"), re.S)[1]
 
 
-def test_the_chapter_works_in_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
-    """Its pattern is shown, plotted, measured and trained by its commands, without a change to the project."""
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    (tmp_path / "my_pattern.py").write_text(chapter("python"), encoding="utf-8")
+    yield tmp_path
+    for name in ("own", "broken", "my_pattern"):
+        sys.modules.pop(name, None)
+
+
+def test_the_chapter_works_in_a_folder_of_its_own(folder, call, smaller_debug):
+    """Its pattern is shown, plotted, measured and trained by its commands, without a change to the project."""
+    (folder / "my_pattern.py").write_text(chapter("python"), encoding="utf-8")
     commands = [shlex.split(line) for line in chapter("sh").replace("\\\n", "").splitlines()]
     assert [command[2:4] for command in commands] == [
         ["tidar.masks", "show"],
@@ -34,23 +39,18 @@ def test_the_chapter_works_in_a_folder_of_its_own(tmp_path, monkeypatch, capsys)
         ["tidar.masks", "stats"],
         ["tidar.train", "--tidar.pattern"],
     ]
-    outputs = []
-    for command in commands[:3]:
-        monkeypatch.setattr("sys.argv", command[2:])
-        masks.main()
-        outputs.append(capsys.readouterr().out)
-    shown, _, stats = outputs
+    shown, _, stats = (call(masks.main, *command[3:])[1] for command in commands[:3])
     assert "my_pattern:Window: 16 tokens, 32 model positions" in shown
     # the last block of the second document, tokens 8 to 10, sees the 8 clean ones before it
     assert shown.splitlines()[-1].split() == "M10 ┃ ····· │ ■■■■■■■■··· ┃ ···· · │ ···· ···· ■■■".split()
-    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "mask.png").read_bytes().startswith(b"\x89PNG")
     causal, drafts = 1024 * 1025 // 2 + 1024 * 8, sum(min(i // 8 * 8, max(16 - i % 8, 0)) for i in range(1024))
     assert f"{causal + drafts:,}" in stats
-    run = [sys.executable, *commands[3][1:], "--checkpoint.enable", "false", "--validation.steps", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    output = subprocess.run([*run, "--metrics.log_freq", "1"], env=environment, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    lines = read_metrics(tmp_path / "runs" / "window")
+    options = "--checkpoint.enable false --validation.steps 2 --metrics.log_freq 1 --data.num_workers 0".split()
+    options += ["--optimizer.lr", "4e-3"]
+    code, _, error = call(train.main, *commands[3][3:], *options)
+    assert code == 0, error
+    lines = read_metrics(folder / "runs" / "window")
     losses = [line["train/batch_diffusion_loss"] for line in lines if "train/batch_diffusion_loss" in line]
     assert len(losses) == 20 and losses[-1] < losses[0] - 1 and "val/accepted_prefix" in lines[-1]
 
@@ -131,15 +131,6 @@ WRONG = {
     "not_a_pattern": "own has no subclass of tidar.patterns.Pattern with that name; it has Causal, Pattern, Tidar, Not",
     "Missing": "own has no subclass of tidar.patterns.Pattern with that name",
 }
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    yield tmp_path
-    for name in ("own", "broken"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("name", WRONG)

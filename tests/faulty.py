@@ -16,8 +16,10 @@ from pathlib import Path
 import uneven  # noqa: F401  (registers the source)
 
 from tidar import prepare_data, train
+from tidar.benchmarks import train_step
 from tidar.data import source, text
 from tidar.models.huggingface import ModelSpec
+from tidar.models.sizes import SIZES
 from tidar.training import trainer
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.hooks import Hooks
@@ -82,6 +84,13 @@ def train_on_full_disk(n_bytes: int, options: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     sys.argv[1:] = options
     train.main()
+
+
+def measure_steps(*arguments: str) -> None:
+    """tidar.benchmarks.train_step, of a smaller model."""
+    SIZES["debug"] |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sys.argv[1:] = arguments
+    train_step.main()
 
 
 def hold_folder(folder: Path) -> None:

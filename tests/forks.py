@@ -13,8 +13,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 ROOT = Path(__file__).parent.parent
 
 _context = multiprocessing.get_context("forkserver")
-# an optimizer imports torch._dynamo, which takes a second
-_context.set_forkserver_preload(["torch._dynamo", "tidar.prepare_data", "tidar.export", "rank_pool", "stops", "faulty"])
+# an optimizer imports torch._dynamo and a tokenizer transformers, which take a second each
+PRELOADED = ["torch._dynamo", "transformers.models.auto.tokenization_auto", "rank_pool", "stops", "faulty"]
+_context.set_forkserver_preload([*PRELOADED, "tidar.prepare_data", "tidar.export"])
 Pipe = _context.Pipe
 
 

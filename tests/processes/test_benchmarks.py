@@ -4,15 +4,18 @@ import json
 import sys
 from argparse import Namespace
 
+import faulty
 import forks
 import pytest
 import torch
 from results import read_metrics
 from runs import train_run
 
+from tidar import train
 from tidar.benchmarks import attention, matmul, profile, train_step
 from tidar.benchmarks.baseline import _loss
 from tidar.benchmarks.cases import WARM_UP, first_batches, running
+from tidar.config import load_config
 
 
 @pytest.fixture
@@ -30,7 +33,19 @@ def run(call):
 SMALL = ("--training.seq_len", "32", "--training.local_batch_size", "2", "--data.num_workers", "0")
 
 
-def test_train_step_measures_a_case_its_baseline_and_its_start(run, monkeypatch):
+def test_train_step_measures_a_case_its_baseline_and_its_start(tmp_path, run, call, monkeypatch, smaller_debug):
+    """Its start by a process that notes its command: one without caches, then one with what that has left there."""
+    starting = tmp_path / "starting"
+    starting.write_text(
+        f"#!{sys.executable} -S\n"
+        "import json, os, sys\n"
+        "cache = os.environ['TORCHINDUCTOR_CACHE_DIR']\n"
+        f"print(json.dumps([sys.argv[1:], os.path.exists(cache)]), file=open({str(tmp_path / 'started')!r}, 'a'))\n"
+        "os.makedirs(cache, exist_ok=True)\n"
+        "print('model ...\\nstep 1/1  loss ...', flush=True)\n"
+    )
+    starting.chmod(0o755)
+    monkeypatch.setattr("tidar.benchmarks.train_step.sys.executable", str(starting))
     monkeypatch.setattr(train_step, "OVERHEAD_PAIRS", 2)
     output = run(train_step, "--case", "debug", *SMALL, "--steps", "2", "--baseline", "--overhead", "--start")
     (result,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
@@ -38,20 +53,23 @@ def test_train_step_measures_a_case_its_baseline_and_its_start(run, monkeypatch)
     assert result["ratio"] == result["tokens_per_second"] / result["baseline_tokens_per_second"]
     assert 64 * 1e3 / result["step_ms_max"] <= result["tokens_per_second"] < 64 * 1e5
     assert {"overhead", "peak_gib", "start_cold_s", "start_warm_s"} < result.keys()
+    started = [json.loads(line) for line in (tmp_path / "started").read_text().splitlines()]
+    assert [(words[:3], cached) for words, cached in started] == [
+        (["-u", "-m", "tidar.train"], n) for n in (False, True)
+    ]
+    first, second = (words[3:] for words, _ in started)
+    assert load_config(first).job.dump_folder != load_config(second).job.dump_folder
+    code, log, _ = call(train.main, *first)
+    assert code == 0 and "\nstep 1/1 " in log
     title, row = output.splitlines()[-2:]
     assert title.split()[0] == "case" and row.split()[0] == "debug" and len(title) == len(row)
-
-
-def measure_as_rank(*arguments: str) -> None:
-    sys.argv[1:] = arguments
-    train_step.main()
 
 
 def test_train_step_on_two_ranks(tmp_path):
     """One of them prints, and a device's tokens are those of its rows, or its part of the rows that it shares."""
     shared = "debug --parallelism.context_parallel_degree 2"
     arguments = "--case", "debug", shared, *SMALL, "--steps", "1"
-    code, output = forks.call(forks.torchrun, 2, measure_as_rank, *arguments, log=tmp_path / "log")
+    code, output = forks.call(forks.torchrun, 2, faulty.measure_steps, *arguments, log=tmp_path / "log")
     assert code == 0, output
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert [(result["case"], result["ngpu"]) for result in results] == [("debug", 2), (shared, 2)]

@@ -85,10 +85,10 @@ def test_logits_and_gradients_are_those_of_transformers(case, dtype, bound, tmp_
     published.save_pretrained(tmp_path)
     model = from_pretrained(tmp_path, dtype=dtype)
 
-    length, first = (4200, 0) if case == 0 else (60, 4080)
-    tokens = torch.randint(0, options["vocab_size"], (2, length))
-    position_ids = torch.cat([torch.arange(20), first + torch.arange(length - 20)]).expand(2, -1)
-    causal = torch.ones(2, 1, length, length).tril().bool()
+    rows, length, first = (1, 4200, 0) if case == 0 else (2, 60, 4080)
+    tokens = torch.randint(0, options["vocab_size"], (rows, length))
+    position_ids = torch.cat([torch.arange(20), first + torch.arange(length - 20)]).expand(rows, -1)
+    causal = torch.ones(rows, 1, length, length).tril().bool()
     expected = published(tokens, position_ids=position_ids, attention_mask=causal).logits
     logits = model(tokens, position_ids)
     direction = torch.randn_like(logits)

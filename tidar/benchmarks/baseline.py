@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tidar.benchmarks.cases import WARM_UP, Step, free_memory
 from tidar.data import Batch
@@ -26,6 +25,8 @@ def time_baseline(
     more than `rows_at_once` rows are added up, a micro-batch of so many after the other. Weights are bfloat16; on
     several devices float32 under FSDP2, with layers gathered and gradients reduced in bfloat16.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, and other measurements need none of it
+
     device = batches[0].rows.input_ids.device
     config = AutoConfig.for_model(**size_config(name) | {"vocab_size": vocab_size, "use_cache": False})
     dtype = torch.bfloat16 if mesh.size() == 1 else torch.float32

@@ -14,8 +14,7 @@ import torch
 from tidar.config import ArgumentParser, Config, UserError, load_config, user_errors_exit
 from tidar.laboratory import bench, picture, stats, text
 from tidar.laboratory.row_mask import RowMask, make_row_mask, make_step_mask
-from tidar.models import TILE
-from tidar.patterns import Pattern, check_pattern, configured_pattern
+from tidar.patterns import TILE, Pattern, check_pattern, configured_pattern
 
 # mask token of the rows that are shown; all their tokens are 0
 MASK_TOKEN = 1

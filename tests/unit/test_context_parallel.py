@@ -56,7 +56,9 @@ def meanwhile(source: str, collective: str) -> list[str]:
 
 def test_work_of_a_compiled_layer_overlaps_its_collectives(monkeypatch, pair):
     config, kernels = decoder_config(size_config("qwen3-8b") | SIZES), Kernels(fused_backward=True)
-    mask = GatheredAttention(torch.ones(1, 1, 24, 40, dtype=torch.bool), (32,), n_ranks=2, group=pair)
+    order = torch.arange(32)
+    allowed = torch.ones(1, 1, 24, 40, dtype=torch.bool)
+    mask = GatheredAttention(allowed, order[None], order[:, None], n_ranks=2, group=pair)
     forward, backward = compiled_sources(monkeypatch, DecoderLayer(config, kernels), mask)
     (rotation,) = meanwhile(forward, "all_gather_into_tensor")
     (gradients,) = meanwhile(backward, "reduce_scatter_tensor")

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tidar.models import TILE, pattern_mask
+from tidar.models import pattern_mask
 from tidar.models.flops import ATTENTION_FLOPS
-from tidar.patterns import Pattern
+from tidar.patterns import TILE, Pattern
 
 SEQ_LENS = [512 * 2**n for n in range(7)]
 HEADER = (

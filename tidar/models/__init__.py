@@ -13,7 +13,6 @@ from tidar.models.decoder import Decoder, DecoderConfig
 from tidar.models.huggingface.weights import from_pretrained
 from tidar.models.initialize import initialize
 from tidar.models.masks import (
-    TILE,
     BatchMask,
     MaskBuilder,
     PointMask,
@@ -34,7 +33,6 @@ __all__ = [
     "StepAttention",
     "Decoder",
     "DecoderConfig",
-    "TILE",
     "TensorShard",
     "WHOLE",
     "BatchMask",

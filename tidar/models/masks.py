@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from tidar.kernels.compiling import compiled
 from tidar.models.attention import KeySource, Mask
 from tidar.patterns import (
+    TILE,
     Documents,
     KeyRange,
     MaskMod,
@@ -25,9 +26,7 @@ from tidar.patterns import (
     shared_mask_mod,
 )
 
-# tile of a block mask, queries and keys: FlexAttention skips or computes it as a whole
-TILE = 128
-Around = Callable[[Mask], KeySource]
+Around = Callable[[Mask, Share], KeySource]
 
 # what fits in half a word of `mask_of_words`, whose signs are bits 31 and 15
 MAX_WORD, SIGNS = 2**15, -0x7FFF8000
@@ -187,7 +186,7 @@ class BatchMask:
     def __init__(self, mask: PointMask, backend: str, share: Share | None = None, around: Around | None = None):
         self.mask, self.share = mask, share
         form: Mask = mask.dense() if backend == "sdpa" else mask.block_mask(flash=backend == "flash")
-        self.attention: Any = around(form) if around else form
+        self.attention: Any = around(form, share) if around and share else form
 
     @cached_property
     def allowed_pairs(self) -> Tensor:
@@ -202,7 +201,7 @@ class MaskBuilder:
     """
 
     def __init__(self, pattern: Pattern, backend: str, around: Around | None = None):
-        """around: what the layers get in place of a mask, made of the mask."""
+        """around: what the layers get in place of a mask, made of it and the share."""
         self.pattern = pattern
         self.backend = backend
         self.around = around

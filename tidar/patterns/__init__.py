@@ -29,7 +29,7 @@ from tidar.patterns.registry import (
     get_pattern,
     loss_weights,
 )
-from tidar.patterns.sharding import RowSharding, shared_mask_mod
+from tidar.patterns.sharding import TILE, RowSharding, shared_mask_mod
 from tidar.patterns.tidar import Tidar
 from tidar.patterns.tidar_random import TidarRandom
 from tidar.patterns.tidar_split import TidarSplit
@@ -40,6 +40,7 @@ __all__ = [
     "LOSSES",
     "PADDING",
     "PATTERNS",
+    "TILE",
     "BlockDiffusion",
     "Blocks",
     "Causal",

@@ -100,12 +100,16 @@ class Share:
     `ranges`: first key and the one after the last of each range that a query sees, `[ranges, 2, batch, queries]` int32,
     over the shared keys of all ranks in the row's order and then its own private ones (see `RowSharding`); None where
     the mask is not made of ranges: then all positions are shared. `n_keys`: of each query, shared and private.
+    The ranks' shared keys, `[keys, batch]` one rank after the other, have the indices `dealt` among all of them in the
+    row's order, `[batch, keys]`, both flattened; `order` is the inverse. Both int64, of the shape that they index from.
     """
 
     length: int
     positions: Tensor
     ranges: Tensor | None
     n_keys: int
+    order: Tensor
+    dealt: Tensor
 
     @property
     def used(self) -> Tensor:

@@ -30,8 +30,8 @@ def build_objective(plan: RunPlan, world: World) -> Objective:
 
 def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:
     """Of training, and of validation."""
-    attention = plan.kernels.attention
+    attention, around = plan.kernels.attention, gathered_attention(world)
     return (
-        MaskBuilder(plan.pattern, attention, gathered_attention(plan.sharding, world)),
-        MaskBuilder(plan.validation_pattern, attention, gathered_attention(plan.validation_sharding, world)),
+        MaskBuilder(plan.pattern, attention, around),
+        MaskBuilder(plan.validation_pattern, attention, around),
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from tidar.models.flops import ATTENTION_FLOPS, layer_weights, useful_flops
-from tidar.models.masks import TILE
+from tidar.patterns import TILE
 from tidar.training.estimate.gpus import NETWORK, PER_HOST, Gpu
 from tidar.training.estimate.memory import WIDE
 from tidar.training.estimate.row import RowWork

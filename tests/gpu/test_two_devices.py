@@ -86,22 +86,14 @@ def test_bfloat16_differs_by_its_rounding(tmp_path, pool, wide_model):
     assert 0 < max(losses) < 5e-3 and max(norms) < 5e-2
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_copies_between_devices_give_what_nccl_gives(tmp_path, pool, wide_model, dtype, micro_batches):
+@pytest.mark.parametrize("micro_batches, reduction", [(1, "step"), (2, "step"), (2, "micro_batch")])
+def test_copies_between_devices_give_what_nccl_gives(tmp_path, pool, wide_model, dtype, micro_batches, reduction):
     """Two terms have one sum, in whichever order; in bfloat16 both are summed in float32."""
     options = f"{wide_model} --training.mixed_precision_param {dtype} --training.deterministic"
-    curves = [
-        train(
-            pool,
-            tmp_path / how,
-            2,
-            f"{options} --parallelism.gradient_reduction step --parallelism.fsdp_collectives {how}",
-            micro_batches,
-        )
-        for how in ("default", "nccl")
-    ]
-    assert curves[0] == curves[1] and difference(tmp_path / "default", tmp_path / "nccl") == 0
+    options += f" --training.steps 3 --parallelism.gradient_reduction {reduction} --parallelism.fsdp_collectives"
+    one, other = (train(pool, tmp_path / how, 2, f"{options} {how}", micro_batches) for how in ("default", "nccl"))
+    assert one == other and difference(tmp_path / "default", tmp_path / "nccl") == 0
 
 
 def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, pool, small_model):

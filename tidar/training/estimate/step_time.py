@@ -12,9 +12,10 @@ from tidar.training.plan import RunPlan
 
 # seconds of a step in which the device waits for its host: data, reports
 BETWEEN_STEPS = 10e-3
-# seconds that a second of FSDP2's communication adds to a step. Above 1, although it overlaps computation, because NCCL
-# takes SMs from persistent kernels and the host falls behind (measured on four H200s, see docs/performance.md)
-COLLISION = 2.2
+# seconds that a second of FSDP2's communication adds to a step. With NCCL above 1, although it overlaps computation,
+# because NCCL takes SMs from persistent kernels and the host falls behind (measured on four H200s); copy engines take
+# memory bandwidth and power (measured on two, see docs/performance.md)
+NCCL, COPIES = 2.2, 0.5
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ def step_time(plan: RunPlan, gpu: Gpu, row: RowWork) -> StepTime:
     layers = _layers(plan, gpu, row)
     parts = {name: plan.micro_batches * seconds for name, seconds in layers.items()}
     parts["optimizer"] = _optimizer_bytes(plan) / gpu.copy
-    copied, communication = _fsdp(plan, gpu)
-    parts["FSDP2's copies"], parts["FSDP2's collectives"] = copied, COLLISION * communication
+    parts["FSDP2's copies"], parts["FSDP2's collectives"] = _fsdp(plan, gpu)
     parts["host"] = BETWEEN_STEPS
     seconds = sum(parts.values())
     rows = plan.global_batch_size / plan.world_size
@@ -133,20 +133,24 @@ def _optimizer_bytes(plan: RunPlan) -> float:
 
 
 def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of a step in which parameters and gradients are copied, and in which they travel."""
+    """Seconds that it adds to a step that parameters and gradients are copied, and that they travel."""
     size, n, micro_batches = plan.dtype.itemsize, plan.n_own_parameters, plan.micro_batches
     if not plan.uses_fsdp:
         # gradients of several micro-batches are added up
         return ((size + 2 * WIDE) * n * micro_batches / gpu.copy if micro_batches > 1 else 0.0), 0.0
-    once = plan.config.parallelism.gradient_reduction == "step"
+    options, stride = plan.config.parallelism, plan.tensor_parallel
+    once = options.gradient_reduction == "step"
     gathers = 2 * micro_batches if plan.reshards else 1
     reduces = 1 if once else micro_batches
+    by_copies = options.fsdp_collectives == "default" and plan.shards * stride <= PER_HOST
+    exchanged = size if by_copies and reduces == micro_batches else WIDE
     # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
-    copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + WIDE) * n
-    stride = plan.tensor_parallel
+    copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + exchanged) * n
+    copied += by_copies * reduces * (exchanged + WIDE / plan.shards) * n  # their sum
     seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
-    seconds += reduces * _collective(WIDE * n, plan.shards, stride, gpu.scatter)
-    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
+    seconds += reduces * _collective(exchanged * n, plan.shards, stride, gpu.scatter)
+    seconds *= COPIES if by_copies else NCCL
+    seconds += NCCL * 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
     return copied / gpu.copy, seconds
 
 

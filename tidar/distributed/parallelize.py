@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch._functorch.config
 import torch._inductor.config
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -22,7 +21,7 @@ import tidar.kernels.matmul  # noqa: F401  (registers torch.ops.tidar)
 from tidar.config import Config, resolve_global_batch_size
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
-from tidar.distributed.peer_copies import Buffers, PeerAllGather, PeerReduceScatter, can_copy
+from tidar.distributed.peer_copies import can_copy, use_copies
 from tidar.distributed.world import World
 from tidar.models import Decoder
 
@@ -144,17 +143,18 @@ class Sharded:
         self.reshards = reshards_after_forward(config, mesh.size(-1), gathered)
         copies = config.parallelism.fsdp_collectives == "default" and can_copy(world.shard_group, world.device)
         # summed in float32 in any case; what is accumulated before is accumulated in the dtype that is exchanged
-        exchanges_gradients = copies and (self.reduces_each or _micro_batches(config, world.dp_size) == 1)
+        exchanges = copies and (self.reduces_each or _micro_batches(config, world.dp_size) == 1)
+        reduce_dtype = param_dtype if exchanges else torch.float32
         options: dict[str, Any] = {
             "mesh": mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype, param_dtype if exchanges_gradients else torch.float32),
+            "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype),
             "offload_policy": CPUOffloadPolicy() if config.training.enable_cpu_offload else OffloadPolicy(),
         }
         for layer in model.layers:
             fully_shard(layer, reshard_after_forward=self.reshards, **options)
         fully_shard(model, **options)
         if copies:
-            _use_peer_copies(model, world.shard_group, exchanges_gradients)
+            use_copies(model, world.shard_group, world.device, param_dtype.itemsize, reduce_dtype.itemsize)
         for module in (*model.layers, model):
             if mesh.size() > 1:
                 # the objective divides by the targets of all ranks, so gradients are summed, not averaged;
@@ -186,16 +186,6 @@ class Sharded:
         """The parameters by name in the compute dtype, whole on each rank. All ranks call it, outside of contexts."""
         narrow = {name: p.detach().to(self.param_dtype) for name, p in self.model.named_parameters()}
         return {name: self.model.shard.whole(name, p.full_tensor().to(self.device)) for name, p in narrow.items()}
-
-
-def _use_peer_copies(model: Any, group: dist.ProcessGroup, exchanges_gradients: bool) -> None:
-    gathered, reduced, rest = Buffers(group, 2), Buffers(group, 1), Buffers(group, 1)
-    for layer in model.layers:
-        layer.set_custom_all_gather(PeerAllGather(gathered))
-        layer.set_custom_reduce_scatter(PeerReduceScatter(reduced))
-    # first of a step and last of it, so that one buffer does for both, where they are of one dtype
-    model.set_custom_all_gather(PeerAllGather(rest))
-    model.set_custom_reduce_scatter(PeerReduceScatter(rest if exchanges_gradients else Buffers(group, 1)))
 
 
 def _micro_batches(config: Config, dp_size: int) -> int:

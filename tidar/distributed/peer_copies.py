@@ -7,7 +7,7 @@ copies its part of the others' buffers, and waits until all have copied, so that
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
         return False
     error = ""
     try:
-        Buffers(group, 1).next(1, torch.uint8, device)
+        Buffers(group, device, number=1, n_bytes=1)
     except RuntimeError as raised:
         error = str(raised).splitlines()[0]
     works = torch.tensor(not error, dtype=torch.int32)
@@ -42,6 +42,33 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     if error:
         print_lines(f"warning: rank {dist.get_rank()}: FSDP2 uses NCCL, for symmetric memory does not work ({error})")
     return bool(works)
+
+
+def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size: int, reduced_size: int) -> None:
+    """Lets the layers of a model and the rest of it, each under FSDP2, copy from the other ranks of their group.
+
+    size, reduced_size: bytes of an element that is gathered, and of one that is reduced.
+    """
+    layers = list(model.layers)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    of_layer = max(_padded_numel(layer.parameters(), group.size()) for layer in layers)
+    others = (parameter for parameter in model.parameters() if id(parameter) not in inside)
+    of_rest = _padded_numel(others, group.size())
+    # made before anything computes: ranks wait for one another
+    gathered = Buffers(group, device, 2, of_layer * size)
+    reduced = Buffers(group, device, 1, of_layer * reduced_size)
+    # gathered first in a step and reduced last, so that one buffer does for both
+    rest = Buffers(group, device, 1, of_rest * max(size, reduced_size))
+    for layer in layers:
+        layer.set_custom_all_gather(PeerAllGather(gathered))
+        layer.set_custom_reduce_scatter(PeerReduceScatter(reduced))
+    model.set_custom_all_gather(PeerAllGather(rest))
+    model.set_custom_reduce_scatter(PeerReduceScatter(rest))
+
+
+def _padded_numel(parameters: Iterable[Tensor], n_ranks: int) -> int:
+    """Elements of parameters that FSDP2 has cut in their first dimension, the shards of a parameter of one size."""
+    return sum(-(-len(p) // n_ranks) * n_ranks * math.prod(p.shape[1:]) for p in parameters)
 
 
 class Buffer(NamedTuple):
@@ -52,21 +79,20 @@ class Buffer(NamedTuple):
 
 
 class Buffers:
-    """Up to `number` buffers, used in turn, each as long as what it is first used for. All ranks use them alike."""
+    """`number` buffers of `n_bytes`, used in turn. All ranks of the group make and use them alike."""
 
-    def __init__(self, group: dist.ProcessGroup, number: int):
-        self.group, self.number = group, number
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, number: int, n_bytes: int):
         self.made: list[Buffer] = []
         self.turn = 0
-
-    def next(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        index, self.turn = self.turn, (self.turn + 1) % self.number
-        n_bytes = numel * dtype.itemsize
-        if index == len(self.made):
+        for _ in range(number):
             # not from torch's memory pool: a block that it used again would keep the handle of an earlier group
             memory = symmetric_memory._SymmetricMemory.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device)
-            self.made.append(Buffer(memory, symmetric_memory.rendezvous(memory, self.group)))
-        return self.made[index].memory[:n_bytes].view(dtype)
+            self.made.append(Buffer(memory, symmetric_memory.rendezvous(memory, group)))
+
+    def next(self, numel: int, dtype: torch.dtype) -> Tensor:
+        memory = self.made[self.turn].memory
+        self.turn = (self.turn + 1) % len(self.made)
+        return memory[: numel * dtype.itemsize].view(dtype)
 
     def handle(self, tensor: Tensor) -> Any:
         """Of the buffer that a tensor lies in."""
@@ -84,7 +110,7 @@ class PeerAllGather:
         self.buffers = buffers
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.buffers.next(math.prod(size), dtype, device)
+        return self.buffers.next(math.prod(size), dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         handle, numel = self.buffers.handle(output_tensor), input_tensor.numel()
@@ -112,7 +138,7 @@ class PeerReduceScatter:
         """First the buffer for FSDP2's gradients, then the result, which FSDP2 would have in their dtype."""
         self.is_filled = not self.is_filled
         if self.is_filled:
-            return self.buffers.next(math.prod(size), dtype, device)
+            return self.buffers.next(math.prod(size), dtype)
         return torch.empty(size, dtype=torch.float32, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -119,6 +119,10 @@ def join_world(config: Config) -> World:
     if tp_size > 1:
         parts = init_device_mesh(device.type, (size // tp_size, tp_size), mesh_dim_names=("part", "tp"))
         loss_group = parts.get_group("part")
+    if device.type == "cuda" and not binds_device:
+        # what a bound device has done by now: a communicator that is made later would wait for kernels that wait for it
+        for group in dict.fromkeys([loss_group, *mesh.get_all_groups(), *rows.get_all_groups()]):
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
     return World(
         rank=rank,
         size=size,

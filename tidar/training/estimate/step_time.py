@@ -12,10 +12,10 @@ from tidar.training.plan import RunPlan
 
 # seconds of a step in which the device waits for its host: data, reports
 BETWEEN_STEPS = 10e-3
-# seconds that a second of FSDP2's communication adds to a step. With NCCL above 1, although it overlaps computation,
-# because NCCL takes SMs from persistent kernels and the host falls behind (measured on four H200s); copy engines take
-# memory bandwidth and power (measured on two, see docs/performance.md)
-NCCL, COPIES = 2.2, 0.5
+# seconds that a second of FSDP2's communication adds to a step. Above 1, although it overlaps computation: NCCL takes SMs
+# from persistent kernels, copies between GPUs take memory bandwidth and power, and both have casts and waits beside them
+# (measured on four H200s with NCCL, and on two with copies, which move half as much; see docs/performance.md)
+COLLISION = 2.2
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,15 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     once = options.gradient_reduction == "step"
     gathers = 2 * micro_batches if plan.reshards else 1
     reduces = 1 if once else micro_batches
-    by_copies = options.fsdp_collectives == "default" and plan.shards * stride <= PER_HOST
+    by_copies = options.fsdp_collectives == "default" and 1 < plan.shards <= PER_HOST // stride
     exchanged = size if by_copies and reduces == micro_batches else WIDE
     # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
     copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + exchanged) * n
     copied += by_copies * reduces * (exchanged + WIDE / plan.shards) * n  # their sum
     seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
     seconds += reduces * _collective(exchanged * n, plan.shards, stride, gpu.scatter)
-    seconds *= COPIES if by_copies else NCCL
-    seconds += NCCL * 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
-    return copied / gpu.copy, seconds
+    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
+    return copied / gpu.copy, COLLISION * seconds
 
 
 def _collective(size: float, ranks: int, stride: int, rate: float) -> float:

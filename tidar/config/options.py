@@ -60,9 +60,7 @@ class Tidar:
     ar_loss_weight: float = option(1.0, "weight of the autoregressive loss", minimum=0)
     diffusion_loss_weight: float = option(1.0, "weight of the diffusion loss", minimum=0)
     block_sizes: list[int] = option(
-        [],
-        "experiment: each row draws its block size from this list, again in every epoch; validation uses block_size",
-        minimum=1,
+        [], "experiment: each row draws its block size from this list in every epoch; not in validation", minimum=1
     )
     random_block_offset: bool = option(
         False,
@@ -102,9 +100,10 @@ class Data:
         "also datasets of the hub, hf://datasets/OWNER/NAME[@REVISION][/SUBSET[/SPLIT]]",
     )
     weights: list[float] = option(
-        [],
-        "how many times an epoch repeats each path's documents [1]; 0.3 takes a fixed random 30 %",
-        minimum=0,
+        [], "how many times an epoch repeats each path's documents [1]; 0.3 takes a fixed random 30 %", minimum=0
+    )
+    ar_weights: list[float] = option(
+        [], "experiment, prepared: weight of each path in the autoregressive loss [1]; 0: drafts only", minimum=0
     )
     tokenizer: str = option("", "tokenizer's folder or hub id, or bytes (default: the tokenizer of the model)")
     text_field: str = option("text", "text: record field that holds the text")

@@ -150,7 +150,7 @@ def config_of(one: Run, folder: Path, scale: Scale) -> Config:
     config = run_config(one, folder, scale)
     if one.own_text is not None:
         with held(folder, f"text of {one.starts_from}"):
-            own = write_own_text(folder, one.starts_from, one.own_text, config, scale)
+            own = write_own_text(folder, one, one.own_text, config, scale)
         config = run_config(one, folder, scale, *own)
     return config
 

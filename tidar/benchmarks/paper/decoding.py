@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tidar.benchmarks.paper.corpus import prepare_texts
-from tidar.benchmarks.paper.runs import BY_SIZE, CAUSAL, Scale, last_step, run_folder
+from tidar.benchmarks.paper.runs import BY_SIZE, CAUSAL, Run, Scale, last_step, run_folder
 from tidar.config import Config
 from tidar.config.files import parse_json, write_atomically
 from tidar.data import Corpus, load_tokenizer, make_rows
@@ -211,12 +211,13 @@ def _loss(engine: Engine, pairs: list[tuple[list[int], list[int]]]) -> float:
     return total
 
 
-def write_own_text(folder: Path, name: str, temperature: float, config: Config, scale: Scale) -> tuple[Path, str]:
-    """A run's completions of beginnings of training documents, prepared, if they are not there yet.
+def write_own_text(folder: Path, run: Run, temperature: float, config: Config, scale: Scale) -> tuple[Path, float]:
+    """Completions of beginnings of training documents by the run that `run` continues, prepared, if they are not there.
 
-    config: of a run whose only data are the corpus. Returns the prepared folder, and the data.weights that scale the
-    corpus down to as many tokens as these texts have (never up). A text ends where it begins to loop.
+    config: of `run`, with the corpus as its only data. Returns the prepared folder, and how often an epoch repeats it
+    so that it has as many tokens as the corpus, which is as varied as ever. A text ends where it begins to loop.
     """
+    name = run.starts_from
     prepared = folder / "own_text" / f"{name}-{temperature:g}"
     texts = prepared.parent / f"{prepared.name}.jsonl"
     if not texts.is_file():
@@ -233,4 +234,4 @@ def write_own_text(folder: Path, name: str, temperature: float, config: Config, 
         write_atomically(texts, "".join(json.dumps({"text": text}) + "\n" for text in own))
     n_own = prepare_texts(folder, texts, prepared, "none")  # most texts stop before their end
     n_corpus = Corpus.open(folder / "data" / "training", verify=False).meta["tokens"]
-    return prepared, f"{min(1.0, n_own / n_corpus):.6f} 1"
+    return prepared, n_corpus / n_own

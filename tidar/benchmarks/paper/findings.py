@@ -169,15 +169,14 @@ FINDINGS = (
 )
 # idea -> the run that it is compared with
 IDEAS = {
+    "own-text-8": "more-8",
+    "own-drafts-8": "more-8",
+    "positions-more-8": "more-8",
+    "own-samples-8": "more-8",
+    "own-targets-more-8": "more-8",
     "offset-8": MAIN,
     "mixed-8": MAIN,
-    "mixed-offset-8": MAIN,
-    "positions-8": MAIN,
     "share-8": MAIN,
-    "own-targets-8": MAIN,
-    "own-targets-more-8": "more-8",
-    "own-text-8": "more-8",
-    "own-samples-8": "more-8",
 }
 
 

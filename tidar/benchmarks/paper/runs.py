@@ -27,6 +27,7 @@ class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
     own_text: temperature of the text by that run that is half of what it trains on; None: there is no such text.
+    drafts_only: whether that text has no part in the autoregressive loss.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Run:
     options: str = ""
     starts_from: str = ""
     own_text: float | None = None
+    drafts_only: bool = False
 
 
 # In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats
@@ -47,27 +49,29 @@ RUNS = {
         Run("random-8", "random masking", "--tidar.pattern tidar_random"),
         Run("causal-more", "the causal model, continued as such", f"--tidar.pattern causal {CONTINUES}", CAUSAL),
         Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
-        Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
+        Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
         Run(
-            "own-targets-more-8",
-            "tidar-8 continued, drafts learn the AR half's most likely tokens",
-            f"--tidar.draft_targets model {CONTINUES}",
+            "own-drafts-8",
+            "tidar-8 continued, half of it on its own greedy text, from which only drafts learn",
+            CONTINUES,
+            MAIN,
+            own_text=0.0,
+            drafts_only=True,
+        ),
+        Run(
+            "positions-more-8",
+            # of a drafted block the first token is not used: the step has chosen that one itself
+            "tidar-8 continued, diffusion loss weighted towards the positions that are drafted first",
+            f"--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6 {CONTINUES}",
             MAIN,
         ),
         Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
         Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
         Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),
         Run("tidar-8-seed-1", "blocks of 8, second seed", "--training.seed 1"),
-        Run(
-            "positions-8",
-            # of a drafted block the first token is not used: the step has chosen that one itself
-            "diffusion loss weighted towards the positions that are drafted first, from the second of a block on",
-            "--tidar.place_weights 0.5 1.8 1.5 1.2 1.0 0.8 0.6 0.6",
-        ),
         Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
         Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
-        Run("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
         Run(
             "own-samples-8",
             "tidar-8 continued, half of it on its own text, temperature 1",
@@ -75,13 +79,14 @@ RUNS = {
             MAIN,
             own_text=1.0,
         ),
+        Run(
+            "own-targets-more-8",
+            "tidar-8 continued, drafts learn the AR half's most likely tokens",
+            f"--tidar.draft_targets model {CONTINUES}",
+            MAIN,
+        ),
         Run("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),
         Run("block-diffusion-8", "BD3-LM, the rival", "--tidar.pattern block_diffusion"),
-        Run(
-            "mixed-offset-8",
-            "mixed sizes that begin anywhere",
-            "--tidar.block_sizes 4 8 16 --tidar.random_block_offset",
-        ),
     )
 }
 
@@ -130,9 +135,9 @@ def run_folder(folder: Path, name: str) -> Path:
     return folder / "runs" / name
 
 
-def run_config(run: Run, folder: Path, scale: Scale, own_text: Path | None = None, weights: str = "") -> Config:
-    """The options of a run. own_text: prepared text of the model that it continues, where it has such; weights: how
-    often an epoch repeats each of both corpora.
+def run_config(run: Run, folder: Path, scale: Scale, own_text: Path | None = None, weight: float = 1.0) -> Config:
+    """The options of a run. own_text: prepared text of the model that it continues, where it has such; weight: how
+    often an epoch repeats it.
     """
     if not scale.toml.is_file():
         raise UserError(f"{scale.toml}: does not exist: run this from a checkout of the project")
@@ -142,7 +147,8 @@ def run_config(run: Run, folder: Path, scale: Scale, own_text: Path | None = Non
     arguments += ["--data.tokenizer", str(folder / "tokenizer"), "--data.paths", *paths]
     arguments += ["--validation.paths", str(data / "held_out"), *run.options.split()]
     if own_text:
-        arguments += ["--data.weights", *weights.split()]
+        arguments += ["--data.weights", "1", f"{weight:.6f}"]
+        arguments += ["--data.ar_weights", "1", "0"] if run.drafts_only else []
     if run.starts_from:
         arguments += ["--checkpoint.initial_load_path", str(last_step(folder, run.starts_from))]
         if scale.continued_steps is not None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,40 +22,60 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 8
 
 
-def train_with(fault: str, folder: Path, restarts: int, forked: bool = True) -> tuple[int, str, float]:
-    """Trains on two ranks, one of them at fault. Exit code, output, and the seconds from the fault to the end.
-
-    forked: or by the command torchrun, which looks at its processes otherwise and names the one that died first.
-    """
+def options_of(fault: str, folder: Path) -> list[str]:
+    """Of a run on two ranks."""
     options = "--data.source uneven --data.num_workers 0 --validation.enable false --training.seq_len 16".split()
     options += "--training.local_batch_size 2 --training.steps 5 --checkpoint.interval 1 --metrics.log_freq 1".split()
     options += ["--comm.train_timeout_seconds", str(TIMEOUT), "--job.dump_folder", str(folder)]
     if fault == "slow":
         options += ["--training.global_batch_size", "48", "--training.epochs", "1", "--checkpoint.export_epochs", "1"]
-    if forked:
-        launch = partial(forks.torchrun, restarts=restarts)
-        code, output = forks.call(launch, 2, faulty.train_with, fault, options, log=folder.with_suffix(".log"))
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        finished = subprocess.run(
-            [*command, "tests/faulty.py", fault, *options], cwd=ROOT, env=os.environ | variables,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
-        )  # fmt: skip
-        code, output = finished.returncode, finished.stdout
+    return options
+
+
+def seconds_since_fault(output: str) -> float:
     (fault_at,) = re.findall(r"fault at ([\d.]+)", output)
-    return code, output, time.time() - float(fault_at)
+    return time.time() - float(fault_at)
 
 
-def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path):
-    code, output, seconds = train_with("hang", tmp_path, restarts=0)
+def train_with(fault: str, folder: Path, restarts: int) -> tuple[int, str, float]:
+    """Trains on two ranks, one of them at fault. Exit code, output, and the seconds from the fault to the end."""
+    launch, log = partial(forks.torchrun, restarts=restarts), folder.with_suffix(".log")
+    code, output = forks.call(launch, 2, faulty.train_with, fault, options_of(fault, folder), log=log)
+    return code, output, seconds_since_fault(output)
+
+
+@pytest.fixture(scope="module")
+def stuck(tmp_path_factory) -> dict[str, tuple[int, str, float]]:
+    """As `train_with`, of two faults for whose ends one waits: of two runs at the same time."""
+    folder, ended = tmp_path_factory.mktemp("stuck"), {}
+    logs = {fault: folder / f"{fault}.log" for fault in ("hang", "stop")}
+    processes = {
+        fault: forks.start(forks.torchrun, 2, faulty.train_with, fault, options_of(fault, folder / fault), log=log)
+        for fault, log in logs.items()
+    }
+    deadline = time.time() + 100
+    while len(ended) < 2 and time.time() < deadline:
+        for fault, process in processes.items():
+            if fault not in ended and process.exitcode is not None:
+                output = logs[fault].read_text()
+                ended[fault] = process.exitcode, output, seconds_since_fault(output)
+        time.sleep(0.05)
+    for process in processes.values():
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    return ended
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(stuck):
+    code, output, seconds = stuck["hang"]
     assert code != 0 and seconds < TIMEOUT + 5  # torchrun's own
     assert f"error: no progress for {TIMEOUT} s: rank 1 did not get past step 3: micro-batch 1, and the" in output
     assert "rank 1 hangs here:" in output and "time.sleep(1000)" in output
 
 
-def test_a_rank_that_is_stopped_ends_the_run_and_is_named(tmp_path):
-    code, output, seconds = train_with("stop", tmp_path, restarts=0)
+def test_a_rank_that_is_stopped_ends_the_run_and_is_named(stuck):
+    code, output, seconds = stuck["stop"]
     assert code != 0 and seconds < TIMEOUT + 5
     assert f"error: no progress for {TIMEOUT} s: rank 1 sent no heartbeat, last seen at" in output
 
@@ -68,8 +89,15 @@ def test_a_long_step_is_no_hang(tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
-    code, output, seconds = train_with("kill", tmp_path, restarts=0, forked=False)
-    assert code != 0 and seconds < TIMEOUT + 5
+    """By the command torchrun, which looks at its processes otherwise and names the one that died first."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [*command, "tests/faulty.py", "kill", *options_of("kill", tmp_path)], cwd=ROOT, env=os.environ | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+    )  # fmt: skip
+    output = finished.stdout
+    assert finished.returncode != 0 and seconds_since_fault(output) < TIMEOUT + 5
     assert re.search(r"rank +: 1", output) and "SIGKILL" in output
     # the SIGTERM that rank 0 gets for it is no request to save
     assert '"outcome": "failed"' in (tmp_path / "outcome.json").read_text()

@@ -53,7 +53,7 @@ def adamw(parameters, gradients, moments, step: int) -> None:
         parameter -= 1e-2 * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-3)
 
 
-def test_two_steps_and_a_validation_by_hand(tmp_path):
+def test_two_steps_and_a_validation_by_hand(tmp_path, smaller_debug):
     trainer = train_run([*OPTIONS, "--job.dump_folder", str(tmp_path)])
     *reported, validation = read_metrics(tmp_path)
 

@@ -55,18 +55,18 @@ def slow_decode(engine: Engine, prompt: list[int], n_new: int, choose) -> tuple[
         for seen in groups:
             for j in range(block):
                 tokens, positions, owners = tokens + [MASK], positions + [len(committed) + seen + j], owners + [seen]
-        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        mask = [[False] * len(tokens) for _ in tokens]
         for q in range(len(tokens)):
             for k in range(len(tokens)):
                 if q < n:
-                    mask[q, k] = k <= q
+                    mask[q][k] = k <= q
                 elif k < n:
-                    mask[q, k] = k < len(committed) + owners[q]
+                    mask[q][k] = k < len(committed) + owners[q]
                 else:
-                    mask[q, k] = owners[q] == owners[k]
+                    mask[q][k] = owners[q] == owners[k]
         ids, position_ids = torch.tensor([tokens]), torch.tensor([positions])
         with torch.no_grad():
-            return model(ids, position_ids, mask[None, None])[0]
+            return model(ids, position_ids, torch.tensor(mask)[None, None])[0]
 
     def drafted(logits: torch.Tensor, first: int, token: int) -> list[int]:
         return [token] + [int(logits[first + j].argmax()) for j in range(1, block)]

@@ -37,6 +37,7 @@ from tidar.evaluation.tasks import check_lm_eval
 from tidar.models import Decoder
 from tidar.models.huggingface import assets_folder, check_weights, decoder_config, open_weights, read_config_json
 from tidar.models.huggingface.manifest import saved_steps
+from tidar.training.first_weights import open_first_weights
 from tidar.training.inputs import load_inputs, missing_on_disk
 from tidar.training.plan import plan_run
 from tidar.training.run_lock import RunLock
@@ -76,8 +77,7 @@ def main() -> None:
         if inputs.warning:
             print_lines(inputs.warning, file=sys.stderr)
         plan_run(config, processes * nodes, device, inputs.spec.decoder, inputs.spec.mask_token_id)
-        start = config.checkpoint.initial_load_path or config.model.hf_path
-        weights = open_weights(start) if start and not saved_steps(folder) else None
+        weights = None if saved_steps(folder) else open_first_weights(config)
         if weights:
             with torch.device("meta"):
                 check_weights(weights, Decoder(inputs.spec.decoder), inputs.spec.vocab_size_before)

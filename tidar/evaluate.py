@@ -81,6 +81,8 @@ def run(options: Namespace) -> None:
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"--output {output}: must be a file in a folder that can be written to")
     model = local_folder(options.model, "--model")
+    if not model.is_dir():
+        raise UserError(f"--model {model}: must be an exported folder, a checkpoint's step-<n> or an id of the hub")
     run_folder = _run_folder(options.run, model)
     if not run_folder and not options.prompts and not options.tasks:
         raise UserError(f"{model}: lies in no run whose held-out data could be used; give --prompts, --run or --tasks")

@@ -315,10 +315,19 @@ def test_bad_models_are_refused_before_anything_is_loaded(tmp_path):
             train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0")
     without = tmp_path / "without"
     without.mkdir()
-    (without / "config.json").write_text(json.dumps(good))
-    with pytest.raises(UserError, match="holds no weights"):
-        options = ["--model.hf_path", str(without), "--checkpoint.initial_load_path", str(without)]
-        train(tmp_path / "run", *options, "--training.steps", "0")
+    for text, start, message in (
+        (json.dumps(good), without, "holds no weights"),
+        (
+            json.dumps(good),
+            without / "no",
+            "checkpoint.initial_load_path = .*no: does not exist, and is no id of the hub",
+        ),
+        ("{}", without, "config.json: model_type = None.*: supported are"),
+    ):
+        (without / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            options = ["--model.hf_path", str(without), "--checkpoint.initial_load_path", str(start)]
+            train(tmp_path / "run", *options, "--training.steps", "0")
 
 
 def test_two_ranks_export_what_one_does(tmp_path, ranks):

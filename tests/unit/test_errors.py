@@ -66,6 +66,6 @@ def test_the_command_that_installs_an_extra(monkeypatch, tmp_path):
     monkeypatch.chdir(packages.ROOT)
     assert packages.install("data") == "pip install -e '.[data]'"
     monkeypatch.chdir(packages.ROOT / "tests")
-    assert packages.install("data") == "pip install -e '..[data]'"
+    assert packages.install("data") == f"pip install -e '{packages.ROOT}[data]'"
     monkeypatch.setattr(packages, "ROOT", tmp_path)
     assert packages.install("data") == "pip install 'tidar[data]'"

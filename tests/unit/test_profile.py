@@ -5,6 +5,9 @@ import random
 import pytest
 
 from tidar.benchmarks.profile import COLLECTIVES, busy_ms, exposed_ms, kind_of, longest_gaps
+from tidar.config import UserError
+from tidar.config.options import Profiling
+from tidar.training.reporting.profiling import StepTraces
 
 ALL_GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 NAMES = {
@@ -46,3 +49,10 @@ def test_times_are_those_of_a_count_tick_by_tick(seed):
     first, last = (select(tick for tick in range(80) if running[tick]) for select in (min, max))
     gaps = "".join("x" if kinds else " " for kinds in running[first : last + 1]).split("x")
     assert sorted(gap for gap, *_ in longest_gaps(found, 100)) == sorted(len(gap) for gap in gaps if gap)
+
+
+def test_a_folder_for_traces_that_cannot_be_made(tmp_path):
+    (tmp_path / "traces").touch()
+    options = Profiling(enable_profiling=True, save_traces_folder="traces")
+    with pytest.raises(UserError, match=r"profiling.save_traces_folder = traces: cannot be written \(File exists\)"):
+        StepTraces(options, tmp_path, rank=0, steps_done=0)

@@ -297,8 +297,8 @@ def _check_together(config: Config) -> None:
     parallelism = config.parallelism
     if parallelism.gradient_reduction == "step" and parallelism.fsdp_reshard_after_forward == "always":
         raise UserError(
-            "parallelism.gradient_reduction = step: keeps whole gradients on every device, while "
-            "fsdp_reshard_after_forward = always is to save memory; use micro_batch, or default or never"
+            "parallelism.gradient_reduction = step: keeps whole gradients on every device: must be micro_batch where "
+            "parallelism.fsdp_reshard_after_forward = always, which saves that memory"
         )
     scheduler = config.lr_scheduler
     if scheduler.schedule == "warmup" and -1 < scheduler.total_steps < scheduler.warmup_steps:

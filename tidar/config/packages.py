@@ -1,7 +1,6 @@
 """Optional packages."""
 
 import importlib.metadata
-import os
 from pathlib import Path
 
 from tidar.config.errors import UserError
@@ -12,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def install(extra: str) -> str:
     """The command that installs an extra: that of the checkout this package lies in, or of the installed package."""
     if (ROOT / "pyproject.toml").is_file():
-        return f"pip install -e '{os.path.relpath(ROOT)}[{extra}]'"
+        return f"pip install -e '{'.' if Path.cwd() == ROOT else ROOT}[{extra}]'"
     return f"pip install 'tidar[{extra}]'"
 
 

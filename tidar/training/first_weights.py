@@ -5,15 +5,23 @@ from pathlib import Path
 
 from tidar.config import Config, UserError
 from tidar.models import Decoder, initialize
-from tidar.models.huggingface import ModelSpec, StepFolder, fill_new_rows, load_weights, open_weights
+from tidar.models.huggingface import ModelSpec, StepFolder, Weights, fill_new_rows, load_weights, open_weights
 from tidar.models.huggingface.manifest import check_whole
 
 
 def check_first_weights(config: Config) -> None:
     """Raises UserError where checkpoint.initial_load_path is a checkpoint's folder that is not whole."""
     path = config.checkpoint.initial_load_path
-    if path and isinstance(open_weights(path), StepFolder):
+    if path and isinstance(open_first_weights(config), StepFolder):
         check_whole(Path(path), f"checkpoint.initial_load_path = {path}")
+
+
+def open_first_weights(config: Config) -> Weights | None:
+    """The weights of checkpoint.initial_load_path or else model.hf_path; None where these name or hold none."""
+    path, option = config.checkpoint.initial_load_path, "checkpoint.initial_load_path"
+    if not path:
+        path, option = config.model.hf_path, "model.hf_path"
+    return open_weights(path, option) if path else None
 
 
 def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[str]:
@@ -23,7 +31,7 @@ def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[s
     holds none.
     """
     path = config.checkpoint.initial_load_path or config.model.hf_path
-    weights = open_weights(path) if path else None
+    weights = open_first_weights(config)
     if weights is None and config.checkpoint.initial_load_path:
         raise UserError(f"checkpoint.initial_load_path = {path}: holds no weights")
     if weights is None:

@@ -15,6 +15,7 @@ from tidar.models.huggingface.spec import (
 )
 from tidar.models.huggingface.weights import (
     StepFolder,
+    Weights,
     check_weights,
     fill_new_rows,
     from_pretrained,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointReader",
     "ModelSpec",
     "StepFolder",
+    "Weights",
     "check_weights",
     "decoder_config",
     "fill_new_rows",

@@ -88,7 +88,7 @@ def decoder_config(options: dict[str, Any], origin: str = "config.json") -> Deco
             )
     _refuse_contradiction({name: options.get(name) for name in DTYPE_NAMES}, origin)
     _refuse_sliding_windows(options, n_layers, origin)
-    theta, scaling = _rope(options, head_dim, origin)
+    theta, scaling = _rope(options, origin)
     return DecoderConfig(
         vocab_size=read.integer("vocab_size"),
         dim=dim,
@@ -166,7 +166,7 @@ def _refuse_contradiction(values: dict[str, Any], origin: str) -> None:
             raise UserError(f"{origin}: {found}: remove the wrong one")
 
 
-def _rope(options: dict[str, Any], head_dim: int, origin: str) -> tuple[float, RopeScaling | None]:
+def _rope(options: dict[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary positions, from `rope_parameters` or, older, `rope_theta` and `rope_scaling`."""
     for name in ("rope_parameters", "rope_scaling"):
         parameters = options.get(name) or {}

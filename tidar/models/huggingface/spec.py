@@ -97,10 +97,10 @@ def read_model(config: Config) -> ModelFiles:
         start = local_folder(config.checkpoint.initial_load_path, "checkpoint.initial_load_path", "config")
         start_folder = _config_folder(start)
     start_options = read_config_json(start_folder) if start_folder else {}
-    for place, where in ((options if folder else {}, origin), (start_options, str(start_folder) + "/config.json")):
+    for place, content in ((folder, options), (start_folder, start_options)):
         if place:
-            decoder_config(place, where)
-            _recorded_mask_token(place, where)
+            decoder_config(content, str(place / "config.json"))
+            _recorded_mask_token(content, str(place / "config.json"))
     folders = [str(place) for place in (folder, start_folder) if place and _tokenizer_files(place)]
     named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
     named = named and str(local_folder(named, "data.tokenizer", "tokenizer"))

@@ -145,12 +145,13 @@ class StepFolder:
 Weights = SafetensorsFolder | StateDictFile | StepFolder
 
 
-def open_weights(path: str) -> Weights | None:
+def open_weights(path: str, option: str = "") -> Weights | None:
     """The weights at `path`: a Hugging Face folder, an id of the hub, a step's folder or a file of torch.save.
 
-    None for a folder with a config.json and no weights. Raises UserError where there is nothing of these.
+    None for a folder with a config.json and no weights. option: names it in messages. Raises UserError where there is
+    nothing of these.
     """
-    place = local_folder(path)
+    place = local_folder(path, option)
     if place.is_file():
         return StateDictFile(place)
     refuse_other_folders(place)
@@ -165,9 +166,10 @@ def open_weights(path: str) -> Weights | None:
         raise UserError(f"{place}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
     if (place / "config.json").is_file():
         return None
+    where = f"{option} = {place}" if option else str(place)
     raise UserError(
-        f"{place}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
-        "state dict in a file" if place.exists() else f"{place}: does not exist, and is no id of the hub"
+        f"{where}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
+        "state dict in a file" if place.exists() else f"{where}: does not exist, and is no id of the hub"
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from tidar.config import UserError
 from tidar.config.options import Profiling
 
 
@@ -18,7 +19,11 @@ class StepTraces:
         self.folder = folder / options.save_traces_folder
         self.rank = rank
         self.steps = steps_done
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            name = f"profiling.save_traces_folder = {options.save_traces_folder}"
+            raise UserError(f"{name}: cannot be written ({error.strerror})") from None
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.profiler = profile(
             activities=activities,

@@ -10,7 +10,7 @@
 #   CONFIG_FILE  options of the run (default: train_configs/debug.toml beside this script)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the nodes of the run, this one's number, and where node 0 listens
 #                (default: those of the step, where srun has started this script on several nodes)
-#   MAX_RESTARTS times that the run is brought back from its last checkpoint when a rank has died (default: 0)
+#   MAX_RESTARTS restarts from the newest checkpoint after a rank has died (default: 0)
 #   LOG_RANK     ranks that print, separated by commas (default: 0)
 #   PYTHON       interpreter to use or to make the environment with (default: python3)
 set -euo pipefail

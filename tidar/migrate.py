@@ -50,7 +50,7 @@ def convert_script(script: Keys, recipe: Recipe) -> None:
     recipe.set("validation.enable", False, "as in the script; true holds out validation.share of the documents")
 
     model = script.take("qwen_model_path", str) or script.refuse("qwen_model_path", "a folder")
-    local = "must be a local folder, since nothing is downloaded: hf download Qwen/Qwen2.5-1.5B --local-dir DIR"
+    local = "must be a local folder, or an id of the Hugging Face hub (ORG/NAME), which is downloaded"
     missing = [] if os.path.isdir(model) else ["there was no such folder when this file was written"]
     recipe.convert(script, "qwen_model_path", "model.hf_path", model, local, *missing)
     recipe.warnings += [f"{script.file}: qwen_model_path = {shown(model)}: {local}"] if missing else []

@@ -14,7 +14,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text, or its type where it has none: errors of libraries may fill a page."""
+    """The first line of an error's text, or its type if it has no text. Errors of libraries may fill a page."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -19,10 +19,10 @@ def begins_array(head: bytes) -> bool:
 def split_array(stream: BinaryIO, position: int = 0) -> Iterator[tuple[int, bytes]]:
     """The byte offset and the unparsed JSON of each element of an array.
 
-    position: where the stream stands: 0, or the offset of an element. An element's offset is that of the byte behind
-    the bracket or comma before it. Elements are divided by the commas outside of strings and brackets, so an element
-    that is not JSON does not hide those behind it. Raises BadDocument where the array has no end, and for anything but
-    blanks behind it.
+    position: where the stream stands: 0, or the offset of an element. An element's offset is that of the byte after
+    the bracket or comma before it. Elements are divided at commas outside of strings and brackets, so an element that
+    is not JSON does not hide later ones. Raises BadDocument where the array has no end, and for anything but blanks
+    after it.
     """
     text = b""  # from the start of an element
     scanned = depth = 0
@@ -41,7 +41,7 @@ def split_array(stream: BinaryIO, position: int = 0) -> Iterator[tuple[int, byte
             if character == b'"':
                 end = _end_of_string(text, scanned)
                 if not end:
-                    scanned = token.start()  # the string continues behind what has been read
+                    scanned = token.start()  # the string continues after what has been read
                     break
                 scanned = end
             elif character in b"[{":
@@ -61,7 +61,7 @@ def split_array(stream: BinaryIO, position: int = 0) -> Iterator[tuple[int, byte
 
 
 def _end_of_string(text: bytes, start: int) -> int:
-    """The index behind the quotation mark that ends the string whose first character is at `start`; 0: none does."""
+    """The index after the quotation mark that ends the string whose first character is at `start`; 0: none does."""
     end = start - 1
     while (end := text.find(b'"', end + 1)) >= 0:
         first = end
@@ -77,4 +77,4 @@ def _refuse_more(stream: BinaryIO, text: bytes) -> None:
         text = stream.read(CHUNK)
         if not text:
             return
-    raise BadDocument("there is more behind the end of the JSON array")
+    raise BadDocument("there is more after the end of the JSON array")

@@ -21,7 +21,7 @@ from tidar.patterns import PADDING, ModelBatch, Pattern
 
 # what a launcher or a scheduler sends to all processes of a run
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
-# shared with workers, and set when the process that has forked them ends: only then they heed the SIGTERM by which
+# shared with workers, and set when the process that forked them ends: only then do they obey the SIGTERM with which
 # multiprocessing ends them
 _parent_ends = mmap.mmap(-1, 1)
 atexit.register(_parent_ends.__setitem__, 0, 1)

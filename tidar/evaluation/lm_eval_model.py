@@ -27,7 +27,7 @@ DEFAULT_CONTEXT, DEFAULT_NEW_TOKENS = 2048, 256
 CHUNK = 1024
 # generation options that change nothing at these values
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
-Scored = tuple[Any, list[int], list[int]]  # what is asked, tokens of the context, tokens of the continuation
+Scored = tuple[Any, list[int], list[int]]  # the request's key, tokens of the context, tokens of the continuation
 
 
 class EngineLM(TemplateLM):
@@ -96,7 +96,7 @@ class EngineLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, requests: Sequence[Scored]) -> list[tuple[float, bool]]:
-        """One causal pass; what pads a row is behind all that counts."""
+        """One causal pass. Padding follows all tokens that are scored."""
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         counts = [min(len(continuation), len(row) - 1) for row, (_, _, continuation) in zip(rows, requests)]
         width = max(map(len, rows)) - 1

@@ -1,4 +1,4 @@
-"""What decoding takes: forward passes, tokens accepted in each, and time beside autoregressive decoding."""
+"""The cost of decoding: forward passes, tokens accepted in each, and time compared with autoregressive decoding."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ from tidar.data import Tokenizer
 from tidar.data.tokenizer import FolderTokenizer
 from tidar.decoding import Engine
 
-# the first with the interface for models and tasks that this room uses
+# first version with the interface for models and tasks that is used here
 FIRST_LM_EVAL = (0, 4, 13)
 
 
@@ -21,7 +21,7 @@ def check_lm_eval() -> None:
 
 
 class Tasks:
-    """Tasks by name, groups and tags too, and how they are asked."""
+    """Tasks, groups and tags of lm-eval by name, and the options to run them with."""
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from tidar.config.packages import install
 from tidar.models import Mask, MaskBuilder, PointMask, RangeMask, attention, pattern_mask
 from tidar.models.flops import ATTENTION_FLOPS
 from tidar.patterns import Documents, Pattern
@@ -35,7 +36,7 @@ def bench(
     backends: dict[str, Callable] = {"flex": attention, "flash": partial(attention, flash=True), "sdpa": attention}
     for name, attend in backends.items():
         if name == "flash" and find_spec("flash_attn") is None:
-            lines.append(f"{name:<8} is not installed (the package flash-attn-4)")
+            lines.append(f"{name:<8} is not installed: {install('flash')}")
             continue
         try:
             error = _error(name, attend, pattern, lengths, shape, device)

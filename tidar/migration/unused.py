@@ -19,6 +19,7 @@ LOGS = "job.dump_folder has metrics.jsonl and tb/, with losses, rates, speed, MF
 PRECISION = "parameters, gradients and moments are float32; training.mixed_precision_param is the compute dtype"
 FSDP2 = "FSDP2 gathers and reduces one decoder layer at a time, always while others are computed"
 OFFLOAD = "FSDP2 keeps what is offloaded in the host's memory, pinned, and moves one decoder layer at a time"
+PARALLELISM = "see parallelism.tensor_parallel_degree and context_parallel_degree; others are not supported"
 SHARDING = "here parallelism.data_parallel_shard_degree is the number of devices that hold the state once"
 BF16_KEYS = "immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
 # by section: why keys have no effect here, and which; the reason of a section applies to all of its keys
@@ -38,8 +39,8 @@ DEEPSPEED_REASONS = {
         "has an effect only in a model or script that asks for it, and the script did not": "curriculum_learning "
         "data_efficiency progressive_layer_drop eigenvalue quantize_training compression_training sparse_attention "
         "weight_quantization hybrid_engine",
-        "FSDP2 over all devices is the only parallelism here": "tensor_parallel expert_parallel pipeline "
-        "sequence_parallel_size data_parallel_size use_data_before_expert_parallelism",
+        PARALLELISM: "tensor_parallel expert_parallel pipeline sequence_parallel_size data_parallel_size "
+        "use_data_before_expert_parallelism",
         "checkpoints load on any number of devices; [checkpoint] says when they are written": "checkpoint",
         "nothing is kept on NVMe or in a service": "aio nebula datastates_ckpt",
         "training.local_batch_size is set by hand": "autotuning",

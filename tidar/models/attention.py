@@ -14,7 +14,7 @@ Mask = BlockMask | Tensor | None
 
 
 class KeySource(Protocol):
-    """In place of a mask: what the queries of a layer attend to, which are not the keys and values of their positions.
+    """Replaces a layer's mask where queries attend to other keys and values than those of their own positions.
 
     mask: over the queries and these keys.
     """
@@ -28,7 +28,7 @@ class KeySource(Protocol):
 
 
 class StepAttention(NamedTuple):
-    """For one layer of a decoding step, in place of a mask: queries attend to the whole cache.
+    """Replaces the mask of one layer in a decoding step: queries attend to the whole cache.
 
     keys, values: the cache, `[batch, n_kv_heads, slots, head_dim]`, written in place. slots: where to store the key and
     value of each query, `[batch, positions]` int64. mask: over queries and slots.
@@ -105,7 +105,7 @@ class PrefillAttention(NamedTuple):
 
 
 CachedAttention = StepAttention | FusedStepAttention | PrefillAttention
-# what a layer takes in place of a mask
+# what a layer takes as its mask
 Attended = Mask | KeySource | CachedAttention
 
 

@@ -120,7 +120,7 @@ class RangeMask(PointMask):
         for of, (rows, columns) in enumerate([(n_query_tiles, n_key_tiles), (n_key_tiles, n_query_tiles)]):
             for kind, name in enumerate(("", "full_")):
                 name += ("kv", "q")[of]
-                # each in memory of its own, whose start is aligned as kernels want it
+                # each in its own memory, aligned as kernels require
                 lists[f"{name}_num_blocks"] = lengths[of, kind, ..., :rows].clone(memory_format=torch.contiguous_format)
                 lists[f"{name}_indices"] = indices[of, kind, ..., :rows, :columns].clone(
                     memory_format=torch.contiguous_format

@@ -26,8 +26,8 @@ class Blocks:
     """Random choices about each row's blocks.
 
     `size`: tokens per block. `offset`: number of tokens by which the first block of a document is shorter. Both
-    `[batch, 1]` int32. `tokens`: the token of its row that each noisy position stands for, -1 for none,
-    `[batch, noisy positions]` int32; None where the noisy positions stand for all tokens in order.
+    `[batch, 1]` int32. `tokens`: the token of the row that each noisy position predicts or copies, -1 for none,
+    `[batch, noisy positions]` int32; None where the noisy half has all tokens in order.
     """
 
     size: Tensor

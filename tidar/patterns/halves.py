@@ -21,7 +21,7 @@ class TwoHalves(BlockPattern):
     """diffusion_share: the noisy half holds at most this share of a row's tokens, rounded up to whole largest blocks.
 
     Below 1, m of a row's n blocks are drawn by its seed, each with the same probability; the others are not part of the
-    model's input. m is the largest number of blocks that fit whichever are drawn. The weights of the diffusion targets
+    model's input. m is the largest number of blocks that fit for every draw. The weights of the diffusion targets
     are multiplied by n / m, so the expectations of the weighted sums are the sums over all blocks. The rest of the
     noisy half is filled with positions that see only themselves and predict nothing.
     """
@@ -64,7 +64,7 @@ class TwoHalves(BlockPattern):
         drawn = []
         for number, seed in zip((is_first.cumsum(dim=1) - 1), seeds):
             lengths = torch.bincount(number)
-            # the longest fit, so as many others do: no block is drawn more often because it is short
+            # as many blocks as fit if the longest are drawn: no block is drawn more often because it is short
             n_shown = int((lengths.sort(descending=True).values.cumsum(dim=0) <= room).sum())
             order = torch.randperm(len(lengths), generator=draw(seed, "share")).to(number.device)
             is_shown = torch.zeros_like(lengths, dtype=torch.bool)

@@ -24,7 +24,7 @@ class Batches:
         self.training_rows, self.held_out_rows = make_rows(plan.config, dataset)
 
     def order(self, first_sample: int) -> TrainingOrder:
-        """Of this rank's training rows, from a sample of the run on."""
+        """Order of this rank's training rows, from sample number `first_sample` of the run."""
         training, world = self.plan.config.training, self.world
         n_rows = len(self.training_rows)
         return TrainingOrder(
@@ -32,11 +32,11 @@ class Batches:
         )
 
     def training(self, first_sample: int) -> Iterator[Batch]:
-        """Micro-batches from a sample of the run on, without end."""
+        """Endless micro-batches, from sample number `first_sample` of the run."""
         return iter(self._loader(self.training_rows, self.order(first_sample), self.plan.pattern, self.plan.sharding))
 
     def validation(self) -> DataLoader:
-        """As many batches on each rank."""
+        """The validation batches of this rank; all ranks have equally many."""
         config, world = self.plan.config, self.world
         n_rows, size = len(self.held_out_rows), config.training.local_batch_size
         order = validation_order(n_rows, config.validation.steps, size, world.dp_rank, world.dp_size)
@@ -51,8 +51,8 @@ class Batches:
 def count_targets(micro_batches: list[Batch], world: World) -> tuple[dict[str, Tensor], Tensor]:
     """The denominator of each loss and the number of tokens of a step, over all ranks and micro-batches.
 
-    A loss's denominator is the sum of its target weights. All are scalars, float64. Ranks of context parallelism have
-    targets of their own, and the same tokens; those of tensor parallelism have both the same.
+    A loss's denominator is the sum of its target weights. All are scalars, float64. Ranks that divide a row (context
+    parallelism) have different targets and count the same tokens; ranks that divide layers have the same of both.
     """
     weights = torch.stack([target_weights(batch.rows.targets) for batch in micro_batches]).sum(dim=0)
     n_tokens = weights.new_full((1,), sum(batch.n_tokens for batch in micro_batches))

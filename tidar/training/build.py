@@ -29,7 +29,7 @@ def build_objective(plan: RunPlan, world: World) -> Objective:
 
 
 def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:
-    """Of training, and of validation."""
+    """The mask builders of training and of validation."""
     attention, around = plan.kernels.attention, gathered_attention(world)
     return (
         MaskBuilder(plan.pattern, attention, around),

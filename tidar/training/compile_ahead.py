@@ -1,6 +1,6 @@
 """Compiles a run's QuACK kernels in another process while the run prepares; reads a pickled `Work` from stdin.
 
-Each kernel takes one to three seconds of one core where it is first called, and a step has a dozen. This process, which
+At its first call a kernel compiles for one to three seconds on one core, and a step has a dozen. This process, which
 sees no GPU, records the calls of a layer and of the loss without logits on the meta device, and runs each of them in a
 fork. QuACK caches compiled kernels on disk; a run that reaches a kernel which is being compiled waits for it.
 """
@@ -50,7 +50,7 @@ class Work:
 
 
 class Compiler:
-    """Handle of the compiling process, which ends by itself."""
+    """Handle of the compiling process. It exits when all kernels are compiled."""
 
     def __init__(self, work: Work):
         """Raises OSError where no process can be started."""

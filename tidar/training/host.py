@@ -32,8 +32,8 @@ class HostThrottle:
 def scheduled_gc(freq: int) -> Iterator[Callable[[int], None]]:
     """With freq above 0 Python collects garbage only in each freq-th step, the same on all ranks.
 
-    So no rank waits for another's collection. Objects that exist already are never collected. Yields what is to be
-    called after each step, with its number.
+    So no rank waits for another's collection. Objects that exist already are never collected. Yields a
+    function to call after each step, with the step's number.
     """
     if freq:
         gc.collect()

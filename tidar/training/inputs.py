@@ -34,7 +34,7 @@ class Inputs:
 def hub_names(config: Config) -> dict[str, tuple[str, Needs]]:
     """Option -> name and what is needed of it, for the options that name models and tokenizers.
 
-    Weights are needed where the run does not resume from a checkpoint of its own.
+    Weights are needed unless the run resumes from its own checkpoint.
     """
     start = config.checkpoint.initial_load_path
     resumes = config.checkpoint.enable and saved_steps(Path(config.job.dump_folder))
@@ -56,7 +56,7 @@ def missing_on_disk(config: Config) -> list[str]:
 def read_inputs(config: Config, world: World, group: dist.ProcessGroup) -> Inputs:
     """The inputs of a run, on all of its ranks. Rank 0 downloads and prepares them first.
 
-    The others read the same commits, from the same cache, or from that of their node after a download of their own.
+    Other ranks read the same commits from the same cache; nodes with a separate cache download them there.
     group: all ranks, on gloo.
     """
 

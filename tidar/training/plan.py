@@ -17,12 +17,12 @@ from tidar.training.reporting.weights_and_biases import check_wandb
 class RunPlan:
     """Sizes, kernels and memory of a run on `world_size` devices like `device`.
 
-    replicas, shards: copies of the states, and the devices that each part of a copy is sharded over. tensor_parallel:
-    devices that share each layer, and have a part each. context_parallel: devices that share each row; sharding,
-    validation_sharding: how rows are dealt to them, None where it is one.
+    replicas, shards: copies of the states, and the devices that each copy is sharded over. tensor_parallel:
+    devices that divide each layer. context_parallel: devices that divide each row; sharding, validation_sharding: how,
+    None for one device.
     global_batch_size: rows of an optimizer step. micro_batches: of each rank in a step. dtype: of compute. kernels:
     final once the model is known. model: its sizes, None until it is read; n_parameters: 0 until then, as is
-    n_own_parameters, those in the part of one of the devices that share each layer.
+    n_own_parameters, those of one device's part of the layers under tensor parallelism.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class RunPlan:
 
     @property
     def dp_size(self) -> int:
-        """Ranks, or groups of them, that have rows of their own."""
+        """Ranks with different rows; ranks that divide a row or a layer count as one."""
         return self.world_size // (self.context_parallel * self.tensor_parallel)
 
     @property
@@ -74,7 +74,7 @@ class RunPlan:
 
     @property
     def norm_positions(self) -> int:
-        """Those of them that norms and residual connections have: devices that share layers divide them."""
+        """Positions in norms and residual connections, which tensor parallelism divides (sequence parallelism)."""
         return self.positions // self.tensor_parallel
 
     @property
@@ -84,7 +84,7 @@ class RunPlan:
 
     @property
     def n_checkpointed(self) -> int:
-        """Layers with activation checkpointing, of whichever mode."""
+        """Layers with activation checkpointing, selective or full."""
         options, n_layers = self.config.activation_checkpoint, self.decoder.n_layers
         if options.mode == "none":
             return 0

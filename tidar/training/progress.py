@@ -65,7 +65,7 @@ class Progress:
         self.state["interrupted"].copy_(torch.tensor([validates, epoch]))
 
     def epoch_to_export(self, every: int, epochs_before: int) -> int:
-        """Number of the epoch that ended after `epochs_before` where each `every`th is to be exported, otherwise 0."""
+        """The last ended epoch that is a multiple of `every`, if it ended after epoch `epochs_before`; otherwise 0."""
         number = self.epoch // every * every if every else 0
         return number if number > epochs_before else 0
 
@@ -77,9 +77,9 @@ class Progress:
         return self.step + max(0, math.ceil(samples_left / global_batch_size))
 
     def is_due(self, every: int, last: int, ahead: int = 0) -> bool:
-        """Whether it is time for what happens every so many steps, if any, and after step `last`.
+        """Whether something is due now that happens every `every` steps (0: never) and after step `last`.
 
-        ahead: or will be after so many more steps.
+        ahead: asks the same for so many steps later.
         """
         step = self.step + ahead
         return step == last or (every > 0 and step % every == 0)

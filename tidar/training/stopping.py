@@ -30,11 +30,11 @@ class StopRequests:
 
     The first SIGTERM or SIGUSR1 on any rank is a request, a second one ends its process at once; so does the first one
     before `begin`, when there is nothing to save, and a SIGTERM that comes because another rank has died. The end of
-    checkpoint.max_wall_minutes is a request too, and so is whatever the caller adds.
+    checkpoint.max_wall_minutes is a request too, and callers can add others.
     """
 
     def __init__(self, world: World, group: dist.ProcessGroup, deadline: float, abort: Callable[[str], None]):
-        """Signals are caught from here on, and heeded after `listen`.
+        """Signals are caught from here on, and acted on after `listen`.
 
         group: of all ranks, on the CPU. deadline: of time.monotonic(). abort: gets the reason before the
         process ends at once; called by the listening thread.
@@ -62,7 +62,7 @@ class StopRequests:
         _current.append(self)
 
     def listen(self) -> None:
-        """Heeds signals, those too that have come since this object was made."""
+        """Acts on signals, including those that came since this object was created."""
         self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self.thread.start()
 
@@ -110,7 +110,7 @@ class StopRequests:
         self.vote = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True), votes
 
     def _result(self) -> str | None:
-        """Of the last vote, if there is one whose result was not taken before."""
+        """Result of the last vote; None if there is none or its result was read before."""
         if not self.vote:
             return None
         (work, votes), self.vote = self.vote, None

@@ -1,4 +1,4 @@
-"""The story of a run, from top to bottom."""
+"""A run, from its options to its last step."""
 
 import math
 import time
@@ -58,7 +58,7 @@ from tidar.training.validation import HeldOutPrompts
 class Trainer:
     """A run: made from its options and from its newest checkpoint, if there is one, and trained to its last step."""
 
-    # what is to be done
+    # the run
     config: Config
     hooks: Hooks
     plan: RunPlan
@@ -68,7 +68,7 @@ class Trainer:
     world: World
     device: torch.device
     cpu_group: dist.ProcessGroup  # all ranks, on gloo
-    resources: ExitStack  # what is open: closed at the end, whatever ends the run
+    resources: ExitStack  # closed when the run ends, also by an error
     outcome: Outcome
     stops: StopRequests
     watchdog: Watchdog
@@ -85,13 +85,13 @@ class Trainer:
     prompts: HeldOutPrompts | None  # decoded by each validation
     objective: Objective
     compiler: Compiler | None  # compiles kernels ahead
-    # how far it has come
+    # progress
     state: RunState
     updates: Updates
     checkpointer: Checkpointer
     progress: Progress
     stop_reason: str | None
-    # what it reports
+    # reports
     throughput: Throughput
     reports: Reports
     start: list[str]  # log lines: where its weights come from
@@ -160,7 +160,7 @@ class Trainer:
         self.batches = Batches(self.plan, self.inputs.data, self.world)
 
     def train(self) -> None:
-        """Trains to the last step, or until the run is asked to stop. Closes all that the run has opened."""
+        """Trains to the last step, or until a request to stop. Closes the run's resources."""
         with self.resources, explained_out_of_memory(lambda: self.plan, self.world.rank):
             self.resources.push(self._record_error)
             self.log(*summarize(self.plan, self.batches, self.inputs.n_unusable, self.steps))
@@ -363,7 +363,7 @@ class Trainer:
             self.outcome.end(outcome, reason=reason, **progress)
 
     def record_failure(self, reason: str) -> None:
-        """Any rank, and any of its threads, may call it."""
+        """Writes the outcome of a run that failed. Any rank and thread may call it."""
         step = self.step if "progress" in vars(self) else None
         self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
 
@@ -377,20 +377,20 @@ class Trainer:
         return self.progress.step
 
     def end_first_step(self) -> None:
-        """Nothing slow is left to wait for: reports what was compiled, and lowers the timeouts."""
+        """Reports the time of compilation, and lowers the timeouts."""
         if compilation := compile_seconds():
             self.log(f"compilation took {compilation:.1f} s of the first step")
         if self.compiler and (failure := self.compiler.failure()):
-            self.log(f"warning: step {self.step} was slow, for its kernels were not compiled ahead: {failure}")
+            self.log(f"warning: step {self.step} was slow because its kernels were not compiled ahead: {failure}")
         shorten_timeout(self.config, self.world)
         self.timeout = self.config.comm.train_timeout_seconds
 
     def heartbeat(self, place: str, timeout: int | None = None) -> None:
-        """Tells the watchdog where this rank is, and how many seconds it may stay there."""
+        """Reports to the watchdog where this rank is, and how many seconds it may stay there."""
         self.watchdog.heartbeat(place, timeout or self.timeout)
 
     def wait_for_all(self, place: str) -> None:
-        """Before and after what only some ranks do, which may take long."""
+        """A barrier before and after work of some ranks only, which may take long."""
         self.heartbeat(place, self.config.comm.save_timeout_seconds)
         dist.barrier(self.cpu_group)
 

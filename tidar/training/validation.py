@@ -41,10 +41,10 @@ class DecodedPrompts:
 
 
 class HeldOutPrompts:
-    """Prompts that `tidar.evaluate` decodes too, dealt to the ranks in turn.
+    """The prompts that `tidar.evaluate` decodes, assigned to the ranks in turn.
 
     Each rank decodes its own with a whole copy of the weights in the compute dtype: a decoding step is short, and would
-    spend its time on gathering them again. On one device without FSDP2 there is no copy but the run's own.
+    spend its time on gathering them again. On one device without FSDP2 the run's own copy is used.
     """
 
     @staticmethod

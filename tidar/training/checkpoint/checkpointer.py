@@ -29,7 +29,7 @@ class Checkpointer:
     That is the model, the optimizer, the tensors of `progress` (step, data position, counts, sums of the epoch, skipped
     steps, loss scale) and the random state of every rank. The learning rate is a function of these and needs no state.
 
-    A checkpoint is written beside its final name, flushed to the disk, and renamed once its manifest is written. A
+    A checkpoint is written under a temporary name, flushed to the disk, and renamed once its manifest is written. A
     folder that has the name and agrees with its manifest is whole; nothing else counts. With checkpoint.async_mode a
     thread does this while training continues; there is one save at a time.
     """
@@ -142,7 +142,7 @@ class Checkpointer:
         self.staging.close()
 
     def clean_up(self) -> None:
-        """Removes what a killed run has left half written, half removed or not yet removed. For rank 0."""
+        """Removes incomplete and superseded checkpoints that a killed run left. For rank 0."""
         self.writer.clean_up()
         if self.saved_step is not None:
             remove_superseded(self.dump_folder, self.options, self.saved_step, self.damaged, self.log)

@@ -30,7 +30,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, files: dict[str, list], about: dict[str, Any]) -> None:
-    """Writes it, and flushes the folders. files: see `describe`. about: what else is to be known of the checkpoint."""
+    """Writes it, and flushes the folders. files: see `describe`. about: a description of the checkpoint and its run."""
     content = {"files": files, "about": about}
     text = json.dumps(content | {"checksum": content_checksum(content)}, indent=1)
     write_atomically(folder / NAME, text)

@@ -16,7 +16,7 @@ from tidar.models.huggingface.manifest import find_problem, saved_steps
 from tidar.training.checkpoint.state import LoadPlanner
 from tidar.training.checkpoint.writer import error_text
 
-# problems that an error about several checkpoints spells out
+# damaged checkpoints whose problem an error states
 NAMED = 3
 
 
@@ -60,8 +60,8 @@ def load(
 ) -> dict[str, Tensor]:
     """Loads a checkpoint into the tensors of `state` and `random_state`. Returns those of `random_state` that it has.
 
-    The random state is that of as many ranks and of the same device; a run on others begins with a new one, on which
-    nothing that a step computes depends. Counts (progress.*) that an older checkpoint does not have stay as they are.
+    The random state is restored only on the same number of ranks and kind of device; otherwise it is new. No step
+    depends on it. Counts (progress.*) that an older checkpoint does not have stay as they are.
     Raises UserError where tensors of model or optimizer are missing, superfluous or of another dtype, and where the
     files cannot be read.
     """

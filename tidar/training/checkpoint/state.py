@@ -17,7 +17,7 @@ from tidar.training.optim.optimizer import state_tensors
 class Blocks:
     """A tensor of which this rank has some blocks, as tensor parallelism divides it; DCP saves and loads each of them.
 
-    So a checkpoint has the whole tensors, whatever ranks have saved it. local: this rank's memory, which they are in.
+    So a checkpoint holds whole tensors, for any number of ranks. local: the memory of this rank's blocks.
     """
 
     def __init__(self, shard: TensorShard, name: str, tensor: Tensor):

@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that last: at the limit of power and not for a moment.
+    """Sustained rates, at the power limit.
 
     memory: bytes. peak: FLOP/s by datasheet, for MFU. gemm, float8_gemm: FLOP/s of large ones. flash, flex: FLOP/s of
     attention over tiles that are wholly allowed. program: seconds of an SM to begin and end a tile of queries or of

@@ -49,7 +49,7 @@ def saved_bytes(plan: RunPlan) -> dict[str, int]:
         "input": share * decoder.dim * size,
         "scales of norms": share * 2 * WIDE + (WIDE * (decoder.n_heads + decoder.n_kv_heads) if decoder.qk_norm else 0),
         "gathered results of norms": 0 if plan.tensor_parallel == 1 else 2 * decoder.dim * size,
-        # values are a view of them; so are not gathered ones
+        # saved for the norms' backward pass, or because the values are a view of them; gathered values are a copy
         "heads": _n_heads(plan) * head if plan.sharding is None or decoder.qk_norm else 0,
         "rotated queries": decoder.n_heads * head,
         "attention": decoder.n_heads * (head + WIDE),
@@ -104,7 +104,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     # on one device the buffer becomes the gradient, if it is not added to one
     buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0
     reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0
-    # under FSDP2 those of the output weight are reduced last
+    # under FSDP2 the output weight's gradient is reduced last
     of_output = size * output
 
     n = plan.config.training.local_batch_size * row.scored // plan.context_parallel
@@ -123,7 +123,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
         so_far = states + gradient * (done + (0 if plan.uses_fsdp else 1)) * layer
         yield Memory(f"layer {index} backward", so_far, gathered + in_layer + reduced + of_output, activations, 0)
 
-    # the embedding's gradient is dense, and the output weight's is beside it where both are one
+    # the embedding's gradient is dense; with tied embeddings the output weight's exists too
     ends, embedded = size * output, stream + gathered_stream
     if plan.uses_fsdp:
         ends = (size + buffer) * root + (size * output if decoder.tie_embeddings else 0)
@@ -140,5 +140,5 @@ def _chunk_bytes(plan: RunPlan, n: int) -> int:
 
 
 def _n_heads(plan: RunPlan) -> int:
-    """Of queries, keys and values."""
+    """Heads of queries, keys and values."""
     return plan.own_sizes.n_heads + 2 * plan.own_sizes.n_kv_heads

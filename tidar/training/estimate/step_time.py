@@ -156,6 +156,6 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
 def _collective(size: float, ranks: int, stride: int, rate: float) -> float:
     """Seconds of an all-gather or reduce-scatter of `size` bytes in all over ranks that are `stride` apart."""
     if ranks * stride > PER_HOST:
-        # all GPUs of a host that take part have a link of their own to other hosts
+        # each GPU of a host has its own link to other hosts
         rate = min(rate, NETWORK * max(PER_HOST // stride, 1))
     return size * (ranks - 1) / ranks / rate

@@ -20,8 +20,8 @@ NAMED = 8
 
 @dataclass
 class _Evidence:
-    """Of one micro-batch: rows whose loss, or gradient of the embeddings, is not finite, bool `[rows]`; and the largest
-    gradient of each parameter.
+    """Of one micro-batch: rows whose loss, or gradient of the embeddings, is not finite, bool `[rows]`; and the
+    largest gradient of each parameter.
     """
 
     bad_losses: Tensor
@@ -105,7 +105,7 @@ class SkippedSteps:
         self.weight_gradients = []
 
     def decide(self, step: int, sums: LossSums, grad_norm: Tensor, rows: Callable[[], list[int]]) -> Tensor:
-        """1 where a step is to be skipped and 0 otherwise, a scalar float32 that is the same on all ranks.
+        """1 if the step must be skipped, otherwise 0: a scalar float32, the same on all ranks.
 
         sums, grad_norm: of all ranks; rows: row numbers of this rank's micro-batches, in order. `read_decision` must be
         called between two steps.

@@ -55,7 +55,7 @@ class Updates:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint restores in place, beside those of the optimizer."""
+        """Tensors that a checkpoint restores in place, in addition to the optimizer's."""
         return {"skipped": self.skipped.counts, "loss_scale": self.scaler.state}
 
     def backward(self, loss: Tensor) -> None:

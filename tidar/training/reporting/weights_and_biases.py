@@ -14,7 +14,7 @@ from tidar.config.files import open_regular, parse_json, write_atomically
 from tidar.config.packages import check_version
 
 STATE = "wandb.json"  # of the run's folder: its id, and the last step of each scalar and text
-# the first whose login() can be told not to ask at a terminal
+# first version whose login() has an option not to ask at a terminal
 FIRST_WANDB = (0, 30)
 
 
@@ -29,7 +29,7 @@ class WandbRun:
 
     WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_MODE and the others are wandb's own; without them the project is
     "tidar" and the name that of the folder. Steps that a resumed run repeats keep their first values: wandb cannot
-    take a value back. Whatever fails in wandb is logged once, and the run continues without it.
+    take a value back. A failure in wandb is logged once, and the run continues without it.
     """
 
     def __init__(self, folder: Path, config: Config, log: Callable[[str], None]):
@@ -59,13 +59,13 @@ class WandbRun:
             config=dataclasses.asdict(self.config),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # wandb's own steps cannot be repeated, so the run's are an axis of their own
+        # wandb's own steps cannot be repeated, so the run's steps are a separate axis
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         self._write_state()
 
     def write(self, step: int, values: dict[str, float | str]) -> None:
-        """Scalars, and texts in Markdown, by name. Those of a step that has been written are left out."""
+        """Scalars, and texts in Markdown, by name. Values of steps that were written before are dropped."""
         values = {name: value for name, value in values.items() if step > self.last.get(name, -1)}
         if not self.run or not values:
             return

@@ -60,7 +60,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at one time [32]")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at a time [32]")
     parser.add_argument("--tasks", help="lm-eval's tasks, groups and tags, separated by commas: gsm8k,arc_easy")
     parser.add_argument("--limit", type=float, help="examples of each task; below 1: a share of them (default: all)")
     parser.add_argument("--num_fewshot", type=int, help="examples in each prompt (default: as the task says)")

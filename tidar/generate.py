@@ -53,7 +53,7 @@ def _parser() -> ArgumentParser:
         help="weight of the autoregressive logits beside those of the diffusion half; only 1 is lossless [1]",
     )  # fmt: skip
     parser.add_argument("--show_drafts", action="store_true", help="colour what was accepted in one step")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at one time [32]")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at a time [32]")
     return parser
 
 
@@ -124,7 +124,7 @@ class Session:
         return sys.stdin.readline()
 
     def _print(self, prompt: list[int]) -> str:
-        """Decodes one prompt and prints its text as it comes. Returns the text."""
+        """Decodes one prompt and prints its text as it is decoded. Returns the text."""
         stream = TextStream(self.tokenizer.decode, self.options.stop)
         started = time.perf_counter()
         completion = Completion(0)

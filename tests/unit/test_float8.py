@@ -1,4 +1,4 @@
-"""The MLP's products in FP8: what is rounded, and that training follows."""
+"""The MLP's GEMMs in FP8: what is rounded, and that training follows."""
 
 import sys
 from functools import partial
@@ -29,8 +29,8 @@ def rounded(matrix: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions", [48, 37])
-def test_products_are_those_of_rounded_operands(positions):
-    """One layer's MLP, forward and backward, beside products of operands that are rounded here."""
+def test_gemms_are_those_of_rounded_operands(positions):
+    """One layer's MLP, forward and backward, against GEMMs of operands that are rounded here."""
     pytest.importorskip("torchao")
     with torch.device("meta"):
         model = Decoder(CONFIG)

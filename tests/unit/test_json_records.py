@@ -102,7 +102,7 @@ def test_json_arrays(layout, tmp_path, monkeypatch):
     [
         (b'[{"text": "a"}, {"text": }, {"text": "b"}]', "element 2", "is not JSON"),
         (b'[{"text": "a"}, {"text": "b"}, 3]', "element 3", "has no text in the field"),
-        (b'[{"text": "a"}, {"text": "b"}] {}', "element 3", "there is more behind the end of the JSON array"),
+        (b'[{"text": "a"}, {"text": "b"}] {}', "element 3", "there is more after the end of the JSON array"),
         (b'[{"text": "a"}, {"text": "b"},', "element 3", "the JSON array has no end"),
         (b'[{"text": "a"}, {"text": "b"}, {"text": "c', "element 3", "the JSON array has no end"),
     ],

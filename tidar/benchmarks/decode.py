@@ -30,7 +30,7 @@ REPEATS = 30
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m tidar.benchmarks.decode", description=__doc__.split("\n\n")[1])
     parser.add_argument("--model", nargs="+", default=["debug"], help="sizes, as model.name [debug]")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences at one time [1]")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences at a time [1]")
     parser.add_argument("--prefix", nargs="+", type=int, default=[512], help="committed tokens [512]")
     parser.add_argument("--block_size", nargs="+", type=int, default=[8, 16], help="[8 16]")
     parser.add_argument("--accepted", type=float, help="committed tokens of a step to print tokens/s for")

@@ -175,7 +175,11 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m tidar.benchmarks.profile", description=__doc__.split("\n\n")[1])
     parser.add_argument("--case", default="debug", metavar="CASE", help=", ".join(CASES))
     parser.add_argument(
-        "--ngpu", type=numbers_of_devices, default=[], metavar="N,...", help="on so many devices, one after the other"
+        "--ngpu",
+        type=numbers_of_devices,
+        default=[],
+        metavar="N,...",
+        help="numbers of devices, one after the other",
     )
     parser.add_argument("--steps", type=int, default=3, help="steps that are traced [3]")
     parser.add_argument("--top", type=int, default=30, help="longest kernels that are listed [30]")

@@ -307,7 +307,11 @@ def main() -> None:
         "--case", nargs="+", default=["debug"], metavar="CASE", help=f"{', '.join(CASES)}, options of its own after it"
     )
     parser.add_argument(
-        "--ngpu", type=numbers_of_devices, default=[], metavar="N,...", help="on so many devices, one after the other"
+        "--ngpu",
+        type=numbers_of_devices,
+        default=[],
+        metavar="N,...",
+        help="numbers of devices, one after the other",
     )
     parser.add_argument("--steps", type=int, default=20, help=f"steps that are measured, after {WARM_UP} [20]")
     parser.add_argument("--sweep", choices=SWEEPS, help="each case over a range of lengths or block sizes")

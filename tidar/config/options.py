@@ -154,7 +154,7 @@ class Training:
     )
     loss_chunk_size: int = option(
         4096,
-        "target positions per chunk of the loss: their logits, or what replaces them, exist at one time",
+        "target positions per chunk of the loss: their logits, or what replaces them, exist at a time",
         minimum=1,
     )
     seed: int = option(

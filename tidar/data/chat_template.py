@@ -264,8 +264,8 @@ class _Trial:
             self.messages = without
 
     def _find_reasoning(self, turn: int, before: str) -> int:
-        """Where a turn with reasoning starts: behind the generation prompt, so at the tag that the template writes
-        before the reasoning, if the generation prompt does not have it."""
+        """Where a turn with reasoning starts: after the generation prompt, which is at the tag that the template writes
+        before the reasoning if the generation prompt does not have it."""
         start, rest = self._split(turn, self.replace(turn, **dict.fromkeys(REASONING, self.sentinel)))
         end = len(self.text) - len(rest)
         thought = self.text[len(start) : end]

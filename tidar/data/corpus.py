@@ -18,7 +18,7 @@ from tidar.config.files import open_regular, parse_json
 
 MOST_IDS = 2**24  # no vocabulary has more
 MOST_META_BYTES = 2**26
-PIECE = 2**22  # bytes or values that are hashed or checked at one time
+PIECE = 2**22  # bytes or values that are hashed or checked at a time
 ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # set bits of a byte
 REMEDY = "remove the folder and prepare the data again"
 

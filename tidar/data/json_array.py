@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from tidar.data.corpus import BadDocument
 
-CHUNK = 2**20  # bytes read at one time, more inside an element that is longer
+CHUNK = 2**20  # bytes read at a time, more inside a longer element
 STRUCTURE = re.compile(rb'["\[\]{},]')
 
 

@@ -37,7 +37,7 @@ from tidar.data.source import Part, Source, lines_before
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
-BLOCK_TOKENS = 2**22  # held at one time
+BLOCK_TOKENS = 2**22  # held at a time
 PARTS, LOCK = ".tidar-parts", ".tidar-lock"
 ARRAYS = ("tokens", "offsets", "targets", "counts")
 

@@ -24,7 +24,7 @@ from tidar.data.json_array import begins_array, split_array
 from tidar.data.tokenizer import Tokenizer
 
 PART_BYTES = 2 * 2**20
-BATCH_CHARACTERS = 2**18  # tokenised at one time
+BATCH_CHARACTERS = 2**18  # tokenised at a time
 # what reading a damaged or vanished file raises; any other exception is a bug and ends the run with its traceback
 UNREADABLE = (OSError, EOFError, zlib.error)
 
@@ -226,7 +226,7 @@ def _open(file: str) -> Iterator[Any]:
 def read_records(part: Part) -> Iterator[bytes]:
     """The unparsed JSON of a part: its lines, or the elements of an array; all of a compressed file.
 
-    Raises BadDocument behind the last element of an array that is not whole.
+    Raises BadDocument after the last element of an array that is not whole.
     """
     with _open(part.files[0]) as stream:
         if begins_array(stream.peek(4096)):

@@ -13,7 +13,7 @@ from tidar.config import UserError, first_line
 from tidar.config.hub import local_folder
 from tidar.data.pieces import BETWEEN_CHARACTERS, cut_pattern, cut_points
 
-PIECE_BYTES = 2**18  # of a long text, tokenised at one time; the library takes 150 bytes of memory for each
+PIECE_BYTES = 2**18  # of a long text, tokenised at a time; the library takes 150 bytes of memory for each
 
 
 class BytesTokenizer:

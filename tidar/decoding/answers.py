@@ -25,7 +25,7 @@ def write_answers(
 ) -> tuple[int, int, int]:
     """Appends a chat for each prompt that is not done: one JSON line with `index` and `messages`.
 
-    prompts: index, messages and tokens of each. done: indices to leave out, see `read_done`. options: of
+    prompts: index, messages and tokens of each. done: indices to skip, see `read_done`. options: of
     `Engine.generate`. Several processes may write to one file. Returns how many answers, new tokens and forward passes.
     """
     n_answers = n_tokens = n_forwards = 0
@@ -75,6 +75,6 @@ def _append(output: Path, text: str) -> None:
 
 
 def without_answer(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A chat up to its last turn of the user, which the model is to answer."""
+    """A chat up to the last turn of the user, which the model answers."""
     last = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
     return list(messages[: last + 1])

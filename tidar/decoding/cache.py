@@ -36,7 +36,7 @@ class KeyValueCache:
         return KeyValueCache(layers, capacity)
 
     def for_step(self, slots: Tensor, mask: RangeMask) -> list[CachedAttention]:
-        """What each layer takes in place of a mask: FusedStepAttention where its kernels run, else StepAttention."""
+        """What each layer takes as its mask: FusedStepAttention where its kernels run, else StepAttention."""
         keys = self.layers[0][0]
         if has_decode_attention(keys.device, keys.dtype, keys.shape[-1]):
             (_, end), own = mask.ranges
@@ -46,5 +46,5 @@ class KeyValueCache:
 
     def for_prefill(self, rows: Tensor, length: int, mask: RangeMask) -> list[CachedAttention]:
         """See `PrefillAttention`. mask: of all queries, of which the first `length` are causal."""
-        behind = mask.queries_from(length).dense()
-        return [PrefillAttention(*layer, rows, length, behind) for layer in self.layers]
+        of_masks = mask.queries_from(length).dense()
+        return [PrefillAttention(*layer, rows, length, of_masks) for layer in self.layers]

@@ -17,7 +17,7 @@ from tidar.models import Decoder
 from tidar.patterns import DECODABLE
 
 Mode = Literal["tidar", "ar"]
-# asked after each token: index of the prompt and its new tokens so far; True ends the sequence
+# called after each token with the index of the prompt and its new tokens so far; True ends the sequence
 Stop = Callable[[int, list[int]], bool]
 
 SMALLEST_CAPACITY, SMALLEST_PROMPT = 256, 128
@@ -54,7 +54,7 @@ class Engine:
     """Decodes with a TiDAR model (`mode="tidar"`) or with any decoder (`mode="ar"`).
 
     model: a decoder in the dtype and on the device to decode with. name: of the model, for messages. method: None if it
-    is not a TiDAR model. context: its longest sequence, None if unknown. max_batch_size: sequences decoded at one time.
+    is not a TiDAR model. context: its longest sequence, None if unknown. max_batch_size: sequences decoded at a time.
     graph: capture each step in a CUDA graph, with compiled layers (default: on CUDA).
     """
 
@@ -157,7 +157,7 @@ class Engine:
             if started is None:
                 continue
             for completion, draft, accepted in zip(started[0], *started[1]()):
-                # one that has finished in the step before was still in the next one
+                # a sequence that finished in the previous step was still part of this one
                 if completion is not None and not completion.finished:
                     yield _extend(completion, draft[:accepted], max_new_tokens, stop_token_ids, stop)
 
@@ -176,10 +176,10 @@ class Engine:
                 yield padded, group[first : first + size]
 
     def _forward(self, n_prompts: int, length: int, mode: Mode, sampling: Sampling) -> Forward:
-        """The forward passes for so many sequences of that length, kept for the next call that needs the same."""
+        """Forward passes for `n_prompts` sequences of at most `length` tokens, kept for the same shapes."""
         method = self.method if mode == "tidar" else None
         block_size = method.block_size if method else 1
-        # a step writes a whole block behind the last token, and one more step may have been started
+        # a step writes a whole block after the last token, and one more step may have been started
         capacity, batch = length + 2 * block_size, min(n_prompts, self.max_batch_size)
         if self.device.type == "cuda":  # few shapes, for each is compiled and captured
             capacity = _power_of_two(capacity, SMALLEST_CAPACITY)
@@ -208,7 +208,7 @@ class Engine:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"{self.name}: no memory for the cache of {batch} sequences of {capacity} tokens",
-                "fewer prompts at one time (max_batch_size) or shorter ones need less",
+                "fewer prompts at a time (max_batch_size) or shorter ones need less",
             ) from None
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, mode: str) -> None:

@@ -61,7 +61,7 @@ class Forward:
         self.block_size = state.draft.shape[1]
         # for few rows the time is that of reading the weight: one matmul projects the draft and all groups
         self.projects_all = state.draft.device.type == "cuda" and len(state.draft) * self.block_size**2 <= PROJECTED
-        # what a step leaves for the host: the draft that it verified, and how many of its tokens it committed
+        # results of a step for the host: the draft that it verified, and how many of its tokens it committed
         self.verified, self.accepted = torch.zeros_like(state.draft), torch.zeros_like(state.lengths)
         self.graph: torch.cuda.CUDAGraph | None = None
         if graph:
@@ -134,7 +134,7 @@ class Forward:
         certain = chosen.gather(1, accepted[:, None] - 1)
         if not self.masks:
             return accepted, certain
-        # the group that stands behind the accepted tokens
+        # the group after the accepted tokens
         group = (accepted - 1)[:, None, None]
         if drafts is not None:
             draft = drafts.gather(1, group.expand(-1, 1, block - 1))[:, 0]
@@ -144,7 +144,7 @@ class Forward:
         return accepted, torch.cat([certain, draft], dim=1)
 
     def _run(self, clean: Tensor, layout: Layout, attention: list[CachedAttention], head: Callable) -> Any:
-        """One pass over clean tokens `[batch, n]` and as many masks as the layout has behind them."""
+        """One pass over clean tokens `[batch, n]` and the masks that the layout has after them."""
         masks = clean.new_full((len(clean), layout.slots.shape[1] - clean.shape[1]), self.mask_token_id)
         return self.model(torch.cat([clean, masks], dim=1), layout.position_ids, attention, head=head)
 

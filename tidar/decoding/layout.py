@@ -1,10 +1,10 @@
 """Who sees whom in one forward pass of decoding: the positions, cache slots and mask of its queries.
 
-Queries come in two kinds. The *clean* ones are the prompt (prefill) or the draft (step). Behind them are *groups* of
+Queries come in two kinds. The *clean* ones are the prompt (prefill) or the draft (step). After them come *groups* of
 `block_size` mask tokens. A group sees the clean tokens before its first position, and itself both ways, like a masked
 block in training.
 
-In a step, keys are the slots of the cache: slot p below `capacity` holds position p, and the slots behind them hold the
+In a step, keys are the slots of the cache: slot p below `capacity` holds position p, and the slots after them hold the
 masks of the current step only. In a prefill, keys are the queries themselves, as if the capacity were the padded
 length.
 A step with blocks of 2 and L committed tokens (rows are queries):
@@ -50,7 +50,7 @@ def step_layout(lengths: Tensor, block_size: int, capacity: int, masks: bool) ->
 def prefill_layout(lengths: Tensor, padded: int, block_size: int, masks: bool) -> Layout:
     """A prefill: `padded` prompt tokens, of which the first `lengths` `[batch]` count, then one group.
 
-    What the padding leaves in the cache lies behind the prompt: nothing sees it before a step overwrites it.
+    The cache entries of the padding lie after the prompt: nothing sees them before a step overwrites them.
     """
     starts = lengths[:, None] if masks else lengths[:, None][:, :0]
     return _layout(torch.zeros_like(lengths), padded, starts, block_size, padded)

@@ -35,14 +35,14 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """Tokens of a chat up to where the model is to answer. Raises UserError for a tokenizer without a template."""
+    """Tokens of a chat up to the model's answer. Raises UserError for a tokenizer without a template."""
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name}: has no chat template, which --chat and --prompts need")
     return tokenizer.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
-    """Index, messages and tokens of each line: a chat, whose last answer is left out, or a `prompt`.
+    """Index, messages and tokens of each line: a chat without its last answer, or a `prompt`.
 
     Raises UserError, with the line, for what is neither.
     """

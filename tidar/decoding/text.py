@@ -1,4 +1,4 @@
-"""Tokens to text while they come: whole characters only, and nothing from a stop string on."""
+"""Text of tokens as they are decoded: whole characters only, and nothing from a stop string on."""
 
 from collections.abc import Callable, Sequence
 

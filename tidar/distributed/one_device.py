@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tidar.models import Decoder
 
-# each copy begins at a multiple of so many elements, 128 bytes, as kernels require
+# each copy begins at a multiple of this many elements, 128 bytes, as kernels require
 APART = 64
 
 

@@ -23,7 +23,7 @@ from tidar.losses.objective import Objective
 from tidar.patterns import Targets
 
 DEFAULT_CONTEXT, DEFAULT_NEW_TOKENS = 2048, 256
-# target positions whose logits exist at one time
+# target positions whose logits exist at a time
 CHUNK = 1024
 # generation options that change nothing at these values
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}

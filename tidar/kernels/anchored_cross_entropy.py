@@ -109,7 +109,7 @@ def kernel_calls(
 
 
 def _parts(vocab: int) -> list[slice]:
-    """The columns of whole tiles, and the remaining ones: behind the last one a tile would sum elements of others."""
+    """The columns of whole tiles, and the rest: a tile that reaches past the last column would sum other elements."""
     edge = vocab // TILE.columns * TILE.columns
     return [columns for columns in (slice(0, edge), slice(edge, vocab)) if columns.start < columns.stop]
 

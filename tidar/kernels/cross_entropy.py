@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# elements that a program holds at one time, and its warps
+# elements that a program holds at a time, and its warps
 BLOCK, WARPS = 8192, 16
 
 

@@ -16,7 +16,7 @@ from tidar.kernels.selection import ALIGNED, count_sms
 
 
 class Tile(NamedTuple):
-    """How a GEMM is tiled: rows and columns of the result that an SM computes at one time.
+    """How a GEMM is tiled: rows and columns of the result that an SM computes at a time.
 
     pingpong: two tiles alternate on an SM, so that one is computed while the other is written. cluster: how many tiles,
     by rows and by columns, share the operands that they read.

@@ -38,7 +38,7 @@ class Objective:
         drafts_from_model: bool = False,
         shard: TensorShard = WHOLE,
     ):
-        """chunk_size: target positions whose logits exist at one time. shard: this rank's part of the vocabulary.
+        """chunk_size: target positions whose logits exist at a time. shard: this rank's part of the vocabulary.
 
         drafts_from_model: where gradients are computed, the labels of the diffusion loss are the tokens that the model
         finds most likely by its autoregressive half. Both losses must then have the same tokens as targets, in order.

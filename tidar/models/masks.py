@@ -228,7 +228,7 @@ def mask_of_words(ranges: list[KeyRange]) -> MaskMod:
     key is in the range where neither bit 31 nor bit 15, the signs of both, is set.
 
     FlashAttention-4 (4.0.0b36 on cutlass-dsl 4.8) otherwise loads all bounds again for each pair of a tile that is
-    partly allowed, behind a branch, and waits for them. A division before their use moves the loads out of the branch:
+    partly allowed, after a branch, and waits for them. A division before their use moves the loads out of the branch:
     one before each half, and `k // 65536`, which is 0. Shifts cannot be compiled there.
     """
     first, second = (_half_words(*keys) for keys in (ranges + [(torch.zeros_like(ranges[0][0]),) * 2])[:2])

@@ -221,7 +221,7 @@ class Decoding:
         batch, self.shown = ids.shape
         self.limit, device = criteria.max_length or config.max_length, ids.device
         self.prompt, self.mask = ids, mask
-        # tokens, also those that may turn out to be behind an end; and the forward pass that has committed each
+        # tokens, some of which may turn out to follow an end token; and the forward pass that committed each
         self.ids = torch.cat([ids, ids.new_zeros(batch, self.limit + self.block - self.shown)], dim=1)
         self.passes = torch.zeros_like(self.ids)
         self.columns = torch.full((batch,), self.shown, device=device)  # that are committed, of each sequence
@@ -249,9 +249,9 @@ class Decoding:
         return self.ids[:, : self.shown], self.n_tokens, self.passes.gather(1, last[:, None])[:, 0]
 
     def prefill(self) -> None:
-        """The prompts and one group of masks behind each: its first token and its first draft."""
+        """The prompts and one group of masks after each: its first token and its first draft."""
         lengths = self.mask.sum(dim=1)
-        order = self.mask.ne(1).long().argsort(dim=1, stable=True)  # the padding is moved behind the prompt
+        order = self.mask.ne(1).long().argsort(dim=1, stable=True)  # the padding is moved after the prompt
         tokens = self.prompt.gather(1, order)[:, : int(lengths.max())]
         hidden = self.forward(tokens, torch.zeros_like(lengths), lengths[:, None])
         last = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
@@ -269,7 +269,7 @@ class Decoding:
             table.scatter_(1, columns, torch.where(running[:, None], value, table.gather(1, columns)))
         chosen, accepted = self.decide(self.head(hidden[:, :block]), self.draft, columns + 1)
         self.columns = torch.where(running, self.columns + accepted, self.columns).clamp(max=self.limit)
-        # the masks of the group behind the accepted tokens; at the place of its first one stands the last decision
+        # the masks of the group after the accepted tokens, but the first, whose token is decided already
         rows = accepted[:, None] * block + in_block[1:]
         drafted = self.head(hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))).argmax(dim=-1)
         self.draft = torch.cat([chosen.gather(1, accepted[:, None] - 1), drafted], dim=1)
@@ -278,7 +278,7 @@ class Decoding:
         """Hidden states of tokens `[batch, n]` from position `first` `[batch]` on, then of groups of masks.
 
         starts: the position of each group `[batch, groups]`, which sees what is before it and itself. The keys of
-        tokens are in the slots of their positions; those of masks are behind them, where later passes overwrite them.
+        tokens are in the slots of their positions; those of masks come after them, where later passes overwrite them.
         """
         (batch, n), groups, device = tokens.shape, starts.shape[1], tokens.device
         scratch = int(first.max()) + n
@@ -307,7 +307,7 @@ class Decoding:
     def decide(self, logits: Tensor, draft: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The token after each draft token, `[batch, n]`, and how many draft tokens are accepted, `[batch]`.
 
-        logits: `[batch, n, vocab]`. draft: -1 behind a prompt. columns: of the tokens to decide, `[batch, n]`.
+        logits: `[batch, n, vocab]`. draft: -1 after a prompt. columns: of the tokens to decide, `[batch, n]`.
         """
         logits = logits.float().to(draft.device)
         if self.by_scores:

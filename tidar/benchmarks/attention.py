@@ -5,36 +5,19 @@ each backend of this machine and each of three masks: packed rows, rows of one d
 as many positions (the upper bound). TFLOP/s count allowed pairs. Further options go to the trainer.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
+from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, median_seconds, running
 from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.kernels import Sizes, choose_kernels
 from tidar.models import Mask, MaskBuilder, attention
 from tidar.training.trainer import Trainer
 
 REPEATS = 10
-
-
-def median_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Median of REPEATS calls, after three warm-up calls."""
-    times = []
-    for _ in range(3 + REPEATS):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[3:])
 
 
 def masks(trainer: Trainer, backend: str) -> dict[str, tuple[Mask, int]]:
@@ -76,9 +59,9 @@ def measure(trainer: Trainer, mask: Mask, backend: str) -> tuple[float, float]:
         return attention(q, k, v, mask, flash=backend == "flash")
 
     with torch.no_grad():
-        alone = median_ms(forward, device)
-    both = median_ms(lambda: torch.autograd.grad(forward(), (q, k, v), gradient), device)
-    return alone, both - alone
+        alone = median_seconds(forward, REPEATS, warm_up=3)
+    both = median_seconds(lambda: torch.autograd.grad(forward(), (q, k, v), gradient), REPEATS, warm_up=3)
+    return alone * 1e3, (both - alone) * 1e3
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
-from tidar.benchmarks.cases import WARM_UP, Step, free_memory
+from tidar.benchmarks.cases import WARM_UP, Step, free_memory, synchronize
 from tidar.data import Batch
 from tidar.models import MaskBuilder, size_config
 from tidar.models.flops import batch_flops
@@ -21,9 +21,9 @@ def time_baseline(
 ) -> list[Step]:
     """Steps of the transformers model of this size with SDPA under a dense mask, one for each batch after the warm-up.
 
-    Full logits, the losses row by row, fused AdamW, no clipping; batches on the device. The gradients of a batch of
-    more than `rows_at_once` rows are added up, a micro-batch of so many after the other. Weights are bfloat16; on
-    several devices float32 under FSDP2, with layers gathered and gradients reduced in bfloat16.
+    Full logits, the losses row by row, fused AdamW, no clipping; batches on the device. Batches of more than
+    `rows_at_once` rows are divided into micro-batches of this size, whose gradients are accumulated. Weights are
+    bfloat16; on several devices float32 under FSDP2, with layers gathered and gradients reduced in bfloat16.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, and other measurements need none of it
 
@@ -43,7 +43,7 @@ def time_baseline(
         free_memory()  # that of the whole model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     dense = MaskBuilder(pattern, "sdpa")
-    steps, ends = [], [_now(device)]
+    steps, ends = [], [_now()]
     for batch in [*(batches[i % len(batches)] for i in range(WARM_UP)), *batches]:
         rows = batch.rows
         mask_of_batch = dense(rows.documents)
@@ -58,7 +58,7 @@ def time_baseline(
             del logits
         optimizer.step()
         optimizer.zero_grad()
-        ends.append(_now(device))
+        ends.append(_now())
         pairs = int(mask_of_batch.allowed_pairs)
         steps.append(Step(ends[-1] - ends[-2], batch.n_tokens, batch_flops(decoder, rows, pairs)))
     return steps[WARM_UP:]
@@ -76,7 +76,6 @@ def _loss(logits: Tensor, rows: ModelBatch, first: int) -> Tensor:
     return total
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _now() -> float:
+    synchronize()
     return time.perf_counter()

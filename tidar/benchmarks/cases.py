@@ -90,8 +90,7 @@ class StepTimes(Hooks):
 
     def measured(self) -> list[Step]:
         """All steps of this rank after the warm-up."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         steps = []
         for before, end, work in list(zip(self.ends, self.ends[1:], self.work[1:]))[WARM_UP - 1 :]:
             seconds = end - before if isinstance(end, float) else before.elapsed_time(end) / 1e3
@@ -136,8 +135,26 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def median_seconds(work: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
+    """Median seconds of a call, host and device, after `warm_up` calls that are not counted."""
+    times = []
+    for _ in range(warm_up + repeats):
+        synchronize()
+        started = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[warm_up:])
+
+
+def synchronize() -> None:
+    """Waits for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def sustained_seconds(work: Callable[[], object], device: torch.device, seconds: float = SUSTAINED) -> float:
-    """Of a call, the mean of the last REPEATS of as many as take `seconds` on a GPU; on a CPU, of so many."""
+    """Seconds of a call: the mean of REPEATS calls, on a GPU the last of `seconds` of load."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(REPEATS):

@@ -2,11 +2,10 @@
 
 Trains with each checkpoint.async_mode, saving twice on the way, and then resumes from the last checkpoint. Further
 arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most. With
---ngpu it trains on so many devices of this machine; rates are per device. Needs room for two checkpoints: 12 bytes a
+--ngpu it trains on several devices of this machine; rates are per device. Needs room for two checkpoints: 12 bytes a
 parameter each.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from tidar.benchmarks.ranks import launcher
+from tidar.config import ArgumentParser, user_errors_exit
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
 
@@ -32,7 +32,8 @@ def command(ngpu: int, mode: str, interval: int, steps: int, folder: Path, optio
 def measure(ngpu: int, mode: str, interval: int, folder: Path, options: list[str]) -> str:
     """A table row: speed away from saves and right after them, stalls of the saves, size of one."""
     words = command(ngpu, mode, interval, 2 * interval + 2, folder, options)
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    if code := subprocess.run(words, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(code)  # it has printed its error
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     stalls = [line["perf/save_stall_seconds"] for line in lines if "perf/save_stall_seconds" in line]
     # the first steps compile
@@ -62,11 +63,12 @@ def measure_restart(ngpu: int, interval: int, folder: Path, options: list[str]) 
 
 def main() -> None:
     description = __doc__.split("\n\n")[1]
-    parser = argparse.ArgumentParser(prog="python -m tidar.benchmarks.checkpoints", description=description)
+    parser = ArgumentParser(prog="python -m tidar.benchmarks.checkpoints", description=description)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--ngpu", type=int, default=1, help="devices [1]")
     parser.add_argument("--interval", type=int, default=60, help="steps between saves, long enough to write one [60]")
-    arguments, options = parser.parse_known_args()
+    with user_errors_exit():
+        arguments, options = parser.parse_known_args()
     rows = []
     for mode in arguments.modes:
         folder = Path(tempfile.mkdtemp(prefix="tidar-checkpoints-"))

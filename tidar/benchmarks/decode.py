@@ -8,14 +8,11 @@ the autoregressive step reaches (weights and cache read once); and tokens/s by h
 
 import gc
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable
-from statistics import median
 
 import torch
 
-from tidar.benchmarks.cases import device_name
+from tidar.benchmarks.cases import device_name, median_seconds
 from tidar.config import ArgumentParser, user_errors_exit
 from tidar.decoding import Engine, Method, load
 from tidar.decoding.engine import Mode
@@ -67,9 +64,9 @@ def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float
         )
         forward = engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, Sampling())
         prompts = torch.randint(model.config.vocab_size, (batch, prefix)).tolist()
-        prefill = seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
+        prefill = median_seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
         fill(forward, prefix)
-        return prefill, seconds(forward.step, REPEATS)
+        return prefill, median_seconds(forward.step, REPEATS)
 
     prefill, ar = timed("ar", 1)
     read = weight_bytes(model) + batch * prefix * cache_bytes(model)
@@ -128,7 +125,7 @@ def compare_with_transformers(name: str, prefix: int = 512, new: int = 256) -> N
         for generate in (ours, theirs):
             generate()  # compiles
             outputs.append(generate())
-            rates.append(new / seconds(generate, repeats=3))
+            rates.append(new / median_seconds(generate, repeats=3))
         same = next((i for i, (a, b) in enumerate(zip(*outputs)) if a != b), new)
         print(
             f"{name}, prefix {prefix}, {new} new tokens, AR: {rates[0]:,.1f} tokens/s, transformers (static cache, "
@@ -164,25 +161,7 @@ def memory_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), repeats=10)
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, the first one not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        started = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return median(times)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeats=10)
 
 
 if __name__ == "__main__":

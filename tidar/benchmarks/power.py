@@ -14,9 +14,9 @@ POWER_CAP = 4  # of the reasons, why the clock is no higher
 
 @contextlib.contextmanager
 def power_log(device: torch.device) -> Iterator[Callable[[float], dict[str, float]]]:
-    """Gives a function of about the last seconds: means of clock_mhz and watts, and the share at the power's limit.
+    """Yields a function of seconds: means of clock_mhz and watts over the last ones, and the share at the power limit.
 
-    It knows nothing where there is no GPU, or no nvidia-smi that answers.
+    It returns nothing without a GPU, or where nvidia-smi does not answer.
     """
     with contextlib.ExitStack() as stack:
         readings = stack.enter_context(tempfile.NamedTemporaryFile("w+"))

@@ -32,6 +32,7 @@ from tidar.benchmarks.ranks import is_rank, launcher, numbers_of_devices
 from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.distributed import OneDevice, check_device_count
 from tidar.models import DecoderConfig
+from tidar.models.flops import useful_flops
 from tidar.training.trainer import Trainer
 
 # the first pattern that is found in a kernel's name says its kind
@@ -151,8 +152,7 @@ def floors_ms(
     """
     rate, bandwidth = rates
     heads = (2 * decoder.n_heads + 2 * decoder.n_kv_heads) * decoder.head_dim
-    weights = decoder.n_layers * (decoder.dim * heads + 3 * decoder.dim * decoder.hidden_dim)
-    matmuls = 6 * weights * positions + 6 * decoder.vocab_size * decoder.dim * scored
+    matmuls = useful_flops(decoder, positions, scored, allowed_pairs=0)
     # a layer reads its input and each result of a matmul once, and writes the next matmul's operand; as much back,
     # with what the forward pass has kept read again
     width = 6 * decoder.dim + 2 * heads + 3 * decoder.hidden_dim
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def profile_on(arguments: Namespace, others: list[str]) -> None:
-    """By processes of their own, for each number of devices."""
+    """Runs the command under torchrun for each number of devices."""
     if is_rank():
         raise UserError("--ngpu starts processes itself: start this without torchrun")
     check_device_count(max(arguments.ngpu))

@@ -14,12 +14,12 @@ from tidar.config import UserError
 
 
 def launcher(ngpu: int) -> list[str]:
-    """The first words of a command that runs a module in so many processes."""
+    """The first words of a command that runs a module in `ngpu` processes."""
     return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ngpu), "-m"]
 
 
 def numbers_of_devices(text: str) -> list[int]:
-    """Of the option --ngpu."""
+    """The numbers that the option --ngpu holds. Raises UserError for anything else."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(f"--ngpu {text}: must be numbers of devices, separated by commas")

@@ -54,7 +54,7 @@ SWEEPS = {
     "block_size": [f"--tidar.block_size {size}" for size in (1, 2, 4, 8, 16, 32, 64)],
 }
 
-MIN_TURN = 10  # steps of a run, and as many bare ones, that are compared
+MIN_TURN = 10  # steps of a run, compared with as many bare ones
 OVERHEAD_PAIRS = 5  # of such turns
 
 OUT_OF_MEMORY = "out of memory"
@@ -62,7 +62,7 @@ FITS_SECONDS = 60  # that ranks wait for one another where rows do not fit in me
 
 
 class Alternating(StepTimes):
-    """By turns `turn` steps as a run has them, and the same rows bare: on the device before, and nothing reported.
+    """Alternates `turn` steps of an ordinary run with the same rows bare: on the device already, and not reported.
 
     A turn has one report or several, with half of the steps between two reports at each of its ends. The run must have
     `steps` steps.
@@ -191,7 +191,7 @@ def measure_start(options: list[str], launcher: list[str]) -> dict[str, float]:
                     if line.startswith("step 1/"):
                         result[f"start_{kind}_s"] = time.perf_counter() - started
             if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, command)
+                sys.exit(process.returncode)  # it has printed its error
     return result
 
 
@@ -200,7 +200,7 @@ def table(results: list[dict]) -> str:
     cases = list(dict.fromkeys(result["case"] for result in results))
     results = sorted(results, key=lambda result: cases.index(result["case"]))
     alone = {result["case"]: result for result in results if result["ngpu"] == 1}
-    results = [result | _of_one(result, alone.get(result["case"], {})) for result in results]
+    results = [result | _share_of_one_device(result, alone.get(result["case"], {})) for result in results]
     columns: dict[str, tuple[str, Callable]] = {
         "case": ("case", str),
         "ngpu": ("GPUs", str),
@@ -229,14 +229,14 @@ def table(results: list[dict]) -> str:
     return "\n".join(aligned(cells))
 
 
-def _of_one(result: dict, alone: dict) -> dict[str, float]:
-    """The rate of each of several devices as a share of one's. alone: the result of one device."""
+def _share_of_one_device(result: dict, alone: dict) -> dict[str, float]:
+    """The rate of each of several devices, relative to a device alone. alone: the result of one device."""
     rate = "tokens_per_second"
     return {"of_one": result[rate] / alone[rate]} if result["ngpu"] > 1 and rate in result and rate in alone else {}
 
 
 def measure_all(options: list[str], arguments: Namespace) -> dict:
-    """Everything that was asked for of one case."""
+    """All measurements of one case that the arguments name."""
     free_memory()
     # while this process holds no memory of the device
     result: dict[str, Any] = measure_start(options, [sys.executable, "-u", "-m"]) if arguments.start else {}
@@ -266,7 +266,7 @@ def measure_here(cases: list[str], arguments: Namespace, others: list[str]) -> I
 
 
 def measure_on(ngpu: int, cases: list[str], arguments: Namespace, others: list[str]) -> Iterator[dict]:
-    """The result of each case, measured by so many processes; by new ones after a case in which some have failed."""
+    """The result of each case, measured by `ngpu` processes; by new ones after a case in which some have failed."""
     start = {}
     for case in cases if arguments.start else ():
         start[case] = measure_start([*case_options(case), *others], launcher(ngpu))

@@ -14,7 +14,7 @@ from tidar.data.dataset import (
 from tidar.data.loader import Batch, make_loader
 from tidar.data.order import TrainingOrder, held_out_documents, shuffled, validation_order
 from tidar.data.packing import PackedRows
-from tidar.data.preparation import Progress, prepare
+from tidar.data.preparation import prepare
 from tidar.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Dataset",
     "Document",
     "PackedRows",
-    "Progress",
     "Tokenizer",
     "TrainingOrder",
     "check_token_ids",

@@ -4,7 +4,7 @@ from tidar.distributed.context_parallel import GatheredAttention, gathered_atten
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
 from tidar.distributed.precision import compute_dtype, make_deterministic
-from tidar.distributed.tensor_parallel import TensorParallel, tensor_shard
+from tidar.distributed.tensor_parallel import tensor_shard
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
     World,
@@ -22,7 +22,6 @@ __all__ = [
     "GatheredAttention",
     "OneDevice",
     "Sharded",
-    "TensorParallel",
     "Watchdog",
     "World",
     "check_device_count",

@@ -36,12 +36,8 @@ class Watchdog:
         """abort: gets the reason before this process ends; called by the watching thread."""
         self.abort = abort
         self.rank, self.size = world.rank, world.size
-        self.last = (
-            0,
-            "the start",
-            math.inf,
-            time.monotonic(),
-        )  # number, place, timeout and time of the last heartbeat
+        # number, place, timeout and time of the last heartbeat
+        self.last = (0, "the start", math.inf, time.monotonic())
         self.looks = 0
         self.stopped = threading.Event()
         if world.size > 1:

@@ -2,6 +2,6 @@
 
 from tidar.evaluation.prompts import held_out_prompts, n_new_tokens
 from tidar.evaluation.scores import validate
-from tidar.evaluation.speed import Decoded, decode, measure_speed
+from tidar.evaluation.speed import decode, measure_speed
 
-__all__ = ["Decoded", "decode", "held_out_prompts", "measure_speed", "n_new_tokens", "validate"]
+__all__ = ["decode", "held_out_prompts", "measure_speed", "n_new_tokens", "validate"]

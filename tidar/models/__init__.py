@@ -3,7 +3,6 @@
 from tidar.models.attention import (
     CachedAttention,
     FusedStepAttention,
-    KeySource,
     Mask,
     PrefillAttention,
     StepAttention,
@@ -28,7 +27,6 @@ from tidar.models.sizes import size_config
 __all__ = [
     "CachedAttention",
     "FusedStepAttention",
-    "KeySource",
     "PrefillAttention",
     "StepAttention",
     "Decoder",

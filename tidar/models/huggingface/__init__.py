@@ -18,7 +18,6 @@ from tidar.models.huggingface.weights import (
     Weights,
     check_weights,
     fill_new_rows,
-    from_pretrained,
     load_weights,
     open_weights,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "check_weights",
     "decoder_config",
     "fill_new_rows",
-    "from_pretrained",
     "load_weights",
     "model_differences",
     "open_weights",

@@ -161,7 +161,7 @@ def _run_config(run_folder: Path, model: Path) -> Config:
     config.parallelism = Parallelism()
     config.training.global_batch_size, config.training.enable_cpu_offload = -1, False
     config.training.float8, config.model.attention_backend = False, "auto"
-    # config.json and the tokenizer are those beside the weights
+    # config.json and the tokenizer are those of the weights
     config.model.hf_path, config.checkpoint.initial_load_path = str(assets_folder(model)), ""
     config.data.tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else ""
     if config.validation.steps != -1 and assets_folder(model) != model:

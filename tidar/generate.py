@@ -50,7 +50,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--stop", nargs="+", default=[], help="strings that end the text; they are not printed")
     parser.add_argument(
         "--draft_mix", type=float, default=1.0,
-        help="weight of the autoregressive logits beside those of the diffusion half; only 1 is lossless [1]",
+        help="share of the autoregressive logits, mixed with those of the diffusion half; only 1 is lossless [1]",
     )  # fmt: skip
     parser.add_argument("--show_drafts", action="store_true", help="colour what was accepted in one step")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at a time [32]")

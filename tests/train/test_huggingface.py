@@ -47,7 +47,7 @@ def test_round_trip_is_bit_for_bit(published, tmp_path, call):
         assert after[name].equal(tensor), name
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (published, out))
     assert new.pop("tidar") == {"pattern": "tidar", "block_size": 5, "mask_token_id": TOKENS}
-    # beside transformers 5's names those of transformers 4
+    # the names of transformers 4 and of transformers 5
     assert new == old | {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "bfloat16"}
     for name in ("generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (published / name).read_bytes()

@@ -176,7 +176,7 @@ def said(**fields) -> dict:
         ({"messages": ONE, "tools": "[f]"}, 'tools = "[f]": must be a list of objects, or the JSON text of one'),
         (
             {"messages": [SYSTEM, *ONE], "system_prompt": "Hm"},
-            'system_prompt = "Hm": must not be there beside a turn of the system',
+            'system_prompt = "Hm": must not be given together with a turn of the system',
         ),
         (
             {"messages": ONE, "system": "a", "system_prompt": "b"},
@@ -186,7 +186,7 @@ def said(**fields) -> dict:
         ({"question": "Hi", "answer": "", "context": {"a": 1}}, 'context = {"a": 1}: must be a text'),
         (
             {"prompt": ONE[:1], "completion": ONE[1:], "input": "Hm"},
-            'input = "Hm": must not be there beside a list of turns',
+            'input = "Hm": must not be given together with a list of turns',
         ),
         ({"prompt": "Hi", "response": "", "history": [["a", "b"]]}, 'history = [["a", "b"]]: is not supported'),
         ({"conversations": SHAREGPT, "image": "a.png"}, 'image = "a.png": is not supported'),

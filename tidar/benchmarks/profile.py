@@ -1,9 +1,9 @@
 """Breaks down the time of a step: python -m tidar.benchmarks.profile [--case CASE] [--section.option value ...]
 
 Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the time of each kind of kernel in a step
-beside its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
+and its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
 both measured first. Further options go to the trainer. With --ngpu, or under torchrun, it trains on several devices of
-this machine and traces rank 0. Collectives run beside other kernels, and wait for the slowest rank; "exposed
+this machine and traces rank 0. Collectives overlap other kernels, and wait for the slowest rank; "exposed
 communication" is the time in which nothing else runs.
 """
 

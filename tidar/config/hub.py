@@ -164,7 +164,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _near(repo_id: str) -> str:
-    """For a folder's name with a typing error: the name beside it that it may be."""
+    """For a misspelt folder: the end of a message that names the closest folder in the same place."""
     parent, name = os.path.split(repo_id)
     try:
         names = os.listdir(parent)

@@ -217,7 +217,7 @@ def _is_allowed(value: Any, field: dataclasses.Field) -> bool:
 
 def _in_bounds(value: Any, field: dataclasses.Field) -> bool:
     minimum, maximum, above, below = (field.metadata[bound] for bound in ("minimum", "maximum", "above", "below"))
-    if field.metadata["beside"] is not None and value == field.metadata["beside"]:
+    if field.metadata["also"] is not None and value == field.metadata["also"]:
         return True
     return (
         (type(value) is not float or math.isfinite(value))
@@ -247,8 +247,8 @@ def describe_allowed(field: dataclasses.Field) -> str:
         words += f" and <= {maximum}" if maximum is not None else ""
     if minimum is not None:
         words += f" {in_range(minimum, maximum)}"
-    if field.metadata["beside"] is not None:
-        words += f", or {field.metadata['beside']}"
+    if field.metadata["also"] is not None:
+        words += f", or {field.metadata['also']}"
     return words
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, below=None, beside=None) -> Any:
-    """A field with help text and range: minimum <= value <= maximum, above < value < below, or value == beside."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "beside": beside}
+def option(default: Any, help: str, *, minimum=None, maximum=None, above=None, below=None, also=None) -> Any:
+    """A field with help text and range: minimum <= value <= maximum, above < value < below, or value == also."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "below": below, "also": also}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,7 +50,7 @@ class Tidar:
         -1,
         "mask token id (-1: the first id after the tokenizer's last; the vocabulary grows if needed)",
         minimum=0,
-        beside=-1,
+        also=-1,
     )
     mask_token_init: Literal["auto", "mean", "keep"] = option(
         "auto",
@@ -131,7 +131,7 @@ class Training:
         -1,
         "rows per optimizer step over all devices and micro-batches (-1: one micro-batch per device)",
         minimum=1,
-        beside=-1,
+        also=-1,
     )
     steps: int = option(1000, "optimizer steps (0: only save the initial weights)", minimum=0)
     epochs: float = option(0.0, "passes over the data, instead of steps (0: use training.steps)", minimum=0)
@@ -172,13 +172,13 @@ class Parallelism:
     """
 
     data_parallel_replicate_degree: int = option(
-        1, "replicas of the sharded state (-1: all devices not used for sharding)", minimum=1, beside=-1
+        1, "replicas of the sharded state (-1: all devices not used for sharding)", minimum=1, also=-1
     )
     data_parallel_shard_degree: int = option(
         -1,
         "devices that one replica is sharded over (-1: all remaining devices; 1: no sharding)",
         minimum=1,
-        beside=-1,
+        also=-1,
     )
     context_parallel_degree: int = option(
         1,
@@ -222,7 +222,7 @@ class ActivationCheckpoint:
         -1,
         "apply mode to this many layers, counted from the first; the others keep all activations (-1: all layers)",
         minimum=0,
-        beside=-1,
+        also=-1,
     )
 
 
@@ -273,7 +273,7 @@ class LRScheduler:
         -1,
         "last step of the decay (-1: that of the run); schedule = warmup is at its lowest one step later",
         minimum=1,
-        beside=-1,
+        also=-1,
     )
     warmup_type: Literal["log", "linear"] = option("log", "DeepSpeed schedules: shape of the warmup")
     warmup_min_lr_factor: float = option(
@@ -298,7 +298,7 @@ class Validation:
     freq: int = option(100, "steps between validations; one more runs at the end (0: only at the end)", minimum=0)
     paths: list[str] = option([], "validation data, in the form of data.paths (default: hold out validation.share)")
     share: float = option(0.01, "fraction of the documents held out of training", minimum=0, maximum=0.5)
-    steps: int = option(-1, "validation batches per device (-1: all held-out rows)", minimum=1, beside=-1)
+    steps: int = option(-1, "validation batches per device (-1: all held-out rows)", minimum=1, also=-1)
     generate_prompts: int = option(
         0,
         "held-out prompts that each validation decodes greedily, at most 256 new tokens each: val/tokens_per_forward "

@@ -92,7 +92,7 @@ def conversation(
     name = _only_one(record, [name for name in SYSTEM if name not in read])
     if name:
         if any(message["role"] == "system" for message in messages):
-            raise BadDocument(f"{name} = {_shown(record[name])}: must not be there beside a turn of the system")
+            raise BadDocument(f"{name} = {_shown(record[name])}: must not be given together with a turn of the system")
         messages, is_target = [{"role": "system", "content": _text(record, name)}, *messages], [False, *is_target]
     if all(message["role"] != "assistant" for message in messages):
         raise BadDocument(f"roles = {_shown([m['role'] for m in messages])}: must have a turn of the assistant")
@@ -142,7 +142,7 @@ def _read_prompt_and_response(record: dict, prompt: str, response: str) -> tuple
         name = _only_one(record, [name for name in INPUT if name not in (prompt, response)])
         if role == "user" and name:
             if isinstance(record[prompt], list):
-                raise BadDocument(f"{name} = {_shown(record[name])}: must not be there beside a list of turns")
+                raise BadDocument(f"{name} = {_shown(record[name])}: must not be given together with a list of turns")
             turns[0]["content"] += "\n" + _text(record, name)
     return messages, is_target
 

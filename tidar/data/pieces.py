@@ -2,7 +2,7 @@
 
 A piece ends with a newline before a character that is no white space. A tokenizer is known to split there where its
 pre-tokenizer is one of CUTS, its normalizer acts on each side alone, and no added token holds a newline or takes the
-white space beside it. Any other tokenizer gets a text whole.
+adjacent white space. Any other tokenizer gets a text whole.
 """
 
 import re

@@ -219,7 +219,7 @@ def _start_worker(
 
 
 def _end_with(parent: int) -> None:
-    """Ends this worker once its parent is gone, so that it does not write beside the workers of the next call."""
+    """Ends this worker once its parent is gone, so that it does not interfere with the workers of the next call."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

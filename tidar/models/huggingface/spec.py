@@ -42,7 +42,7 @@ class ModelSpec:
     def write(self, folder: Path, tidar: dict[str, Any]) -> None:
         """Writes an exported model without its weights: config.json, generation_config.json, the tokenizer's files.
 
-        tidar: options of the method that config.json keeps, beside the mask token.
+        tidar: options of the method that config.json keeps, in addition to the mask token.
         """
         folder.mkdir()
         before = self.options.get("tidar") or {}
@@ -201,7 +201,7 @@ def _tokenizer_files(folder: Path) -> bool:
 
 
 def _check_same_model(decoder: DecoderConfig, start_options: dict[str, Any], folder: Path) -> None:
-    """Raises UserError unless the config.json beside the first weights describes the same decoder."""
+    """Raises UserError unless the config.json of the first weights describes the same decoder."""
     start = decoder_config(start_options, str(folder / "config.json"))
     # the vocabulary may grow, and loaded weights are not initialized
     if found := model_differences(start, decoder, ignored=("vocab_size", "initializer_range")):

@@ -176,7 +176,7 @@ def open_weights(path: str, option: str = "") -> Weights | None:
 def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = None) -> int:
     """Raises UserError, naming the tensor, unless the weights are exactly those of `model`, on any device.
 
-    vocab_size: rows that the vocabulary may have there, beside those of the model. Returns the rows that it has.
+    vocab_size: another number of rows that the vocabulary may have there. Returns the number that it has.
     """
     expected = {name: model.shard.whole_shape(name, parameter.shape) for name, parameter in model.named_parameters()}
     if isinstance(weights, StepFolder):
@@ -313,7 +313,7 @@ def _sum_over_shards(value: Tensor, model: Decoder, name: str) -> Tensor:
 
 
 def _check_tied(model: Decoder, weights: Any, vocab_size: int) -> None:
-    """The output weight that a file holds beside the embedding must be the same. Ranks agree on the answer."""
+    """Raises UserError where the file's output weight differs from its embedding. Ranks agree on the answer."""
     names = published_name(EMBEDDING), OUTPUT
     different = torch.zeros((), device=model.get_parameter(EMBEDDING).device)
     for local, start, _ in _pieces(model, EMBEDDING, 0, vocab_size):

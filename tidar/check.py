@@ -35,8 +35,15 @@ from tidar.decoding.prompts import model_tokenizer
 from tidar.distributed import check_device_count, logging_ranks
 from tidar.evaluation.tasks import check_lm_eval
 from tidar.models import Decoder
-from tidar.models.huggingface import assets_folder, check_weights, decoder_config, open_weights, read_config_json
-from tidar.models.huggingface.manifest import saved_steps
+from tidar.models.huggingface import (
+    StepFolder,
+    assets_folder,
+    check_weights,
+    decoder_config,
+    open_weights,
+    read_config_json,
+)
+from tidar.models.huggingface.manifest import check_whole, saved_steps
 from tidar.training.first_weights import open_first_weights
 from tidar.training.inputs import load_inputs, missing_on_disk
 from tidar.training.plan import plan_run
@@ -104,6 +111,8 @@ def check_model_folder(folder: Path) -> list[str]:
     weights = open_weights(str(folder))
     if weights is None:
         raise UserError(f"{folder}: holds no weights")
+    if isinstance(weights, StepFolder):
+        check_whole(folder, str(folder))
     with torch.device("meta"):
         check_weights(weights, Decoder(decoder))
     lines = [

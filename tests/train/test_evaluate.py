@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import random
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,10 @@ def test_check_of_a_folder(run, tmp_path, call, monkeypatch):
     assert code == 0 and "blocks of 3" in printed and "it holds no tokenizer: texts are bytes" in printed
     monkeypatch.setattr("tidar.evaluation.tasks.FIRST_LM_EVAL", (10**6,))
     assert "needs lm-eval" in call(check.main, "--model", step)[1]
+    damaged = shutil.copytree(step, tmp_path / "step-4")
+    next(damaged.glob("*.distcp")).write_bytes(b"x")
+    code, _, error = call(check.main, "--model", damaged)
+    assert code == 1 and "step-4: is not whole: " in error and len(error.splitlines()) == 1
     model = tmp_path / "model"
     make_model("qwen2", vocab_size=600).save_pretrained(model)
     config = json.loads((model / "config.json").read_text())

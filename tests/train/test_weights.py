@@ -209,7 +209,7 @@ def other_weights(folder: Path) -> None:
 
 
 DAMAGED = {
-    "no config.json": (damage_config, "config.json: cannot be read"),
+    "no config.json": (damage_config, "holds no config.json: must be a Hugging Face model"),
     "a truncated file": (damage_file, "-00002-of-"),
     "a pointer in place of a file": (damage_header, "is not a whole safetensors file"),
     "a missing shard": (remove_shard, "is missing; model.safetensors.index.json names it"),

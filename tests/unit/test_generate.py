@@ -103,6 +103,7 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         ("--prompt a --mode ar --draft_mix 0.5", "draft_mix = 0.5: must be 1"),
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
+        ("--prompt a --tokenizer /no/such", "--tokenizer /no/such: must be bytes, a local folder"),
     ],
 )
 def test_bad_input(folder, arguments, message, capsys):

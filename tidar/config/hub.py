@@ -45,6 +45,11 @@ def hub_id(name: str | Path) -> re.Match[str] | None:
     return None if os.path.lexists(name) else HUB_ID.fullmatch(str(name))
 
 
+def named(option: str, value: object) -> str:
+    """An option and its value for a message, as in a TOML file or as on the command line. option: may be empty."""
+    return f"{option} = {value}" if "." in option else f"{option} {value}".strip()
+
+
 def local_folder(name: str | Path, option: str = "", needs: Needs = "weights") -> Path:
     """The folder, or file, called `name`, or else that of the hub's model of this id, downloaded where it has to be.
 
@@ -54,7 +59,7 @@ def local_folder(name: str | Path, option: str = "", needs: Needs = "weights") -
     match = hub_id(name)
     if not match:
         return Path(name)
-    where = f"{option} = {name}" if "." in option else f"{option} {name}".strip()
+    where = named(option, name)
     if _pinned.get(str(name), "") is None:
         raise UserError(f"{where}: is a folder on the node of rank 0, but not on this one")
     if cached := cached_folder(name, needs):

@@ -22,7 +22,7 @@ def model_tokenizer(model: Path, name: str | None, vocab_size: int) -> Tokenizer
     """
     folder = str(assets_folder(local_folder(model)))
     chosen = name or (folder if holds_tokenizer(folder) else "bytes")
-    tokenizer = load_tokenizer(chosen)
+    tokenizer = load_tokenizer(chosen, "--tokenizer")
     if chosen == "bytes" and not name and vocab_size > 512:
         raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")
     return tokenizer
@@ -37,7 +37,7 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
 def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """Tokens of a chat up to the model's answer. Raises UserError for a tokenizer without a template."""
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name}: has no chat template, which --chat and --prompts need")
+        raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which --chat and --prompts need")
     return tokenizer.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 

@@ -23,6 +23,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: must be a local folder with a Hugging Face model, or an id of the hub (ORG/NAME)")
     refuse_other_folders(folder)
+    if not path.exists():
+        raise UserError(f"{folder}: holds no config.json: must be a Hugging Face model, or a checkpoint's step-<n>")
     try:
         options = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

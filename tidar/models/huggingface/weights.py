@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from tidar.config import UserError, first_line
 from tidar.config.files import parse_json
-from tidar.config.hub import local_folder
+from tidar.config.hub import local_folder, named
 from tidar.models.decoder import Decoder
 from tidar.models.huggingface.checkpoint_files import CheckpointTensors
 from tidar.models.huggingface.config_json import decoder_config, read_config_json, refuse_other_folders
@@ -166,7 +166,7 @@ def open_weights(path: str, option: str = "") -> Weights | None:
         raise UserError(f"{place}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
     if (place / "config.json").is_file():
         return None
-    where = f"{option} = {place}" if option else str(place)
+    where = named(option, place)
     raise UserError(
         f"{where}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
         "state dict in a file" if place.exists() else f"{where}: does not exist, and is no id of the hub"

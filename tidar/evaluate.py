@@ -202,7 +202,7 @@ class HeldOut:
 def _prompts(
     options: Namespace, held_out: HeldOut | None, tokenizer: Tokenizer | None
 ) -> tuple[str, list[list[int]], int]:
-    """What the prompts are, their tokens, and how many new ones each gets."""
+    """A name of the prompts, their tokens, and the number of new tokens of each."""
     if options.prompts and tokenizer:
         source, most = str(options.prompts), MOST_NEW_TOKENS
         prompts = [tokens for _, _, tokens in read_prompts(Path(options.prompts), tokenizer)]

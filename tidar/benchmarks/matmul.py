@@ -37,7 +37,7 @@ class Matmul(NamedTuple):
 
 
 def step_matmuls(trainer: Trainer) -> Iterator[Matmul]:
-    """With random values, those of the gradients as small as they are in training."""
+    """The matmuls of a step on random values; gradients are as small as in training."""
     config, decoder, device, dtype = trainer.config, trainer.spec.decoder, trainer.device, trainer.plan.dtype
     positions = config.training.local_batch_size * trainer.plan.pattern.model_positions(config.training.seq_len)
     dim, hidden = decoder.dim, decoder.hidden_dim

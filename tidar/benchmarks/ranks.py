@@ -31,7 +31,7 @@ _folders = itertools.count()
 
 @contextmanager
 def common_folder() -> Iterator[str]:
-    """The same for all ranks, which are on one machine: rank 0 creates and removes it."""
+    """A temporary folder for all ranks, which are on one machine: rank 0 creates and removes it."""
     store, rank = None, 0
     if is_rank():
         store, rank, _ = next(iter(dist.rendezvous("env://")))

@@ -253,12 +253,12 @@ def describe_allowed(field: dataclasses.Field) -> str:
 
 
 def in_range(minimum: float, maximum: float | None) -> str:
-    """How a range reads in a message."""
+    """A range, for a message."""
     return f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
 
 
 def _quote(value: Any) -> str:
-    """As the value stands in a TOML file, on one line."""
+    """The value as in a TOML file, on one line."""
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

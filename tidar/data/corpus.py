@@ -198,7 +198,7 @@ class Checksum:
         self.piece, self.filled = hashlib.sha256(), 0
 
     def hexdigest(self) -> str:
-        """Of all data. Nothing can be added afterwards."""
+        """The checksum of all data. Nothing can be added afterwards."""
         if self.filled:
             self._end_piece()
         return self.pieces.hexdigest()

@@ -95,7 +95,7 @@ class Buffers:
         return memory[: numel * dtype.itemsize].view(dtype)
 
     def handle(self, tensor: Tensor) -> Any:
-        """Of the buffer that a tensor lies in."""
+        """Handle of the buffer that a tensor lies in."""
         return next(made.handle for made in self.made if made.memory.data_ptr() == tensor.data_ptr())
 
 

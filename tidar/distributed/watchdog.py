@@ -142,5 +142,5 @@ class Watchdog:
 
 
 def _main_frame() -> FrameType:
-    """Of this process's main thread."""
+    """Frame of this process's main thread."""
     return sys._current_frames()[threading.main_thread().ident or 0]

@@ -48,17 +48,17 @@ class World:
 
     @property
     def tp_rank(self) -> int:
-        """Of this rank among those that share its layers."""
+        """Index of this rank among those that divide its layers."""
         return self.rank % self.tp_size
 
     @property
     def cp_rank(self) -> int:
-        """Of this rank among those that share its rows."""
+        """Index of this rank among those that divide its rows."""
         return self.rank // self.tp_size % self.cp_size
 
     @property
     def dp_rank(self) -> int:
-        """Of the batches that this rank takes, below `dp_size`."""
+        """Index of the batches that this rank takes, below `dp_size`."""
         return self.rank // (self.tp_size * self.cp_size)
 
     @property
@@ -80,7 +80,7 @@ def join_world(config: Config) -> World:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if missing and tasks != "1":
         raise UserError(
-            f"SLURM_STEP_NUM_TASKS = {tasks}: srun has started every one of these as a run of its own",
+            f"SLURM_STEP_NUM_TASKS = {tasks}: srun has started each of these as a separate run",
             "let it start ./run_train.sh once on each node, which starts a process for each GPU (docs/launching.md)",
         )
     replicas, shards = resolve_degrees(config, size)

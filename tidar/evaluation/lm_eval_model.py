@@ -57,7 +57,7 @@ class EngineLM(TemplateLM):
         return self.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As text. A template that refuses a system turn gets the chat without it."""
+        """The chat as text. A template that refuses a system turn gets the chat without it."""
         options = {
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
@@ -81,7 +81,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation: the sum of its tokens' log-probabilities, and whether each is the most likely one."""
+        """For each continuation, the sum of its tokens' log-probabilities, and whether each is the most likely one."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # longest first: what does not fit in memory fails at once
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
@@ -116,7 +116,7 @@ class EngineLM(TemplateLM):
         return [(-float(nll.sum()), bool(correct.all())) for nll, correct in parts]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's context that each see one token before them."""
+        """Log-likelihoods of whole texts, in windows of the model's context that each see one token before them."""
         windows: list[Scored] = []
         counts = []
         for request in requests:
@@ -143,7 +143,7 @@ class EngineLM(TemplateLM):
         return texts
 
     def _generate(self, requests: Sequence[Instance], numbers: Sequence[int]) -> Iterable[tuple[int, str]]:
-        """Of requests with the same options: yields the number of each and its text, as they end."""
+        """Yields the number and the text of requests with the same options, as they end."""
         until, settings = self._settings(requests[0].task_name, requests[0].args[1])
         room = self.max_length - settings["max_new_tokens"]
         if room < 1:

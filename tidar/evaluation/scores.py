@@ -79,7 +79,7 @@ def _of_whole_rows(targets: Targets, correct: Tensor, share: Share, group: dist.
 def scorer(
     model: Decoder, pattern: Pattern, loss_weights: dict[str, float], chunk_size: int
 ) -> Callable[[ModelBatch], dict[str, TokenScores]]:
-    """What `validate` scores with, of a whole model on one device. chunk_size: see `Objective`."""
+    """The `score` of `validate` for a whole model on one device. chunk_size: see `Objective`."""
     device = model.output_weight().device
     objective = Objective(loss_weights, chunk_size)
     build_mask = MaskBuilder(pattern, "flex" if device.type == "cuda" else "sdpa")

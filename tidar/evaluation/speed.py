@@ -42,7 +42,7 @@ class Decoded:
         return self.tokens / self.seconds
 
     def report(self) -> dict[str, Any]:
-        """As it stands in the JSON file."""
+        """The counts as the JSON file holds them."""
         rate = {"tokens_per_second": self.tokens_per_second} if self.seconds else {}
         return {
             "prompts": self.prompts,

@@ -34,7 +34,7 @@ class LossSums:
 
     @staticmethod
     def of(targets: dict[str, Targets], scores: dict[str, TokenScores]) -> "LossSums":
-        """Of one micro-batch. targets and scores have the same losses."""
+        """Sums of one micro-batch. targets and scores have the same losses."""
         columns = {}
         for loss, target in targets.items():
             weights, score = target.weights.double(), scores[loss]

@@ -94,7 +94,7 @@ class Targets:
 
 @dataclass
 class Share:
-    """What one rank of context parallelism has of a batch of rows of `length` model positions.
+    """One rank's positions of a batch of rows of `length` model positions, under context parallelism.
 
     `positions`: the model position of each of its queries, -1 for an unused slot, `[batch, queries]` int64.
     `ranges`: first key and the one after the last of each range that a query sees, `[ranges, 2, batch, queries]` int32,

@@ -30,7 +30,7 @@ class HostThrottle:
 
 @contextmanager
 def scheduled_gc(freq: int) -> Iterator[Callable[[int], None]]:
-    """With freq above 0 Python collects garbage only in each freq-th step, the same on all ranks.
+    """If freq is above 0, Python collects garbage only in each freq-th step, the same on all ranks.
 
     So no rank waits for another's collection. Objects that exist already are never collected. Yields a
     function to call after each step, with the step's number.

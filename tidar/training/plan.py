@@ -94,26 +94,26 @@ class RunPlan:
 
     @property
     def moment_size(self) -> int:
-        """Of one of the two moments of a parameter."""
+        """Bytes of one of the two moments of a parameter."""
         return {"float32": 4, "bfloat16": 2}[self.config.optimizer.state_dtype]
 
     @property
     def states_bytes(self) -> float:
-        """Of parameters, moments and gradients, and of the copies in the compute dtype: of each device or its host."""
+        """Bytes of parameters, moments, gradients and copies in the compute dtype, on each device or its host."""
         # under FSDP2 no copies: it casts what it gathers
         copies = self.dtype.itemsize if self.dtype.itemsize < 4 and not self.uses_fsdp else 0
         return (4 + 2 * self.moment_size + copies) * self.n_own_parameters / self.shards + self.gradient_bytes
 
     @property
     def gradient_bytes(self) -> float:
-        """Of the gradients among the states."""
+        """Bytes of the gradients, which are part of the states."""
         # without FSDP2 those of several micro-batches are accumulated in float32
         size = 4 if self.uses_fsdp or self.micro_batches > 1 else self.dtype.itemsize
         return size * self.n_own_parameters / self.shards
 
     @property
     def gathered_bytes(self) -> int:
-        """Of parameters that stay unsharded from the forward to the backward pass."""
+        """Bytes of parameters that stay unsharded from the forward to the backward pass."""
         return self.dtype.itemsize * self.n_own_parameters if self.uses_fsdp and not self.reshards else 0
 
     @property
@@ -123,7 +123,7 @@ class RunPlan:
 
     @property
     def unsharded_gradient_bytes(self) -> int:
-        """Of gradients that stay unsharded from the first micro-batch to the last."""
+        """Bytes of gradients that stay unsharded from the first micro-batch to the last."""
         once = self.config.parallelism.gradient_reduction == "step" and self.micro_batches > 1
         return 4 * self.n_own_parameters if self.uses_fsdp and once else 0
 

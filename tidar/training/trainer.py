@@ -336,7 +336,7 @@ class Trainer:
             self.state.save()
 
     def save_unless_saved(self) -> None:
-        """Where a step was abandoned: saves the state before it."""
+        """Saves the state before an abandoned step."""
         if self.config.checkpoint.enable and not self.state.is_saved():
             self.save()
 

@@ -24,7 +24,7 @@ from tidar.training.plan import RunPlan
 
 @dataclass(frozen=True)
 class DecodedPrompts:
-    """Of all ranks: `tokens` new ones in `forwards` forward passes. sample: the text of this rank's first prompt, and
+    """Counts of all ranks: `tokens` new ones in `forwards` forward passes. sample: text of this rank's first prompt and
     what was decoded after it; None where the rank has no prompt. gathering: seconds until the weights were whole.
     """
 

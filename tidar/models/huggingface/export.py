@@ -79,7 +79,7 @@ def write_huggingface_folder(
 
 
 def without_generate(pattern: str) -> str:
-    """What is said of an export whose pattern custom_generate/generate.py does not decode; nothing of others."""
+    """A note for an export whose pattern custom_generate/generate.py does not decode; empty for others."""
     if pattern in DECODABLE:
         return ""
     return f", for plain decoding only: there is no custom_generate/generate.py for pattern {pattern}"

@@ -145,7 +145,7 @@ def _irregular_entry(folder: Path) -> str | None:
 
 
 def _unverified_data(folder: Path, files: dict[str, Any]) -> str | None:
-    """What the metadata reads that the manifest does not list."""
+    """A problem with a file of the metadata that the manifest does not list; None where it lists all."""
     try:
         metadata = parse_metadata(folder)
     except OSError as error:

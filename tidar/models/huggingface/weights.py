@@ -27,7 +27,7 @@ VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What all names have before Hugging Face's own: `module.` after DDP, `_orig_mod.` after torch.compile, or more."""
+    """The prefix that all names share: `module.` after DDP, `_orig_mod.` after torch.compile, or more."""
     embedding = next((name for name in names if name.endswith(EMBEDDING)), EMBEDDING)
     prefix = embedding.removesuffix(EMBEDDING).removesuffix("model.")
     return prefix if all(name.startswith(prefix) for name in names) else ""

@@ -132,7 +132,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
 
 
 def _chunk_bytes(plan: RunPlan, n: int) -> int:
-    """Of a chunk of the loss's n targets: logits or exponentials in their place, and hidden states."""
+    """Bytes of a chunk of the loss's n targets: logits or their exponentials, and hidden states."""
     chunk = ceil(n / ceil(n / plan.config.training.loss_chunk_size))
     # devices that share the vocabulary do not write gradients in place of logits
     logits = (1 if plan.tensor_parallel == 1 else 2) * plan.own_sizes.vocab_size

@@ -1,4 +1,4 @@
-"""What a row of one document gives a model to do."""
+"""The work of a row of one document for a model."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class RowWork(NamedTuple):
 
 
 def row_work(pattern: Pattern, seq_len: int) -> RowWork:
-    """Of a row that one document fills, which is the most that a row can be."""
+    """Work of a row that one document fills, the most that any row has."""
     row = torch.zeros(1, seq_len, dtype=torch.long)
     batch = pattern.layout(row, row, torch.ones_like(row))
     scored = sum(len(targets.labels) for targets in batch.targets.values())

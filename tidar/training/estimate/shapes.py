@@ -53,8 +53,8 @@ def not_estimated(plan: RunPlan) -> str | None:
 
 
 def shapes(plan: RunPlan, gpu: Gpu) -> list[Estimate]:
-    """The same step, divided in other ways: of each degree of context and of tensor parallelism the fastest shape that
-    fits, or else the one that needs least memory. Those that fit come first, the fastest of them first.
+    """Other shapes of the same step: for each degree of context and of tensor parallelism the fastest one that fits, or
+    else the one that needs least memory. Those that fit come first, the fastest of them first.
     """
     row = row_work(plan.pattern, plan.config.training.seq_len)
     best = []
@@ -69,13 +69,13 @@ def shapes(plan: RunPlan, gpu: Gpu) -> list[Estimate]:
 
 
 def _degrees(world_size: int) -> list[tuple[int, int]]:
-    """Of context and tensor parallelism: powers of two whose product divides the devices, within a host."""
+    """Degrees of context and tensor parallelism: powers of two whose product divides the devices, within a host."""
     pairs = itertools.product((1, 2, 4, 8), repeat=2)
     return [(cp, tp) for cp, tp in pairs if cp * tp <= PER_HOST and world_size % (cp * tp) == 0]
 
 
 def _shapes(plan: RunPlan, gpu: Gpu, cp_size: int, tp_size: int) -> Iterator[RunPlan]:
-    """Those that are possible, with each of ROWS and of QUARTERS."""
+    """The possible shapes with these degrees, with each of ROWS and of QUARTERS."""
     config = copy.deepcopy(plan.config)
     config.parallelism.context_parallel_degree, config.parallelism.tensor_parallel_degree = cp_size, tp_size
     config.training.global_batch_size, config.training.local_batch_size = plan.global_batch_size, 1

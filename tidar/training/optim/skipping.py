@@ -20,8 +20,8 @@ NAMED = 8
 
 @dataclass
 class _Evidence:
-    """Of one micro-batch: rows whose loss, or gradient of the embeddings, is not finite, bool `[rows]`; and the
-    largest gradient of each parameter.
+    """A micro-batch's rows whose loss, or gradient of the embeddings, is not finite, bool `[rows]`; and the largest
+    gradient of each parameter.
     """
 
     bad_losses: Tensor
@@ -30,7 +30,7 @@ class _Evidence:
 
 
 class TooManySkipped(Exception):
-    """As many steps in a row were skipped as are allowed."""
+    """training.max_steps_skipped steps in a row were skipped."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ class SkippedSteps:
             raise TooManySkipped(f"{self.counts[1]} steps in a row were skipped, up to step {self.last_skipped}")
 
     def restart_count(self) -> None:
-        """For a resumed run: no steps have been skipped in a row."""
+        """Called when a run is resumed: its count of steps skipped in a row starts at 0."""
         self.counts[1] = 0
 
     def _cause(self, outcome: _Outcome) -> str:

@@ -92,7 +92,7 @@ class Updates:
         return norm, lr
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Of the whole model's gradients. Completes those of parameters that several ranks have as a whole."""
+        """Norm of the whole model's gradients, after summing those of parameters that tensor parallelism replicates."""
         world, counted = self.world, gradients
         if world.tp_size > 1:
             shared = [gradient for gradient, is_divided in zip(gradients, self.is_divided) if not is_divided]

@@ -40,7 +40,7 @@ class Reports:
         self.log = log
 
     def step(self, step: int, steps: int, sums: LossSums, more: dict[str, float]) -> None:
-        """Of step number `step` of `steps`. more: scalars that the caller knows, train/lr and train/grad_norm too.
+        """Reports step number `step` of `steps`. more: further scalars, train/lr and train/grad_norm among them.
 
         All ranks call it.
         """
@@ -54,7 +54,7 @@ class Reports:
         self.throughput.restart()
 
     def epoch(self, step: int, epoch: int, sums: LossSums) -> None:
-        """Of epoch number `epoch`, which ends with the step that takes its last row."""
+        """Reports epoch number `epoch`, which ends with the step that takes its last row."""
         means = sums.means(self.loss_weights)
         scalars = {f"train/epoch_{name}": value for name, value in means.items() if name.endswith("loss")}
         self.metrics.write(step, scalars)

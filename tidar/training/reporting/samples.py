@@ -9,7 +9,7 @@ PROMPT_CHARACTERS, NEW_CHARACTERS = 40, 160
 
 
 def decoded_lines(decoded: DecodedPrompts) -> list[str]:
-    """What it was, what it took, and a sample."""
+    """Log lines about the prompts, the cost of decoding them, and a sample."""
     lines = [
         f"  decoded {decoded.prompts} prompts: {decoded.tokens_per_forward:.3f} tokens per forward, "
         f"{decoded.tokens:,} tokens in {decoded.seconds:.1f} s, {decoded.gathering:.1f} s of them to gather the weights"

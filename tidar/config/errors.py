@@ -18,6 +18,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def named_error(error: BaseException) -> str:
+    """The type of an error and the first line of its text, if it has one."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def aligned(rows: Sequence[Sequence[str]], n_left: int = 0) -> list[str]:
     """Lines of a table. The first `n_left` columns are justified to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tidar.config.errors import UserError
+from tidar.config.errors import UserError, named_error
 
 Needs = Literal["weights", "config", "tokenizer"]
 
@@ -149,23 +149,18 @@ def hub_errors(where: str, repo_id: str, revision: str, kind: Literal["model", "
             f"{where}: the hub's {kind} has no revision {revision}: must be a branch, a tag or a commit"
         ) from None
     except errors.HFValidationError as error:
-        raise UserError(f"{where}: is no folder and no id of the hub ({_first_line(error)})") from None
+        raise UserError(f"{where}: is no folder and no id of the hub ({named_error(error)})") from None
     except Exception as error:  # of any of the libraries that it downloads with
         cause = error.__cause__ or error
         if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
             held = f"no folder is there, revision {revision} is not whole in the hub's cache, and " * (kind == "model")
             raise UserError(f"{where}: {held}HF_HUB_OFFLINE forbids a download: unset it{near}") from None
         if getattr(getattr(cause, "response", None), "status_code", 0) in (401, 403):
-            raise UserError(f"{where}: the hub denies access ({_first_line(cause)}): {SIGN_IN}") from None
+            raise UserError(f"{where}: the hub denies access ({named_error(cause)}): {SIGN_IN}") from None
         raise UserError(
-            f"{where}: {no_folder}it cannot be downloaded ({_first_line(cause)}): start again when "
+            f"{where}: {no_folder}it cannot be downloaded ({named_error(cause)}): start again when "
             f"{constants.ENDPOINT} can be reached; finished {'files' if kind == 'model' else 'parts'} are kept{near}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _near(repo_id: str) -> str:
@@ -179,10 +174,14 @@ def _near(repo_id: str) -> str:
     return f"; the folder {parent} holds {match[0]}" if match else f"; the folder {parent} has no {name}"
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def _holds(folder: Path, needs: Needs) -> bool:
     """Whether a folder has what is needed; of weights, all files of the index."""
     if needs == "tokenizer":
-        return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        return holds_tokenizer(folder)
     if needs == "config" or not (folder / "config.json").is_file():
         return (folder / "config.json").is_file()
     if (folder / "model.safetensors").is_file():

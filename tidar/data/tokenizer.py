@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidar.config import UserError, first_line
-from tidar.config.hub import local_folder, named
+from tidar.config.hub import holds_tokenizer, local_folder, named
 from tidar.data.pieces import BETWEEN_CHARACTERS, cut_pattern, cut_points
 
 PIECE_BYTES = 2**18  # of a long text, tokenised at a time; the library takes 150 bytes of memory for each
@@ -112,16 +112,12 @@ def _saved_by_newer(folder: Path) -> list[str]:
 Tokenizer = BytesTokenizer | FolderTokenizer
 
 
-def holds_tokenizer(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "vocab.json"))
-
-
 def load_tokenizer(name: str, option: str = "data.tokenizer") -> Tokenizer:
     """The tokenizer "bytes", or that of a folder or hub id. Raises UserError, which names `option`, for any other."""
     if name == "bytes":
         return BytesTokenizer()
     folder = local_folder(name, option, "tokenizer")
-    if not holds_tokenizer(str(folder)):
+    if not holds_tokenizer(folder):
         raise UserError(
             f"{named(option, name)}: must be bytes, a local folder with a tokenizer.json or vocab.json, "
             "or an id of the hub (ORG/NAME)"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError
-from tidar.config.hub import local_folder
+from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
 from tidar.data.chat_records import conversation
-from tidar.data.tokenizer import BytesTokenizer, holds_tokenizer
+from tidar.data.tokenizer import BytesTokenizer
 from tidar.decoding.answers import without_answer
 from tidar.decoding.engine import Engine
 from tidar.models.huggingface import assets_folder
@@ -20,8 +20,8 @@ def model_tokenizer(model: Path, name: str | None, vocab_size: int) -> Tokenizer
 
     Raises UserError where the vocabulary of a model without a tokenizer is not one of bytes.
     """
-    folder = str(assets_folder(local_folder(model)))
-    chosen = name or (folder if holds_tokenizer(folder) else "bytes")
+    folder = assets_folder(local_folder(model))
+    chosen = name or (str(folder) if holds_tokenizer(folder) else "bytes")
     tokenizer = load_tokenizer(chosen, "--tokenizer")
     if chosen == "bytes" and not name and vocab_size > 512:
         raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from tidar.config import Config, UserError
+from tidar.config import Config, UserError, named_error
 from tidar.config.packages import install
 
 # elements of 16 bits: rows are multiples of them, so that each begins at 16 bytes
@@ -258,9 +258,8 @@ def _import_obstacle(package: str, *modules: str) -> Obstacle | None:
         for module in modules:
             import_module(module)
     except Exception as error:
-        cause = next(iter(str(error).splitlines()), "")
         installed = f"{package} {metadata.version(package)}"
-        return Obstacle(f"{installed} cannot be imported: {type(error).__name__}: {cause}", is_broken=True)
+        return Obstacle(f"{installed} cannot be imported: {named_error(error)}", is_broken=True)
     return None
 
 

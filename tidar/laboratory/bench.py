@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from tidar.config import named_error
 from tidar.config.packages import install
 from tidar.models import Mask, MaskBuilder, PointMask, RangeMask, attention, pattern_mask
 from tidar.models.flops import ATTENTION_FLOPS
@@ -44,7 +45,7 @@ def bench(
             forward, backward = _times(attend, mask, rows, positions, shape, device)
         except Exception as failure:  # a kernel that this device or torch lacks, or too little memory
             torch.cuda.empty_cache()
-            lines.append(f"{name:<8} fails: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:90]}")
+            lines.append(f"{name:<8} fails: {named_error(failure)[:110]}")
             continue
         wrong += [name] if error > TOLERANCE else []
         cells = []

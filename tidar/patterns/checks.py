@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tidar.config import UserError
+from tidar.config import UserError, named_error
 from tidar.patterns.base import LOSSES, PADDING, Documents, MaskMod, ModelBatch, Pattern, dense_pieces, key_ranges
 
 # longest row that is checked, as its mask may be evaluated at all points
@@ -26,7 +26,7 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
         raise
     except Exception as error:  # a user's code may raise anything
         raise UserError(
-            f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({_error_text(error)})"
+            f"{about}: layout or mask_mod fails on rows of {seq_len} tokens ({named_error(error)})"
         ) from None
     _check_rows(about, pattern, rows, seq_len)
     _check_value(about, mask_mod, rows.documents)
@@ -84,7 +84,7 @@ def _check_value(about: str, mask_mod: MaskMod, documents: Documents) -> None:
     try:
         value = mask_mod(zero, zero, zero, zero)
     except Exception as error:  # a user's code may raise anything
-        raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({_error_text(error)})") from None
+        raise UserError(f"{about}: mask_mod fails on b = h = q = k = 0 ({named_error(error)})") from None
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim != 0:
         raise UserError(
             f"{about}: mask_mod returns {_kind(value)} for one query and one key: must be one bool tensor without "
@@ -102,13 +102,9 @@ def _queries_without_key(about: str, mask_mod: MaskMod, positions: int, document
         try:
             pieces = [piece.any(dim=-1) for piece in dense_pieces(mask_mod, batch, positions, positions, device)]
         except Exception as error:  # a user's code may raise anything
-            raise UserError(f"{about}: mask_mod fails ({_error_text(error)})") from None
+            raise UserError(f"{about}: mask_mod fails ({named_error(error)})") from None
         sees = torch.cat(pieces, dim=1)
     yield from (~sees).nonzero().tolist()
-
-
-def _error_text(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _kind(value: object) -> str:

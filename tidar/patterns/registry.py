@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 
-from tidar.config import Config, UserError
+from tidar.config import Config, UserError, named_error
 from tidar.patterns.base import Pattern
 from tidar.patterns.block_diffusion import BlockDiffusion
 from tidar.patterns.causal import Causal
@@ -93,10 +93,9 @@ def _load(name: str) -> type[Pattern]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's file may raise anything
-        reason = str(error).partition("\n")[0]
         raise UserError(
             f"tidar.pattern = {name}: {module_name or 'a module without a name'} cannot be imported "
-            f"({type(error).__name__}: {reason})",
+            f"({named_error(error)})",
             "it must be a Python module of the current folder or of PYTHONPATH: my_package.my_file:MyPattern",
         ) from None
     kind = getattr(module, class_name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import Config, UserError
-from tidar.config.hub import TOKENIZER_FILES, local_folder
+from tidar.config.hub import TOKENIZER_FILES, holds_tokenizer, local_folder
 from tidar.models.decoder import DecoderConfig
 from tidar.models.huggingface.card import describe_base
 from tidar.models.huggingface.config_json import decoder_config, read_config_json
@@ -101,7 +101,7 @@ def read_model(config: Config) -> ModelFiles:
         if place:
             decoder_config(content, str(place / "config.json"))
             _recorded_mask_token(content, str(place / "config.json"))
-    folders = [str(place) for place in (folder, start_folder) if place and _tokenizer_files(place)]
+    folders = [str(place) for place in (folder, start_folder) if place and holds_tokenizer(place)]
     named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
     named = named and str(local_folder(named, "data.tokenizer", "tokenizer"))
     return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
@@ -194,10 +194,6 @@ def _config_folder(path: Path) -> Path | None:
     """Folder of the config.json of weights at `path`, which is a Hugging Face folder, a step's folder or a file."""
     places = (path.parent,) if path.is_file() else (path, path / ASSETS)
     return next((place for place in places if (place / "config.json").is_file()), None)
-
-
-def _tokenizer_files(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _check_same_model(decoder: DecoderConfig, start_options: dict[str, Any], folder: Path) -> None:

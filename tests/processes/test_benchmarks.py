@@ -144,7 +144,7 @@ def test_the_baselines_micro_batches_have_the_losses_of_the_whole():
         assert torch.isclose(sum(parts).double(), expected, rtol=1e-5)
 
 
-def test_profile_tells_every_kind_and_its_floor(run):
+def test_profile_reports_every_kind_and_its_floor(run):
     output = run(profile, *SMALL, "--steps", "2")
     table = output[output.index("kind ") :].split("\n\n")[0].splitlines()[1:]
     times = {line[:22].strip(): [float(number) for number in line[22:].split()[:2]] for line in table}

@@ -116,7 +116,7 @@ def test_a_rank_that_dies_is_brought_back(tmp_path):
 STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NODEID": "1"}
 
 
-def test_srun_tells_the_nodes(tmp_path, monkeypatch):
+def test_srun_names_the_nodes(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames n[1-2]' ] && printf 'n1\\nn2\\n'\n")
     scontrol.chmod(0o755)

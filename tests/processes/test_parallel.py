@@ -53,7 +53,7 @@ def all_cuts():
     [(CUTS, 4, 0), pytest.param(list(all_cuts()), 30, 20, marks=pytest.mark.long)],
     ids=["some", "all"],
 )
-def test_same_numbers_however_it_is_cut(tmp_path, ranks, small_model, cuts, steps, warmup_steps):
+def test_same_numbers_however_it_is_sharded(tmp_path, ranks, small_model, cuts, steps, warmup_steps):
     """Some steps in float32 against one process with one micro-batch, printed as a table."""
     one = (1, "ZeRO-3", "none", 1, "micro_batch")
     print(f"\nranks {'sharding':9} checkpoints micro-batches {'reduced':11}     loss     norm  weights")

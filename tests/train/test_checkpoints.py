@@ -246,7 +246,7 @@ def test_a_moved_run_is_resumed_where_it_is(tmp_path, train, monkeypatch, capsys
     assert load_config(["--job.config_file", file, "--job.dump_folder", "new"]).job.dump_folder == "new"
 
 
-def test_changes_are_told_and_must_be_allowed(tmp_path, train):
+def test_changes_are_listed_and_must_be_allowed(tmp_path, train):
     train(tmp_path, "--training.steps", "2")
     leave_world()
     changed = "--training.steps 3 --tidar.block_size 4 --training.global_batch_size 6".split()

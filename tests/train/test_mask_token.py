@@ -96,7 +96,7 @@ def test_a_mask_token_in_the_data(tmp_path, capfd):
         train(tmp_path / "run", "--model.hf_path", str(folder), "--training.steps", "0", "--tidar.mask_token_id", "8")
 
 
-def test_a_run_goes_on_with_its_own_mask_token(tmp_path):
+def test_a_run_resumes_with_its_own_mask_token(tmp_path):
     train(tmp_path, "--training.steps", "0")
     with pytest.raises(UserError, match="another model: mask_token_id: 257 -> 1"):
         train(tmp_path, "--training.steps", "0", "--tidar.mask_token_id", "1")

@@ -58,7 +58,7 @@ def test_stopped_after_any_step_it_repeats_bit_for_bit(tmp_path, small_model):
     assert again.step == 6 and results(tmp_path / "whole") == expected
 
 
-def test_killed_it_goes_on(tmp_path, capsys, uneven_data):
+def test_a_killed_run_resumes(tmp_path, capsys, uneven_data):
     options = [
         *uneven_data.split(),
         "--training.steps",
@@ -241,7 +241,7 @@ def test_the_launcher_passes_a_refusal_on(tmp_path, call):
     assert (finished.returncode, finished.stdout, finished.stderr) == (1, "", "refused\n")
 
 
-def test_a_run_goes_on_where_nothing_was_compiled_ahead(tmp_path, capsys, small_model):
+def test_a_run_continues_where_nothing_was_compiled_ahead(tmp_path, capsys, small_model):
     """It is told that the process which should have done so has failed."""
     options = f"{small_model} --training.steps 2 --validation.enable false --checkpoint.enable false".split()
     trainer = Trainer(load_config(["--job.dump_folder", str(tmp_path), *TINY, *options]))

@@ -44,7 +44,7 @@ def is_whole(step: Path) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, uneven_data, monkeypatch, mode):
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, uneven_data, monkeypatch, mode):
     """Every second step is saved, as it is at that step, though the writing takes longer than the steps."""
     options = [*uneven_data.split(), "--training.steps", "7", "--checkpoint.interval", "2"]
     train(tmp_path / "disabled", *options)
@@ -212,7 +212,7 @@ def test_a_thousand_saves_leave_nothing_behind(tmp_path, uneven_data):
 HSDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 2"
 
 
-def test_resharded_it_goes_on(tmp_path, ranks, small_model):
+def test_a_resharded_run_resumes(tmp_path, ranks, small_model):
     """Saved on 4 ranks, HSDP 2 x 2; resumed on 1, 2 and 3 with the same losses, on 4 bit for bit."""
     options = [*TINY, *small_model.split(), "--training.global_batch_size", "12", "--training.local_batch_size", "1"]
     options += ["--training.steps", "4", "--checkpoint.interval", "2", "--lr_scheduler.warmup_steps", "0"]

@@ -357,7 +357,7 @@ def test_reasoning_and_a_template_that_trims(small, monkeypatch):
     check(small, chat("Hi", "\n<think>\nHm\n</think>\n\nHello \n"), pieces)
 
 
-def test_a_batch_goes_on(small, monkeypatch):
+def test_a_bad_chat_leaves_the_others(small, monkeypatch):
     template = "{% for m in messages %}{{ raise_exception('bad') if m.content == 'bad' }}" + TURN + "{% endfor %}"
     monkeypatch.setattr(small, "chat_template", template)
     good = [chat("a", "b"), chat("c", "d", "e", "the"), chat("f", "")]

@@ -98,7 +98,7 @@ def refusal(call) -> str:
     return str(error.value).removeprefix("training.float8 = true: ")
 
 
-def test_what_cannot_be_had_is_told(monkeypatch, tmp_path):
+def test_missing_packages_and_devices_are_named(monkeypatch, tmp_path):
     """Before data are prepared: no torchao, an old one, one that cannot be imported; a GPU or type without FP8."""
     options = ["--training.float8", "true", "--job.dump_folder", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["check", *options])

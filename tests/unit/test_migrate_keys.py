@@ -175,7 +175,7 @@ def test_placeholders_are_answered(convert):
         assert convert(SCRIPT, changed(deepspeed, **{key: 2e-5})).config.optimizer.lr == 2e-5
 
 
-def test_warnings_tell_what_is_left_to_do(convert):
+def test_warnings_name_what_is_left_to_do(convert):
     script = changed(SCRIPT, tidar_clean_ratio=0.75, existing_key=1, qwen_model_path=str(ROOT))
     deepspeed = changed(FP16, train_batch_size=..., gradient_accumulation_steps=2, fp16__gradient_cliping=1)
     ratio, batch, script_key, deepspeed_key = convert(script, deepspeed).warnings

@@ -123,7 +123,7 @@ def test_bfloat16_moments_are_rounded_without_bias():
     assert (0.009 - expected) / 0.009 > 0.15  # rounded to nearest it would not have moved at all
 
 
-def test_bfloat16_moments_do_not_depend_on_the_cut_or_a_restart(tmp_path, ranks, small_model):
+def test_bfloat16_moments_do_not_depend_on_sharding_or_a_restart(tmp_path, ranks, small_model):
     """The same weights on one rank and on three, and, bit for bit, after a restart in the middle."""
     common = f"{small_model} --training.seq_len 16 --training.global_batch_size 6 --validation.enable false"
     common += " --optimizer.state_dtype bfloat16 --optimizer.beta2 0.999 --training.steps 8 --checkpoint.interval 4"

@@ -7,7 +7,7 @@ import shutil
 from small_models import make_model
 
 
-def test_other_ranks_go_on_with_the_same_samples(tmp_path, ranks, uneven_data):
+def test_other_ranks_resume_with_the_same_samples(tmp_path, ranks, uneven_data):
     """Saved at a random step on 1, 2 and 3 ranks, continued on two of 1 to 4 each, with other micro-batches, over an
     epoch's end: all samples of all steps are those of the run that was not interrupted, in its order.
     """

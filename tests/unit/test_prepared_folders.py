@@ -341,7 +341,7 @@ def test_cuts_of_bytes_lie_between_characters():
     assert "".join(content[a:b].decode() for a, b in zip([0, *ends], ends)) == text and len(ends) > 20
 
 
-def test_the_tokenizers_of_qwen_are_cut(tmp_path):
+def test_texts_for_the_tokenizers_of_qwen_are_cut(tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     backend = load_tokenizer(str(tmp_path / "tokenizer")).backend.backend_tokenizer
     assert cut_pattern(json.loads(backend.to_str())) is CUTS[QWEN]

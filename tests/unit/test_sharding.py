@@ -146,7 +146,7 @@ class LongBlocks(Tidar):
         (Evaluated(4, 9), 64, "tidar.pattern = mine: cannot be sharded .* = 4: its mask_mod .* parts clean, noisy"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_dealt_is_refused_by_name(pattern, seq_len, message):
+def test_rows_that_cannot_be_divided_are_refused_by_name(pattern, seq_len, message):
     with pytest.raises(UserError, match=message) as refused:
         sharding = RowSharding(pattern, "mine", seq_len, 4)
         sharding.share(laid_out(pattern, [[seq_len]], [30]), 0)

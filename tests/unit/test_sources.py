@@ -199,7 +199,7 @@ def test_a_tokenizer_saved_with_truncation_cuts_nothing(tmp_path):
     assert len(other.encode([text])[0]) > len(plain.encode([text])[0]) and other.digest != plain.digest
 
 
-def test_files_are_found_or_missed_aloud(tmp_path):
+def test_files_are_found_or_reported_missing(tmp_path):
     """Suffixes in capitals, folders that a glob matches, a byte order mark; a link to nothing is a bad document."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "A.JSONL").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')

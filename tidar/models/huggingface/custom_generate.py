@@ -329,8 +329,8 @@ class Decoding:
                 decided = self.choose(scores[:, None], columns[:, i : i + 1])[:, 0]
                 chosen[:, i] = torch.where(open_rows & (columns[:, i] == column), decided, chosen[:, i])
             if i + 1 < draft.shape[1]:
-                goes_on = (chosen[:, i] == draft[:, i + 1]) & ~torch.isin(chosen[:, i], ends)
-                open_rows = open_rows & goes_on & (columns[:, i + 1] < self.limit)
+                continues = (chosen[:, i] == draft[:, i + 1]) & ~torch.isin(chosen[:, i], ends)
+                open_rows = open_rows & continues & (columns[:, i + 1] < self.limit)
         return chosen
 
     def choose(self, scores: Tensor, columns: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ before, as a share of the whole model's float32 bytes.
 
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,13 +19,8 @@ def anonymous_bytes() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def main(folder: str) -> None:
-    config = load_config([])
-    world = join_world(config)
-    kept = Path(folder) / ASSETS
-    with torch.device("meta"):
-        model = Decoder(decoder_config(read_config_json(kept if kept.is_dir() else Path(folder))))
-    parallelize(model, world, config, torch.float32, compile=False)
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak of anonymous memory during a call, above that at its start."""
     baseline = peak = anonymous_bytes()
     done = threading.Event()
 
@@ -33,14 +29,24 @@ def main(folder: str) -> None:
         while not done.wait(0.001):
             peak = max(peak, anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    load_weights(model, open_weights(folder))
+    work()
     done.set()
     watcher.join()
-    peak = max(peak, anonymous_bytes())  # what is loaded stays; on a busy machine the watcher can be late
+    return max(peak, anonymous_bytes()) - baseline  # on a busy machine the watcher can be late
+
+
+def main(folder: str) -> None:
+    config = load_config([])
+    world = join_world(config)
+    kept = Path(folder) / ASSETS
+    with torch.device("meta"):
+        model = Decoder(decoder_config(read_config_json(kept if kept.is_dir() else Path(folder))))
+    parallelize(model, world, config, torch.float32, compile=False)
+    peak = peak_bytes(lambda: load_weights(model, open_weights(folder)))
     sums = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    line = f"rank {world.rank} peak {(peak - baseline) / size:.3f} of {size} sum {sum(sums):.6f}\n"
+    line = f"rank {world.rank} peak {peak / size:.3f} of {size} sum {sum(sums):.6f}\n"
     print(line, end="", flush=True)  # in one write: both ranks have the same output
     leave_world()

@@ -93,6 +93,14 @@ def measure_steps(*arguments: str) -> None:
     train_step.main()
 
 
+def share_attention(*arguments: str) -> None:
+    """tidar.benchmarks.context_attention."""
+    from tidar.benchmarks import context_attention  # torch's context parallelism takes long to import
+
+    sys.argv[1:] = arguments
+    context_attention.main()
+
+
 def hold_folder(folder: Path) -> None:
     """As a run that is in it, until it is killed."""
     lock = RunLock(folder)

@@ -173,6 +173,18 @@ def test_matmuls_are_those_of_the_decoder(run):
     assert all(float(line.split("torch ")[1].split()[0]) > 0 for line in lines)
 
 
+@pytest.mark.long
+def test_ways_to_share_a_row_have_one_result(tmp_path):
+    """Torch's context parallelism and ours: FlexAttention forward and SDPA, on a CPU."""
+    arguments = *SMALL, "--training.seq_len", "256"
+    code, output = forks.call(forks.torchrun, 2, faulty.share_attention, *arguments, log=tmp_path / "log")
+    assert code == 0, output
+    rows = [line.split() for line in output.splitlines() if line.startswith(("ours", "torch,"))]
+    assert len(rows) == 6 and all(float(row[-1]) < 1e-6 for row in rows), output
+    # of torch both halves travel
+    assert [round(float(row[-2]) / float(rows[0][-2])) for row in rows] == [1, 2, 2] * 2
+
+
 def test_attention_compares_masks(run):
     output = run(attention, *SMALL)
     rows = [line.split() for line in output.splitlines() if line.startswith("sdpa")]

@@ -170,6 +170,7 @@ FINDINGS = (
 # idea -> the run that it is compared with
 IDEAS = {
     "own-text-8": "more-8",
+    "own-tenth-8": "more-8",
     "own-drafts-8": "more-8",
     "positions-more-8": "more-8",
     "own-samples-8": "more-8",

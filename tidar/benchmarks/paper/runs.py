@@ -26,8 +26,8 @@ CONTINUES = "--training.steps 300 --training.seed 1 --optimizer.lr 7.5e-4"
 class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
-    own_text: temperature of the text by that run that is half of what it trains on; None: there is no such text.
-    drafts_only: whether that text has no part in the autoregressive loss.
+    own_text: temperature of the text by that run on which it trains too; None: there is no such text. own_share: of the
+    tokens. drafts_only: whether that text has no part in the autoregressive loss.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Run:
     options: str = ""
     starts_from: str = ""
     own_text: float | None = None
+    own_share: float = 0.5
     drafts_only: bool = False
 
 
@@ -51,6 +52,14 @@ RUNS = {
         Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
         Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
         Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
+        Run(
+            "own-tenth-8",
+            "tidar-8 continued, a tenth of it on its own greedy text",
+            CONTINUES,
+            MAIN,
+            own_text=0.0,
+            own_share=0.1,
+        ),
         Run(
             "own-drafts-8",
             "tidar-8 continued, half of it on its own greedy text, from which only drafts learn",

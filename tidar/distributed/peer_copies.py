@@ -8,7 +8,8 @@ copies its part of the others' buffers, and waits until all have copied, so that
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     works = torch.tensor(not error, dtype=torch.int32)
     dist.all_reduce(works, dist.ReduceOp.MIN, group)
     if error:
-        print_lines(f"warning: rank {dist.get_rank()}: FSDP2 uses NCCL, for symmetric memory does not work ({error})")
+        print_lines(f"warning: rank {dist.get_rank()}: symmetric memory does not work, so FSDP2 uses NCCL ({error})")
     return bool(works)
 
 
@@ -81,9 +82,12 @@ class Buffer(NamedTuple):
 class Buffers:
     """`number` buffers of `n_bytes`, used in turn. All ranks of the group make and use them alike."""
 
+    existing: ClassVar[WeakSet["Buffers"]] = WeakSet()
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device, number: int, n_bytes: int):
         self.made: list[Buffer] = []
-        self.turn = 0
+        self.turn, self.n_bytes = 0, number * n_bytes
+        self.existing.add(self)
         for _ in range(number):
             # not from torch's memory pool: a block that it used again would keep the handle of an earlier group
             memory = symmetric_memory._SymmetricMemory.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device)
@@ -97,6 +101,11 @@ class Buffers:
     def handle(self, tensor: Tensor) -> Any:
         """Handle of the buffer that a tensor lies in."""
         return next(made.handle for made in self.made if made.memory.data_ptr() == tensor.data_ptr())
+
+
+def buffer_bytes() -> int:
+    """Memory of this device in buffers, which is not in what torch counts."""
+    return sum(buffers.n_bytes for buffers in Buffers.existing)
 
 
 class PeerAllGather:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from tidar.distributed import buffer_bytes
 from tidar.training.plan import RunPlan
 
 GIB = 2**30
@@ -19,7 +20,7 @@ def explained_out_of_memory(plan: Callable[[], RunPlan], rank: int) -> Iterator[
         known = plan()
         if not known.model:
             raise
-        peak = torch.cuda.max_memory_allocated() if known.device.type == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated() + buffer_bytes() if known.device.type == "cuda" else 0
         raise torch.OutOfMemoryError(f"rank {rank}: {memory_advice(known, peak)}") from error
 
 

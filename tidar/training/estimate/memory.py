@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from tidar.models.flops import layer_weights
+from tidar.training.estimate.gpus import PER_HOST
 from tidar.training.estimate.row import RowWork
 from tidar.training.plan import RunPlan
 
@@ -76,6 +77,15 @@ def kept_bytes(plan: RunPlan) -> list[int]:
     return [kept] * plan.n_checkpointed + [everything] * (plan.decoder.n_layers - plan.n_checkpointed)
 
 
+def exchanged_size(plan: RunPlan) -> int:
+    """Bytes of an element of the gradients that GPUs of a host copy from each other; 0 where FSDP2 uses NCCL."""
+    options = plan.config.parallelism
+    if options.fsdp_collectives == "nccl" or not 1 < plan.shards <= PER_HOST // plan.tensor_parallel:
+        return 0
+    reduces_each = options.gradient_reduction == "micro_batch" or plan.micro_batches == 1
+    return plan.dtype.itemsize if reduces_each else WIDE
+
+
 def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     decoder, size, positions = plan.own_sizes, plan.dtype.itemsize, plan.positions
     stream = plan.norm_positions * decoder.dim * size
@@ -102,8 +112,14 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     gradient = 0.0 if accumulates else plan.gradient_bytes / plan.n_own_parameters
     # of a layer under FSDP2: gradients, those that are reduced, and those of the layer before
     # on one device the buffer becomes the gradient, if it is not added to one
-    buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0
-    reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0
+    buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0.0
+    reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0.0
+    if exchanged := exchanged_size(plan):
+        # two to gather layers, one to reduce them, and one for what is in no layer; copies of the others' gradients and
+        # their sum come and go
+        gathered += (2 * size + exchanged) * layer + max(size, exchanged) * root
+        buffer = exchanged * (1 - 1 / plan.shards) + WIDE / plan.shards
+        reduced = (size + buffer) * layer
     # under FSDP2 the output weight's gradient is reduced last
     of_output = size * output
 
@@ -124,7 +140,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
         yield Memory(f"layer {index} backward", so_far, gathered + in_layer + reduced + of_output, activations, 0)
 
     # the embedding's gradient is dense; with tied embeddings the output weight's exists too
-    ends, embedded = size * output, stream + gathered_stream
+    ends, embedded = float(size * output), stream + gathered_stream
     if plan.uses_fsdp:
         ends = (size + buffer) * root + (size * output if decoder.tie_embeddings else 0)
     states += gradient * plan.n_own_parameters

@@ -6,7 +6,7 @@ from math import ceil
 from tidar.models.flops import ATTENTION_FLOPS, layer_weights, useful_flops
 from tidar.patterns import TILE
 from tidar.training.estimate.gpus import NETWORK, PER_HOST, Gpu
-from tidar.training.estimate.memory import WIDE
+from tidar.training.estimate.memory import WIDE, exchanged_size
 from tidar.training.estimate.row import RowWork
 from tidar.training.plan import RunPlan
 
@@ -142,11 +142,11 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     once = options.gradient_reduction == "step"
     gathers = 2 * micro_batches if plan.reshards else 1
     reduces = 1 if once else micro_batches
-    by_copies = options.fsdp_collectives == "default" and 1 < plan.shards <= PER_HOST // stride
-    exchanged = size if by_copies and reduces == micro_batches else WIDE
+    copies = exchanged_size(plan)
+    exchanged = copies or WIDE
     # cast to the compute dtype, and from the gathered buffer to each parameter; gradients to the buffer that is reduced
     copied = gathers * ((WIDE + size) / plan.shards + 2 * size) * n + micro_batches * (size + exchanged) * n
-    copied += by_copies * reduces * (exchanged + WIDE / plan.shards) * n  # their sum
+    copied += bool(copies) * reduces * (exchanged + WIDE / plan.shards) * n  # their sum
     seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
     seconds += reduces * _collective(exchanged * n, plan.shards, stride, gpu.scatter)
     seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)

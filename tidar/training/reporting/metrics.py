@@ -13,6 +13,7 @@ import torch
 
 from tidar.config import UserError
 from tidar.config.files import open_regular, parse_json, write_atomically
+from tidar.distributed import buffer_bytes
 from tidar.patterns import LOSSES
 from tidar.training.reporting.events import EventFile
 from tidar.training.reporting.weights_and_biases import WandbRun
@@ -125,7 +126,7 @@ def _truncated(path: Path, first_step: int, validates_again: bool):
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) + buffer_bytes()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

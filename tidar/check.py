@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig
@@ -35,15 +34,8 @@ from tidar.decoding.prompts import model_tokenizer
 from tidar.distributed import check_device_count, logging_ranks
 from tidar.evaluation.tasks import check_lm_eval
 from tidar.models import Decoder
-from tidar.models.huggingface import (
-    StepFolder,
-    assets_folder,
-    check_weights,
-    decoder_config,
-    open_weights,
-    read_config_json,
-)
-from tidar.models.huggingface.manifest import check_whole, saved_steps
+from tidar.models.huggingface import assets_folder, check_weights, open_model, read_config_json
+from tidar.models.huggingface.manifest import saved_steps
 from tidar.training.first_weights import open_first_weights
 from tidar.training.inputs import load_inputs, missing_on_disk
 from tidar.training.plan import plan_run
@@ -96,25 +88,16 @@ def check_model(name: str) -> list[str]:
     """Lines about a model for tidar.evaluate. Raises UserError where it cannot be evaluated as a TiDAR model."""
     if hub_id(name) and not cached_folder(name):
         return [f"{name}: is not in the hub's cache; tidar.evaluate downloads it"]
-    return check_model_folder(local_folder(name, "--model"))
-
-
-def check_model_folder(folder: Path) -> list[str]:
-    """As `check_model`, of a folder."""
-    assets = assets_folder(folder)
-    options, origin = read_config_json(assets), str(assets / "config.json")
-    decoder = decoder_config(options, origin)
-    method = read_method(options, origin, decoder.vocab_size)
+    folder = local_folder(name, "--model")
+    model, weights = open_model(folder)
+    check_weights(weights, model)
+    assets, vocab_size = assets_folder(folder), model.config.vocab_size
+    method = read_method(read_config_json(assets), str(assets / "config.json"), vocab_size)
     if method is None:
-        raise UserError(f'{origin}: has no section "tidar", and so no mask token; evaluate it with --mode ar')
-    tokenizer = model_tokenizer(folder, None, decoder.vocab_size)
-    weights = open_weights(str(folder))
-    if weights is None:
-        raise UserError(f"{folder}: holds no weights")
-    if isinstance(weights, StepFolder):
-        check_whole(folder, str(folder))
-    with torch.device("meta"):
-        check_weights(weights, Decoder(decoder))
+        raise UserError(
+            f'{folder}: config.json has no section "tidar", and so no mask token; evaluate it with --mode ar'
+        )
+    tokenizer = model_tokenizer(folder, None, vocab_size)
     lines = [
         f"{folder}: pattern {method.pattern}, blocks of {method.block_size}, mask token {method.mask_token_id}, "
         f"tokenizer of {tokenizer.size} ids"

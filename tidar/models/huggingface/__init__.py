@@ -19,6 +19,7 @@ from tidar.models.huggingface.weights import (
     check_weights,
     fill_new_rows,
     load_weights,
+    open_model,
     open_weights,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "fill_new_rows",
     "load_weights",
     "model_differences",
+    "open_model",
     "open_weights",
     "published_ranges",
     "published_shapes",

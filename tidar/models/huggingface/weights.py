@@ -248,14 +248,11 @@ def fill_new_rows(model: Decoder, spec: ModelSpec, loaded_rows: int, mask_row: b
                     local[row - start] = mean
 
 
-def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """The model in a Hugging Face folder, on the hub or in a checkpoint's step-<n>, as one module on `device`.
+def open_model(folder: Path) -> tuple[Decoder, Weights]:
+    """The model of a Hugging Face folder or a checkpoint's step-<n>, on the meta device, and its weights.
 
-    Its `forward(input_ids, position_ids=None, mask=None)` returns logits `[batch, positions, vocab]`; no mask is
-    causal. Raises UserError for a folder without a config.json or weights, for a checkpoint that is not whole, and for
-    an architecture or weights that are not supported, and as `local_folder` does.
+    Raises UserError as `from_pretrained` does, but for weights that are not the model's.
     """
-    folder = local_folder(path)
     config_folder = assets_folder(folder)
     config = decoder_config(read_config_json(config_folder), str(config_folder / "config.json"))
     weights = open_weights(str(folder))
@@ -264,7 +261,17 @@ def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str |
     if isinstance(weights, StepFolder):
         check_whole(folder, str(folder))
     with torch.device("meta"):
-        model = Decoder(config)
+        return Decoder(config), weights
+
+
+def from_pretrained(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
+    """The model in a Hugging Face folder, on the hub or in a checkpoint's step-<n>, as one module on `device`.
+
+    Its `forward(input_ids, position_ids=None, mask=None)` returns logits `[batch, positions, vocab]`; no mask is
+    causal. Raises UserError for a folder without a config.json or weights, for a checkpoint that is not whole, and for
+    an architecture or weights that are not supported, and as `local_folder` does.
+    """
+    model, weights = open_model(local_folder(path))
     model.to(dtype).to_empty(device=device)
     load_weights(model, weights)
     return model.eval()

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental import _attention as experimental
 from torch.distributed.tensor.parallel import parallelize_module
 
-from tidar.benchmarks.attention import median_ms
-from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, running
+from tidar.benchmarks.attention import REPEATS
+from tidar.benchmarks.cases import CASES, case_options, device_name, first_batches, median_seconds, running
 from tidar.benchmarks.ranks import gather, is_first_rank, is_rank, launcher
 from tidar.config import ArgumentParser, UserError, user_errors_exit
 from tidar.data import Batch
@@ -121,11 +121,16 @@ def run(trainer: Trainer, shared: Shared) -> tuple[float, float, Tensor]:
         used = shared.positions >= 0
         whole[:, at[used]] = out.transpose(1, 2)[:, used]
         dist.all_reduce(whole, group=world.cp_group)
-        forward = max(gather(median_ms(lambda: shared.attend(q, k, v), world.device), trainer.cpu_group))
+        alone = median_seconds(lambda: shared.attend(q, k, v), REPEATS, warm_up=3) * 1e3
+        forward = max(gather(alone, trainer.cpu_group))
     backward = float("nan")
     if shared.has_backward:
         gradient = torch.randn_like(out)
-        both = median_ms(lambda: torch.autograd.grad(shared.attend(q, k, v), (q, k, v), gradient), world.device)
+
+        def step() -> object:
+            return torch.autograd.grad(shared.attend(q, k, v), (q, k, v), gradient)
+
+        both = median_seconds(step, REPEATS, warm_up=3) * 1e3
         backward = max(gather(both, trainer.cpu_group)) - forward
     return forward, backward, whole
 

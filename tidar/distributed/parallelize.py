@@ -11,8 +11,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -114,10 +112,14 @@ def apply_compile(model: Any, has_collectives: bool = False) -> None:
     order: the first pass delays what no collective needs until the last one has started, the second fills each wait
     with what is ready.
     """
-    torch._functorch.config.ban_recompute_materialized_backward = False
+    # they take a second, and most commands compile nothing
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    functorch_config.ban_recompute_materialized_backward = False
     if has_collectives:
-        torch._inductor.config.reorder_for_compute_comm_overlap = True
-        torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
+        inductor_config.reorder_for_compute_comm_overlap = True
+        inductor_config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     model.norm.forward = torch.compile(model.norm.forward, fullgraph=True, dynamic=False)

@@ -146,7 +146,7 @@ def test_srun_names_the_nodes(tmp_path, monkeypatch):
 
 def test_tasks_that_would_each_be_a_run_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS = 8: srun has started every one of these as a run"):
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS = 8: srun has started each of these as a separate run"):
         join_world(load_config([]))
 
 

@@ -252,4 +252,6 @@ def test_a_run_continues_where_nothing_was_compiled_ahead(tmp_path, capsys, smal
     finally:
         leave_world()
     output = capsys.readouterr().out
-    assert re.search("warning: step 1 was slow, for its kernels were not compiled ahead: \\w+Error.*\nstep 2/2", output)
+    assert re.search(
+        "warning: step 1 was slow because its kernels were not compiled ahead: \\w+Error.*\nstep 2/2", output
+    )

@@ -22,7 +22,7 @@ import uneven  # noqa: F401  (registers the source)
 from results import whole
 
 from tidar.config import UserError, load_config
-from tidar.distributed import context_parallel, leave_world
+from tidar.distributed import buffer_bytes, context_parallel, leave_world
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
 
@@ -79,7 +79,8 @@ class RankPool:
         "disk", whose "data" come SLOW seconds late, or whose "layer" takes so much longer from that step on.
 
         Returns, of each rank, the "rows" of each micro-batch and its number of "targets", what it "printed", its
-        "error" if it has ended with one of the user's, and the bytes of keys and values that it "gathered" for others.
+        "error" if it has ended with one of the user's, the bytes of keys and values that it "gathered" for others, and
+        those of the "buffers" of copies between GPUs.
         """
         while len(self.processes) < ranks:
             self._start()
@@ -196,8 +197,9 @@ def serve(connection: Connection) -> None:
             weights = {name: model.shard.whole(name, whole(p.detach())).cpu() for name, p in model.named_parameters()}
             if trainer.world.rank == 0:
                 torch.save(weights, case["weights"])
+        buffers = buffer_bytes()
         leave_world()
         size = config.training.local_batch_size
         rows = [rows.seen[i : i + size] for i in range(0, len(rows.seen), size)]
         answer = {"rows": rows, "targets": hooks.targets, "printed": printed.getvalue(), "error": error}
-        connection.send(answer | {"gathered": Counted.gathered})
+        connection.send(answer | {"gathered": Counted.gathered, "buffers": buffers})

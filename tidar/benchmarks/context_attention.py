@@ -3,8 +3,8 @@
 Measures forward and backward of one attention layer of a case of tidar.benchmarks.train_step, with what travels for it,
 by this project's context parallelism and by torch's for FlexAttention, in which keys and values of all positions travel
 and positions are dealt head to tail or by the tiles of their mask (PTRR). All get the same queries, keys, values and
-mask, and results are compared. Times are of the slowest device, TFLOP/s of each count allowed pairs. Without CUDA
-FlexAttention has no backward pass. Further options go to the trainer.
+mask, and results of the forward pass are compared. Times are of the slowest device, TFLOP/s of each, forward (f) and
+backward (b), count allowed pairs. Without CUDA FlexAttention has no backward pass. Further options go to the trainer.
 """
 
 import subprocess
@@ -189,13 +189,15 @@ def main() -> None:
         arguments, others = parser.parse_known_args()
         degree = ["--parallelism.context_parallel_degree", str(arguments.ngpu)]
         options = [*case_options(arguments.case), *others, "--training.local_batch_size", "1", *degree]
+        if arguments.ngpu < 2:
+            raise UserError(f"--ngpu {arguments.ngpu}: must be integer >= 2")
         if not is_rank():
             check_device_count(arguments.ngpu)
             command = [*launcher(arguments.ngpu), "tidar.benchmarks.context_attention", *sys.argv[1:]]
             sys.exit(subprocess.run(command).returncode)
         with running(options) as trainer:
             lines = [f"{device_name(trainer.device)}, torch {torch.__version__}, {trainer.plan.dtype}, one layer"]
-            titles = f"{'forward ms':>10} {'backward ms':>11} {'TFLOP/s':>9} {'TFLOP/s':>9}"
+            titles = f"{'forward ms':>10} {'backward ms':>11} {'TFLOP/s f':>9} {'TFLOP/s b':>9}"
             lines.append(f"{'':20} {'backend':8} {'mask':13} {titles} {'MiB received':>13} {'difference':>10}")
             for part in (lines, measure(trainer)):
                 for line in part:

@@ -78,7 +78,7 @@ def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float
     for block_size in options.block_size:
         step = timed("tidar", block_size)[1]
         rates = [f"{accepted}: {batch * accepted / step:,.0f}" for accepted in (1, block_size // 2, block_size)]
-        if options.accepted:
+        if options.accepted and options.accepted <= block_size:  # a step commits no more
             rates.append(f"{options.accepted}: {batch * options.accepted / step:,.0f}")
         print(
             f"  B = {block_size}: step {step * 1e3:.3f} ms, {step / ar:.2f} AR steps; tokens/s by committed tokens: "

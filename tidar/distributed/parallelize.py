@@ -39,7 +39,7 @@ SAVED = {
 }
 
 # bytes of all parameters in the compute dtype up to which they stay gathered by default: gathering them a second time
-# cost 4 % of a step of 1.5B on two H200s, and memory of that size is rarely what a run lacks
+# by NCCL cost 4 % of a step of 1.5B on two H200s, and memory of that size is rarely what a run lacks
 KEPT_GATHERED = 4 * 2**30
 
 
@@ -144,7 +144,7 @@ class Sharded:
         gathered = sum(parameter.numel() for parameter in model.parameters()) * param_dtype.itemsize
         self.reshards = reshards_after_forward(config, mesh.size(-1), gathered)
         copies = config.parallelism.fsdp_collectives == "default" and can_copy(world.shard_group, world.device)
-        # summed in float32 in any case; what is accumulated before is accumulated in the dtype that is exchanged
+        # copies are summed in float32; gradients that are accumulated over micro-batches first stay float32
         exchanges = copies and (self.reduces_each or _micro_batches(config, world.dp_size) == 1)
         reduce_dtype = param_dtype if exchanges else torch.float32
         options: dict[str, Any] = {

@@ -22,27 +22,34 @@ from tidar.config import print_lines
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the ranks of a group, started by torchrun, have GPUs of one host that can read each other's memory.
 
-    All ranks of the group call it.
+    All ranks of the group call it, and get the same answer.
     """
     if device.type != "cuda" or group.size() == 1:
         return False
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ranks = dist.get_process_group_ranks(group)
-    if len({rank // per_host for rank in ranks}) > 1:
-        return False
-    others = {rank % per_host for rank in ranks} - {device.index}
-    if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+    if not _agreed(_are_near(group, device), group, device):
         return False
     error = ""
     try:
         Buffers(group, device, number=1, n_bytes=1)
     except RuntimeError as raised:
         error = str(raised).splitlines()[0]
-    works = torch.tensor(not error, dtype=torch.int32)
-    dist.all_reduce(works, dist.ReduceOp.MIN, group)
-    if error:
         print_lines(f"warning: rank {dist.get_rank()}: symmetric memory does not work, so FSDP2 uses NCCL ({error})")
-    return bool(works)
+    return _agreed(not error, group, device)
+
+
+def _are_near(group: dist.ProcessGroup, device: torch.device) -> bool:
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = dist.get_process_group_ranks(group)
+    if len({rank // per_host for rank in ranks}) > 1:
+        return False
+    others = {rank % per_host for rank in ranks} - {device.index}
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+
+
+def _agreed(holds: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    flag = torch.tensor(int(holds), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group)
+    return bool(flag.item())
 
 
 def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size: int, reduced_size: int) -> None:
@@ -68,7 +75,7 @@ def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size:
 
 
 def _padded_numel(parameters: Iterable[Tensor], n_ranks: int) -> int:
-    """Elements of parameters that FSDP2 has cut in their first dimension, the shards of a parameter of one size."""
+    """Elements of parameters whose first dimension FSDP2 has sharded, each padded so that all its shards are equal."""
     return sum(-(-len(p) // n_ranks) * n_ranks * math.prod(p.shape[1:]) for p in parameters)
 
 
@@ -90,7 +97,12 @@ class Buffers:
         self.existing.add(self)
         for _ in range(number):
             # not from torch's memory pool: a block that it used again would keep the handle of an earlier group
-            memory = symmetric_memory._SymmetricMemory.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device)
+            try:
+                memory = symmetric_memory._SymmetricMemory.empty_strided_p2p((n_bytes,), (1,), torch.uint8, device)
+            except RuntimeError as error:
+                if "out of memory" in str(error):
+                    raise torch.OutOfMemoryError(str(error)) from None
+                raise
             self.made.append(Buffer(memory, symmetric_memory.rendezvous(memory, group)))
 
     def next(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -111,8 +123,8 @@ def buffer_bytes() -> int:
 class PeerAllGather:
     """FSDP2's all-gather: each rank's shard lies in its place of the result, and the others copy it from there.
 
-    FSDP2 has copied a result out of its buffer before it asks for the next but one (torch 2.11 to 2.13): two buffers
-    are enough for modules that follow each other, one for a module alone.
+    FSDP2 has copied a result out of its buffer before the next but one is written (torch 2.11 to 2.13): two buffers are
+    enough for modules that follow each other, one for a module alone.
     """
 
     def __init__(self, buffers: Buffers):

@@ -16,7 +16,8 @@ from tidar.config import Config, UserError
 
 T = TypeVar("T")
 
-# seconds that collectives wait longer than the watchdog, which can name the rank that they wait for
+# seconds that collectives wait longer than the watchdog, which can name the rank that they wait for. Copies between
+# GPUs (peer_copies) have no timeout: only the watchdog ends a run whose ranks wait there
 BACKSTOP = 30
 
 # worlds that this process has joined, by the address of their store

@@ -1,4 +1,4 @@
-"""Sum of tensors of 16 bits in float32, in one pass: a Triton kernel. Needs CUDA."""
+"""Sum of tensors in float32, in one pass: a Triton kernel. Needs CUDA."""
 
 import triton
 import triton.language as tl

@@ -120,6 +120,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
         gathered += (2 * size + exchanged) * layer + max(size, exchanged) * root
         buffer = exchanged * (1 - 1 / plan.shards) + WIDE / plan.shards
         reduced = (size + buffer) * layer
+        in_layer //= 2  # what is gathered next lies in its buffer
     # under FSDP2 the output weight's gradient is reduced last
     of_output = size * output
 

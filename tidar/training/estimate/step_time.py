@@ -14,7 +14,7 @@ from tidar.training.plan import RunPlan
 BETWEEN_STEPS = 10e-3
 # seconds that a second of FSDP2's communication adds to a step. Above 1, although it overlaps computation: NCCL takes
 # SMs from persistent kernels, copies between GPUs take bandwidth and power, and both have casts and waits beside them
-# (measured on four H200s with NCCL, and on two with copies, which move half as much; see docs/performance.md)
+# (measured on four H200s with NCCL, and on two with copies; see docs/performance.md)
 COLLISION = 2.2
 
 

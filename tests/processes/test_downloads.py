@@ -27,7 +27,8 @@ def read_as_rank(addresses: list[str], caches: list[Path], options: list[str]) -
         connect(patch, addresses[rank])
         world = join_world(load_config(options))
         spec = read_inputs(load_config(options), world, dist.new_group(backend="gloo")).spec
-        print(json.dumps([rank, spec.decoder.hidden_dim]), flush=True)
+        # in one piece: print writes the end of a line by itself where output is not buffered, and lines would mix
+        os.write(1, f"{json.dumps([rank, spec.decoder.hidden_dim])}\n".encode())
     leave_world()
 
 

@@ -47,7 +47,7 @@ SHAPES = (
     (1, ""),
 )
 METHODS = ("_stage", "_write", "_commit", "_remove_old")
-# of the debug model here: a phase of a save lasts as long as it is told, whatever is saved
+# of the debug model here: how long a phase of a save lasts is set, whatever is saved
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 OPTIONS = f"""
     --training.seq_len 16 --training.local_batch_size 2 --training.global_batch_size 4 --training.steps {STEPS}

@@ -261,7 +261,7 @@ def test_background_workers_change_nothing():
     assert torch.get_rng_state().equal(state)
 
 
-def test_a_corpus_weighs_in_the_autoregressive_loss_as_it_is_told():
+def test_the_autoregressive_loss_weighs_each_corpus():
     corpora = [random_corpus(random.Random(seed), 16) for seed in (3, 4)]
     rows, same = PackedRows(corpora, 16, ar_weights=[0.5, 0.0]), PackedRows(corpora, 16)
     samples, pattern = (

@@ -7,6 +7,7 @@ from tidar.config.loading import (
     load_config,
     make_dump_folder,
     resolve_global_batch_size,
+    resolve_micro_batches,
     set_option,
     to_toml,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "print_lines",
     "printable",
     "resolve_global_batch_size",
+    "resolve_micro_batches",
     "set_option",
     "to_toml",
     "user_errors_exit",

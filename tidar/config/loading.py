@@ -79,6 +79,11 @@ def resolve_global_batch_size(config: Config, dp_size: int) -> int:
     return rows
 
 
+def resolve_micro_batches(config: Config, dp_size: int) -> int:
+    """Micro-batches of each rank in an optimizer step. Raises UserError as `resolve_global_batch_size` does."""
+    return resolve_global_batch_size(config, dp_size) // (config.training.local_batch_size * dp_size)
+
+
 def make_dump_folder(config: Config) -> Path:
     """Creates job.dump_folder. Raises UserError where nothing can be written there."""
     folder = Path(config.job.dump_folder)

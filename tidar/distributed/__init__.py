@@ -3,7 +3,7 @@
 from tidar.distributed.context_parallel import GatheredAttention, gathered_attention
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
-from tidar.distributed.peer_copies import buffer_bytes
+from tidar.distributed.peer_copies import buffer_bytes, exchanged_dtype
 from tidar.distributed.precision import compute_dtype, make_deterministic
 from tidar.distributed.tensor_parallel import tensor_shard
 from tidar.distributed.watchdog import Watchdog
@@ -30,6 +30,7 @@ __all__ = [
     "check_offload",
     "compile_seconds",
     "compute_dtype",
+    "exchanged_dtype",
     "gathered_attention",
     "join_world",
     "leave_world",

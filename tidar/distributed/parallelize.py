@@ -16,10 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tidar.kernels.matmul  # noqa: F401  (registers torch.ops.tidar)
-from tidar.config import Config, resolve_global_batch_size
+from tidar.config import Config, resolve_micro_batches
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
-from tidar.distributed.peer_copies import can_copy, use_copies
+from tidar.distributed.peer_copies import can_copy, exchanged_dtype, use_copies
 from tidar.distributed.world import World
 from tidar.models import Decoder
 
@@ -55,7 +55,7 @@ def parallelize(
         apply_compile(model, has_collectives=world.cp_size * world.tp_size > 1)
     if not needs_fsdp(config, world.size // world.tp_size):
         model.to_empty(device=world.device)
-        return OneDevice(model, param_dtype, accumulates=_micro_batches(config, 1) > 1)
+        return OneDevice(model, param_dtype, accumulates=resolve_micro_batches(config, 1) > 1)
     sharded = Sharded(model, world, config, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     return sharded
@@ -144,9 +144,8 @@ class Sharded:
         gathered = sum(parameter.numel() for parameter in model.parameters()) * param_dtype.itemsize
         self.reshards = reshards_after_forward(config, mesh.size(-1), gathered)
         copies = config.parallelism.fsdp_collectives == "default" and can_copy(world.shard_group, world.device)
-        # copies are summed in float32; gradients that are accumulated over micro-batches first stay float32
-        exchanges = copies and (self.reduces_each or _micro_batches(config, world.dp_size) == 1)
-        reduce_dtype = param_dtype if exchanges else torch.float32
+        exchanged = exchanged_dtype(config, resolve_micro_batches(config, world.dp_size), param_dtype)
+        reduce_dtype = exchanged if copies else torch.float32
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype, reduce_dtype),
@@ -190,16 +189,12 @@ class Sharded:
         return {name: self.model.shard.whole(name, p.full_tensor().to(self.device)) for name, p in narrow.items()}
 
 
-def _micro_batches(config: Config, dp_size: int) -> int:
-    return resolve_global_batch_size(config, dp_size) // (config.training.local_batch_size * dp_size)
-
-
 def _reduces_in_place(config: Config) -> bool:
     """Whether on one device the result of a reduction becomes the gradient, and is not accumulated or offloaded.
 
     Then it may stay in memory of FSDP2's main stream, which otherwise could reuse it too early.
     """
-    once = config.parallelism.gradient_reduction == "step" or _micro_batches(config, 1) == 1
+    once = config.parallelism.gradient_reduction == "step" or resolve_micro_batches(config, 1) == 1
     return once and not config.training.enable_cpu_offload
 
 

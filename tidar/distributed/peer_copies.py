@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from tidar.config import print_lines
+from tidar.config import Config, print_lines
 
 
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -50,6 +50,15 @@ def _agreed(holds: bool, group: dist.ProcessGroup, device: torch.device) -> bool
     flag = torch.tensor(int(holds), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MIN, group)
     return bool(flag.item())
+
+
+def exchanged_dtype(config: Config, micro_batches: int, param_dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which ranks copy each other's gradients, whose sum is float32 in any case.
+
+    Gradients that a rank accumulates over its micro-batches first stay float32.
+    """
+    reduces_each = config.parallelism.gradient_reduction == "micro_batch" or micro_batches == 1
+    return param_dtype if reduces_each else torch.float32
 
 
 def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size: int, reduced_size: int) -> None:

@@ -49,8 +49,10 @@ class RowSharding:
                     f"{self.about}: cannot be sharded for parallelism.context_parallel_degree = {n_ranks}: "
                     f"part {part}, whose keys others see, has {length} positions, no multiple of {2 * n_ranks}"
                 )
-        shared = [length for part, length in self.parts.items() if part not in self.private]
-        fits = (n for n in (MOST_CHUNKS, 4) if all(length % (n * n_ranks * TILE) == 0 for length in (seq_len, *shared)))
+        # the lengths of the shared parts
+        self.shared = [length for part, length in self.parts.items() if part not in self.private]
+        lengths = (seq_len, *self.shared)
+        fits = (n for n in (MOST_CHUNKS, 4) if all(length % (n * n_ranks * TILE) == 0 for length in lengths))
         self.n_chunks = next(fits, 2)
         # the slots of a rank for each private part
         self.slots = {part: self._n_slots(self.parts[part]) for part in self.parts if part in self.private}
@@ -65,7 +67,7 @@ class RowSharding:
     @property
     def n_shared(self) -> int:
         """Positions of a row whose keys and values all ranks see."""
-        return sum(length for part, length in self.parts.items() if part not in self.private)
+        return sum(self.shared)
 
     @property
     def n_keys(self) -> int:
@@ -151,10 +153,9 @@ class RowSharding:
 
     def _dealt_keys(self, owner: Tensor) -> Tensor:
         """See `Share`."""
-        lengths = [length for part, length in self.parts.items() if part not in self.private]
         columns = [torch.empty(len(owner), 0, dtype=torch.long)]
         for rank in range(self.n_ranks):
-            columns += [self._dealt(owner, rank, length) + sum(lengths[:i]) for i, length in enumerate(lengths)]
+            columns += [self._dealt(owner, rank, length) + sum(self.shared[:i]) for i, length in enumerate(self.shared)]
         keys = torch.cat(columns, dim=1)
         return (keys + torch.arange(len(keys))[:, None] * keys.shape[1]).T.contiguous()
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from tidar.config import Config, UserError, resolve_global_batch_size
+from tidar.config import Config, UserError, resolve_global_batch_size, resolve_micro_batches
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Capability, Kernels, Sizes, choose_kernels
 from tidar.models import WHOLE, Decoder, DecoderConfig, TensorShard
@@ -199,7 +199,7 @@ def plan_run(
         context_parallel=context_parallel,
         tensor_parallel=tensor_parallel,
         global_batch_size=global_batch_size,
-        micro_batches=global_batch_size // (config.training.local_batch_size * dp_size),
+        micro_batches=resolve_micro_batches(config, dp_size),
         dtype=dtype,
         kernels=choose_kernels(config, device, dtype, sizes, elsewhere, several_devices=world_size > 1),
         pattern=pattern,

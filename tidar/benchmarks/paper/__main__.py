@@ -101,7 +101,7 @@ def work_on(
     """Trains and evaluates, one after another, the runs that no other process works on. Returns how it ended.
 
     A run that continues another one waits until that is trained, while there are others to do. failed: gets the names
-    of runs that raised an error, and why; the rest goes on.
+    of runs that raised an error, and why; the others continue.
     """
     while True:
         possible = [one for one in runs if not {one.name, one.starts_from} & failed.keys()]

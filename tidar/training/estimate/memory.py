@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from tidar.distributed import exchanged_dtype
 from tidar.models.flops import layer_weights
 from tidar.training.estimate.gpus import PER_HOST
 from tidar.training.estimate.row import RowWork
@@ -82,8 +83,7 @@ def exchanged_size(plan: RunPlan) -> int:
     options = plan.config.parallelism
     if options.fsdp_collectives == "nccl" or not 1 < plan.shards <= PER_HOST // plan.tensor_parallel:
         return 0
-    reduces_each = options.gradient_reduction == "micro_batch" or plan.micro_batches == 1
-    return plan.dtype.itemsize if reduces_each else WIDE
+    return exchanged_dtype(plan.config, plan.micro_batches, plan.dtype).itemsize
 
 
 def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:

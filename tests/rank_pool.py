@@ -4,12 +4,14 @@ A pool starts its processes once; each run then takes as long as it computes.
 """
 
 import contextlib
+import faulthandler
 import io
 import math
 import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
 import tempfile
 import time
@@ -29,14 +31,22 @@ from tidar.training.trainer import Trainer
 SLOW = 0.1
 TIMEOUT = 200  # seconds for a run
 
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    """A port below those that the system gives to others' connections, so that nobody has taken it a moment later."""
+    """A port below those that the system gives to others' connections, so that nobody has taken it a moment later.
+
+    Each one once: a rank counts the worlds that it has joined at an address, and ranks that have not met there before
+    would wait for each other in different ones.
+    """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as candidate, contextlib.suppress(OSError):
             candidate.bind(("localhost", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class RankPool:
@@ -46,6 +56,7 @@ class RankPool:
         self.device = device
         self.folder = tempfile.TemporaryDirectory()
         self.processes, self.connections = [], []
+        self.running = 0
 
     def _start(self) -> None:
         log = Path(self.folder.name) / str(len(self.processes))
@@ -84,7 +95,7 @@ class RankPool:
         """
         while len(self.processes) < ranks:
             self._start()
-        port = free_port()
+        port, self.running = free_port(), ranks
         for rank, connection in enumerate(self.connections[:ranks]):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOG_RANK": rank}
@@ -99,7 +110,12 @@ class RankPool:
                 return self.connections[rank].recv()
         except EOFError:
             pass
-        raise RuntimeError(f"rank {rank}: {(Path(self.folder.name) / str(rank)).read_text()[-3000:]}")
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR2)
+        time.sleep(1)  # they print their stacks
+        logs = (f"rank {i}: {(Path(self.folder.name) / str(i)).read_text()[-3000:]}" for i in range(self.running))
+        raise RuntimeError(f"rank {rank} has not answered\n" + "\n".join(logs))
 
 
 class Recording:
@@ -168,6 +184,7 @@ class Counted:
 
 def serve(connection: Connection) -> None:
     """Trains as the pool says, one run after another."""
+    faulthandler.register(signal.SIGUSR2)
     if not torch.cuda.is_available():  # on GPUs they are compiled
         context_parallel.collectives = Counted()
     while True:

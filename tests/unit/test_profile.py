@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tidar.benchmarks.profile import COLLECTIVES, busy_ms, exposed_ms, kind_of, longest_gaps
+from tidar.benchmarks.profile import EXPOSED, busy_ms, exposed_ms, kind_of, longest_gaps
 from tidar.config import UserError
 from tidar.config.options import Profiling
 from tidar.training.reporting.profiling import StepTraces
@@ -45,7 +45,8 @@ def test_times_are_those_of_a_count_tick_by_tick(seed):
         found.append((rng.choice(list(NAMES)), float(start), float(start + rng.randint(1, 12))))
     running = [{kind_of(name) for name, start, end in found if start <= tick < end} for tick in range(80)]
     assert busy_ms(found) == sum(bool(kinds) for kinds in running)
-    assert exposed_ms(found) == sum(bool(kinds) and kinds <= COLLECTIVES.keys() for kinds in running)
+    for exposed in EXPOSED.values():
+        assert exposed_ms(found, exposed) == sum(bool(kinds) and kinds <= exposed for kinds in running)
     first, last = (select(tick for tick in range(80) if running[tick]) for select in (min, max))
     gaps = "".join("x" if kinds else " " for kinds in running[first : last + 1]).split("x")
     assert sorted(gap for gap, *_ in longest_gaps(found, 100)) == sorted(len(gap) for gap in gaps if gap)

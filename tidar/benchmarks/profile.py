@@ -4,7 +4,8 @@ Trains a case of tidar.benchmarks.train_step, traces some steps, and prints the 
 and its floor: useful FLOPs at the rate of a large GEMM, bytes that must move at the rate of a large copy,
 both measured first. Further options go to the trainer. With --ngpu, or under torchrun, it trains on several devices of
 this machine and traces rank 0. Collectives overlap other kernels, and wait for the slowest rank; "exposed
-communication" is the time in which nothing else runs.
+communication" is the time in which nothing else runs, and "exposed, with copies" that in which nothing runs but
+collectives, casts and copies.
 """
 
 import json
@@ -53,6 +54,10 @@ KINDS = COLLECTIVES | {
     "cast and copy": r"(?i)^_sum_kernel|^(?!triton).*(copy|chunk_cat|catarray|split_with_sizes)|^aten::(cat|to)$",
     "memory movement": r"(?i)memcpy|memset|^(?!triton).*fill",
     "norm and elementwise": "",
+}
+EXPOSED = {
+    "exposed communication": {*COLLECTIVES},
+    "exposed, with copies": {*COLLECTIVES, "cast and copy", "memory movement"},
 }
 
 
@@ -103,9 +108,9 @@ def busy_ms(found: list[tuple[str, float, float]]) -> float:
     return total
 
 
-def exposed_ms(found: list[tuple[str, float, float]]) -> float:
-    """Time in which collectives ran and nothing else."""
-    return busy_ms(found) - busy_ms([kernel for kernel in found if kind_of(kernel[0]) not in COLLECTIVES])
+def exposed_ms(found: list[tuple[str, float, float]], kinds: set[str]) -> float:
+    """Time in which kernels of these kinds ran and nothing else."""
+    return busy_ms(found) - busy_ms([kernel for kernel in found if kind_of(kernel[0]) not in kinds])
 
 
 def longest_gaps(found: list[tuple[str, float, float]], number: int) -> list[tuple[float, str, str]]:
@@ -221,7 +226,7 @@ def report(
         by_kind[kind_of(name)] += (end - start) / n_steps
         by_name[name].append(end - start)
     wall = (max(end for *_, end in found) - min(start for _, start, _ in found)) / n_steps
-    by_kind["exposed communication"] = exposed_ms(found) / n_steps
+    by_kind |= {name: exposed_ms(found, kinds) / n_steps for name, kinds in EXPOSED.items()}
     by_kind["idle"] = wall - busy_ms(found) / n_steps
     tokens = config.training.local_batch_size * config.training.seq_len * plan.micro_batches
     floors = floors_ms(
@@ -239,7 +244,7 @@ def report(
     print(f"{devices}, torch {torch.__version__}, {plan.dtype}, {plan.kernels.describe()}")
     print(f"ceilings: {rates[0] / 1e12:.0f} TFLOP/s, {rates[1] / 1e12:.2f} TB/s")
     print(f"{'kind':22}{'ms a step':>10} {'floor':>8} {'of step':>8} {'times':>7}")
-    for kind in [*KINDS, "exposed communication", "idle"]:
+    for kind in [*KINDS, *EXPOSED, "idle"]:
         floor = floors.get(kind, 0.0)
         times = f" {by_kind[kind] / floor:7.2f}" if floor else ""
         print(f"{kind:22}{by_kind[kind]:10.2f} {floor:8.2f} {by_kind[kind] / wall:8.1%}{times}")

@@ -2,7 +2,12 @@
 
 import random
 import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,27 +17,26 @@ from tidar.distributed import peer_copies
 from tidar.distributed.peer_copies import Buffer, Buffers, PeerAllGather, PeerReduceScatter
 
 CUDA = torch.device("cuda", 0)
+WORKS = 100  # of each stream
 
 
 class Handle:
-    """To the buffers of all ranks. Barriers do not wait: the test writes all buffers before it lets a rank copy."""
+    """To the buffers of all ranks. wait: what its barrier does; without it, nothing."""
 
-    def __init__(self, memories: list[Tensor], rank: int):
+    def __init__(self, memories: list[Tensor], rank: int, wait: Callable[[], Any] | None = None):
         self.memories, self.rank, self.world_size = memories, rank, len(memories)
-
-    def barrier(self) -> None:
-        pass
+        self.barrier = wait or (lambda: None)
 
     def get_buffer(self, peer: int, sizes: tuple[int], dtype: torch.dtype, offset: int) -> Tensor:
         return self.memories[peer].view(dtype)[offset : offset + sizes[0]]
 
 
-def simulated(n_ranks: int, number: int, n_bytes: int) -> list[Buffers]:
-    """The buffers of each rank."""
+def simulated(n_ranks: int, number: int, n_bytes: int, wait: Callable[[], Any] | None = None) -> list[Buffers]:
+    """The buffers of each rank. Without `wait` a test writes all of them before it lets a rank copy."""
     memories = [[torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(n_ranks)] for _ in range(number)]
     ranks = [object.__new__(Buffers) for _ in range(n_ranks)]
     for rank, buffers in enumerate(ranks):
-        buffers.made = [Buffer(of_all[rank], Handle(of_all, rank)) for of_all in memories]
+        buffers.made = [Buffer(of_all[rank], Handle(of_all, rank, wait)) for of_all in memories]
         buffers.turn = 0
     return ranks
 
@@ -71,6 +75,76 @@ def test_ranks_get_what_the_collectives_give(monkeypatch):
                 reduce(total, mine, group=None, op=None)
                 assert total.dtype == torch.float32
                 torch.testing.assert_close(total, gradients[:, rank].float().sum(0))
+
+
+class Streams:
+    """Threads that work as a rank's streams do, each as late as it likes."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.done: defaultdict[tuple[str, int], threading.Event] = defaultdict(threading.Event)
+        self.threads: list[threading.Thread] = []
+
+    def start(self, stream: str, work: Callable[[int], Any], other: str, distance: int) -> None:
+        """The i-th work of a stream begins when the other stream has done its work i - distance."""
+
+        def run() -> None:
+            for i, late in enumerate(delays):
+                assert i < distance or self.done[other, i - distance].wait(30)
+                time.sleep(late)
+                work(i)
+                self.done[stream, i].set()
+
+        delays = [self.rng.choice([0, 0, 1e-3]) for _ in range(WORKS)]
+        self.threads.append(threading.Thread(target=run, daemon=True))
+        self.threads[-1].start()
+
+
+@pytest.mark.parametrize("collective, number, distance", [("gather", 2, 2), ("gather", 1, 1), ("reduce", 1, 1)])
+def test_no_buffer_is_written_before_all_ranks_have_copied(monkeypatch, collective, number, distance):
+    """Streams of ranks in the order that FSDP2 keeps: a buffer is written when the all-gather before the last one has
+    been copied out (of a module alone: the last one), or when the last reduce-scatter has ended.
+    """
+    monkeypatch.setitem(sys.modules, "tidar.kernels.term_sum", SimpleNamespace(sum_terms=sum_terms))
+    n_ranks, rng, found = 3, random.Random(0), []
+    barrier, delays = threading.Barrier(n_ranks), iter(lambda: rng.choice([0, 0, 2e-3]), None)
+
+    def wait() -> None:
+        barrier.wait(30)
+        time.sleep(next(delays))
+
+    is_gather = collective == "gather"
+    all_buffers = simulated(n_ranks, number, 4 * n_ranks, wait)
+
+    def start(rank: int, buffers: Buffers) -> Streams:
+        one = PeerAllGather(buffers) if is_gather else PeerReduceScatter(buffers)
+        streams, written, result = Streams(rng), {}, {}
+
+        def write(i: int) -> None:
+            written[i] = one.allocate((n_ranks,), dtype=torch.float32, device=CUDA)
+            written[i][rank if is_gather else slice(None)] = 10.0 * i + rank
+
+        def communicate(i: int) -> None:
+            if is_gather:
+                one(written[i], written[i][rank : rank + 1], group=None)
+                result[i] = written[i]
+            else:
+                result[i] = one.allocate((1,), dtype=torch.float32, device=torch.device("cpu"))
+                one(result[i], written[i])
+
+        def use(i: int) -> None:
+            expected = [10.0 * i + other for other in range(n_ranks)]
+            found.append(result[i].tolist() == (expected if is_gather else [sum(expected)]))
+
+        streams.start("write", write, "use" if is_gather else "communicate", distance)
+        streams.start("communicate", communicate, "write", 0)
+        streams.start("use", use, "communicate", 0)
+        return streams
+
+    for streams in [start(rank, buffers) for rank, buffers in enumerate(all_buffers)]:
+        for thread in streams.threads:
+            thread.join()
+    assert found == [True] * n_ranks * WORKS
 
 
 @pytest.mark.parametrize(

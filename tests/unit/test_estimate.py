@@ -182,7 +182,7 @@ def test_a_run_prints_the_estimate_of_its_gpus(monkeypatch):
     """The command's figures; nothing on GPUs whose kernels were not measured."""
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     plan = planned("--model.name qwen3-0.6b --training.seq_len 1024", 2)
-    names = "n_tokens n_documents n_long n_dropped n_cut_tokens n_without_targets n_rows_dropped"
+    names = "n_tokens n_documents n_long n_dropped n_truncated_tokens n_without_targets n_rows_dropped"
     counts = dict.fromkeys(names.split(), 1)
     rows = type("Rows", (SimpleNamespace,), {"__len__": lambda _: 3})(**counts)
     batches = SimpleNamespace(training_rows=rows, held_out_rows=rows)

@@ -77,7 +77,7 @@ class PackedRows(Dataset[Row]):
         self.padding_token_id = padding_token_id
         self.packing = packing
         self.chunks: list[Packed] = []
-        self.n_rows = self.n_documents = self.n_tokens = self.n_long = self.n_dropped = self.n_cut_tokens = 0
+        self.n_rows = self.n_documents = self.n_tokens = self.n_long = self.n_dropped = self.n_truncated_tokens = 0
         self.n_without_targets = self.n_rows_dropped = 0
         for number, corpus in enumerate(corpora):
             for first in range(0, len(corpus), CHUNK_DOCUMENTS):
@@ -112,7 +112,7 @@ class PackedRows(Dataset[Row]):
             long, long_ends = documents[:0], documents[:0]
             kept = np.minimum(lengths, self.seq_len)
             self.n_tokens += int(kept.sum())
-            self.n_cut_tokens += int((lengths - kept).sum())
+            self.n_truncated_tokens += int((lengths - kept).sum())
         chunk = Packed(
             corpus,
             self.n_rows,
@@ -128,44 +128,46 @@ class PackedRows(Dataset[Row]):
 
     def _drop_rows_without_targets(self, chunk: Packed) -> None:
         """Drops a chat's rows without a target from a chunk that is not added yet; counts those of others."""
-        corpus, first = chunk.corpus, chunk.first_document
-        is_split = np.zeros(CHUNK_DOCUMENTS, bool)
-        is_split[chunk.long_documents] = True
-        # by document: its piece in a packed row, which is the rest of a long one
-        is_piece = np.zeros(CHUNK_DOCUMENTS, bool)
-        is_piece[chunk.pieces] = True
-        documents = np.flatnonzero(is_piece)
-        starts, ends = corpus.offsets[first + documents], corpus.offsets[first + documents + 1]
-        if self.packing:
-            rests = np.where(is_split[documents], (ends - starts) % self.seq_len, ends - starts)
-            starts = ends - rests
-        else:
-            ends = np.minimum(ends, starts + self.seq_len)
-        piece_lengths = ends - starts
-        has_target = np.zeros(CHUNK_DOCUMENTS, bool)
-        has_target[documents] = corpus.have_targets(starts, ends)
-        begins = np.concatenate([[0], chunk.ends[:-1]]).astype(np.int64)
-        packed = np.logical_or.reduceat(has_target[chunk.pieces], begins) if len(chunk.ends) else np.zeros(0, bool)
-        # the full rows of long documents; a document that is taken several times has them several times
-        n_rows = np.diff(chunk.long_ends, prepend=0)
-        numbers = np.arange(n_rows.sum()) - np.repeat(chunk.long_ends - n_rows, n_rows)
-        starts = np.repeat(corpus.offsets[first + chunk.long_documents.astype(np.int64)], n_rows)
-        starts = starts + numbers * self.seq_len
-        unique, inverse = np.unique(starts, return_inverse=True)
-        long = corpus.have_targets(unique, unique + self.seq_len)[inverse]
-        n_without = int((~packed).sum() + (~long).sum())
-        if not n_without or not corpus.is_chat:
+        long, packed = self._rows_with_targets(chunk)
+        n_without = int((~long).sum() + (~packed).sum())
+        if not n_without or not chunk.corpus.is_chat:
             self.n_without_targets += n_without
             return
         self.n_rows_dropped += n_without
         sizes: np.ndarray = np.diff(chunk.ends.astype(np.int64), prepend=0)
-        gone = chunk.pieces[np.repeat(~packed, sizes)].astype(np.int64)
-        lengths = np.zeros(CHUNK_DOCUMENTS, np.int64)
-        lengths[documents] = piece_lengths
-        self.n_tokens -= int(lengths[gone].sum()) + int((~long).sum()) * self.seq_len
+        starts, ends = self._bounds(chunk, chunk.pieces[np.repeat(~packed, sizes)])
+        self.n_tokens -= int((ends - starts).sum() + (~long).sum() * self.seq_len)
         chunk.pieces = chunk.pieces[np.repeat(packed, sizes)]
         chunk.ends = np.cumsum(sizes[packed]).astype(np.uint32)
         chunk.kept_long = np.flatnonzero(long).astype(np.uint32)
+
+    def _rows_with_targets(self, chunk: Packed) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row of a chunk holds a target: of those that long documents fill, and of the packed ones."""
+        corpus = chunk.corpus
+        # a document that is taken several times has its rows several times
+        n_rows = np.diff(chunk.long_ends, prepend=0)
+        numbers = np.arange(n_rows.sum()) - np.repeat(chunk.long_ends - n_rows, n_rows)
+        starts = np.repeat(corpus.offsets[chunk.first_document + chunk.long_documents.astype(np.int64)], n_rows)
+        unique, inverse = np.unique(starts + numbers * self.seq_len, return_inverse=True)
+        long = corpus.have_targets(unique, unique + self.seq_len)[inverse]
+        # by document
+        has_target = np.zeros(CHUNK_DOCUMENTS, bool)
+        has_target[chunk.pieces] = True
+        documents = np.flatnonzero(has_target)
+        has_target[documents] = corpus.have_targets(*self._bounds(chunk, documents))
+        begins = np.concatenate([[0], chunk.ends[:-1]]).astype(np.int64)
+        packed = np.logical_or.reduceat(has_target[chunk.pieces], begins) if len(chunk.ends) else np.zeros(0, bool)
+        return long, packed
+
+    def _bounds(self, chunk: Packed, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where pieces of packed rows lie in the corpus: the first token of each and the one after its last."""
+        documents = chunk.first_document + pieces.astype(np.int64)
+        starts, ends = chunk.corpus.offsets[documents], chunk.corpus.offsets[documents + 1]
+        if not self.packing:
+            return starts, np.minimum(ends, starts + self.seq_len)
+        lengths = ends - starts
+        # of a long document the rest
+        return np.where(lengths > self.seq_len, ends - lengths % self.seq_len, starts), ends
 
     def __len__(self) -> int:
         return self.n_rows
@@ -193,26 +195,18 @@ class PackedRows(Dataset[Row]):
 
     def pieces(self, row: int) -> tuple[Corpus, list[tuple[int, int]]]:
         """The corpus of a row, and where its pieces lie there: (first token, length)."""
-        chunk = self._chunk(row)
-        offsets, seq_len = chunk.corpus.offsets, self.seq_len
+        chunk, seq_len = self._chunk(row), self.seq_len
         row -= chunk.first_row
         if row < chunk.n_long_rows:
             row = row if chunk.kept_long is None else int(chunk.kept_long[row])
             number = int(np.searchsorted(chunk.long_ends, row, side="right"))
             part = row - (int(chunk.long_ends[number - 1]) if number else 0)
             document = chunk.first_document + int(chunk.long_documents[number])
-            return chunk.corpus, [(int(offsets[document]) + part * seq_len, seq_len)]
+            return chunk.corpus, [(int(chunk.corpus.offsets[document]) + part * seq_len, seq_len)]
         row -= chunk.n_long_rows
         begin = int(chunk.ends[row - 1]) if row else 0
-        found = []
-        for piece in chunk.pieces[begin : int(chunk.ends[row])].tolist():
-            start, end = offsets[chunk.first_document + piece : chunk.first_document + piece + 2].tolist()
-            if not self.packing:
-                end = min(end, start + seq_len)
-            elif end - start > seq_len:
-                start = end - (end - start) % seq_len
-            found.append((start, end - start))
-        return chunk.corpus, found
+        starts, ends = self._bounds(chunk, chunk.pieces[begin : int(chunk.ends[row])])
+        return chunk.corpus, list(zip(starts.tolist(), (ends - starts).tolist()))
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:

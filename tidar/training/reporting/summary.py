@@ -25,8 +25,8 @@ def summarize(plan: RunPlan, batches: Batches, n_unusable: int, steps: int) -> l
     long_documents = f"{long:.2%} of documents {'split' if config.data.packing else 'truncated'}"
     if rows.n_dropped:
         long_documents = f"{rows.n_dropped:,} long documents dropped"
-    if rows.n_cut_tokens:
-        long_documents += f", {rows.n_cut_tokens:,} tokens truncated"
+    if rows.n_truncated_tokens:
+        long_documents += f", {rows.n_truncated_tokens:,} tokens truncated"
     if n_unusable:
         long_documents += f", {n_unusable:,} malformed or empty ones dropped"
     long_documents += _without_targets(rows)

@@ -1,6 +1,7 @@
 """The mask of one row with its labels, and where parts, documents and blocks begin."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,9 +46,8 @@ def make_row_mask(pattern: Pattern, name: str, lengths: list[int], seed: int, ma
             begins[at] = BLOCK
         if position[at] == 0:
             begins[at] = DOCUMENT
-    first = 0
-    for length in parts.values():
-        begins[first], first = PART, first + length
+    for first in _starts(parts):
+        begins[first] = PART
     allowed, pairs = int(mask.sum()), mask.numel()
     title = (
         f"{name}: {seq_len} tokens, {len(mask)} model positions, {allowed:,} of {pairs:,} pairs ({allowed / pairs:.0%})"
@@ -66,8 +66,11 @@ def make_step_mask(block_size: int, committed: int) -> RowMask:
     positions = list(range(capacity))
     positions += [committed + k + j for k in range(1, block_size + 1) for j in range(block_size)]
     labels = [f"{'x' if at < capacity else 'M'}{position}" for at, position in enumerate(positions)]
-    begins, first = [NOTHING] * len(mask), 0
-    for length in parts.values():
-        begins[first], first = PART, first + length
+    starts = _starts(parts)
+    begins = [PART if at in starts else NOTHING for at in range(len(mask))]
     title = f"decoding step, blocks of {block_size}: {committed} committed tokens, {len(step)} query positions"
     return RowMask(mask, parts, labels, begins, title)
+
+
+def _starts(parts: dict[str, int]) -> list[int]:
+    return list(accumulate(parts.values(), initial=0))[:-1]

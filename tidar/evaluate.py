@@ -47,7 +47,9 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tidar.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="folder or hub id of the model, or a checkpoint's step-<n>")
     parser.add_argument("--run", help="run whose held-out data are used (default: the run that the model lies in)")
-    parser.add_argument("--tokenizer", help="tokenizer folder, or bytes (default: the tokenizer in the model's folder)")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer's folder or hub id, or bytes (default: the tokenizer in the model's folder)"
+    )
     parser.add_argument("--prompts", help="JSON lines: chats or prompts to decode (default: the run's held-out data)")
     parser.add_argument(
         "--n_prompts", type=int,
@@ -104,7 +106,7 @@ def run(options: Namespace) -> None:
     if tasks or options.prompts or options.tokenizer:
         tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
     texts = tasks.checked_tokenizer(tokenizer, str(model)) if tasks and tokenizer else None
-    held_out = HeldOut(config, engine, model) if config else None
+    held_out = HeldOut(config, engine) if config else None
     try:
         if held_out and held_out.n_rows:
             results["held_out"] = {"run": str(run_folder), "rows": held_out.n_rows} | held_out.scores()
@@ -172,7 +174,7 @@ def _run_config(run_folder: Path, model: Path) -> Config:
 class HeldOut:
     """The held-out rows of a run."""
 
-    def __init__(self, config: Config, engine: Engine, model: Path):
+    def __init__(self, config: Config, engine: Engine):
         if engine.method:
             config.tidar.pattern, config.tidar.block_size = engine.method.pattern, engine.method.block_size
         self.engine = engine

@@ -102,9 +102,7 @@ class Session:
 
     def complete(self, texts: list[str]) -> None:
         for text in texts:
-            prompt = [int(token) for token in self.tokenizer.encode([text])[0]]
-            print(text, end="", flush=True)
-            self._print(prompt)
+            self._print([int(token) for token in self.tokenizer.encode([text])[0]], before=text)
             print(flush=True)
         self._report()
 
@@ -123,12 +121,13 @@ class Session:
             print("> ", end="", flush=True)
         return sys.stdin.readline()
 
-    def _print(self, prompt: list[int]) -> str:
-        """Decodes one prompt and prints its text as it is decoded. Returns the text."""
+    def _print(self, prompt: list[int], before: str = "") -> str:
+        """Decodes one prompt and prints its text, after `before`, as it is decoded. Returns the text."""
         stream = TextStream(self.tokenizer.decode, self.options.stop)
         started = time.perf_counter()
         completion = Completion(0)
         completions = self.engine.stream([prompt], stop=self._stop(stream), **self.settings)
+        print(before, end="", flush=True)
         for step, completion in enumerate(completions):
             text = stream.new(completion.tokens, completion.finished)
             shown = safe_text(text)

@@ -179,7 +179,7 @@ def test_tasks_need_lm_eval(run, monkeypatch, capsys):
     ("arguments", "message"),
     [
         ("--model {run}/checkpoint/step-4 --run {run}/checkpoint", "holds no config.toml"),
-        ("--model {run}/nowhere", "nowhere: must be an exported folder, a checkpoint's step-<n> or an id of the hub"),
+        ("--model {run}/nowhere", "--model {run}/nowhere: does not exist, and is no id of the hub"),
         ("--model {model}", "lies in no run whose held-out data could be used; give --prompts, --run or --tasks"),
         ("--model {model} --run {run}", 'no section "tidar"'),
         ("--model {run}/checkpoint/step-4 --prompts {empty}", "--prompts {empty}: holds no prompts"),

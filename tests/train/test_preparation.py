@@ -78,7 +78,7 @@ def test_killed_it_ends_as_if_it_had_not_been(tmp_path, call, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
     assert call(prepare_data.main, "--output", tmp_path / "whole", *options, "1")[0] == 0
     code, _, error = call(prepare_data.main, "--output", out, *options, "1", "--data.text_field", "other")
-    assert code == 1 and "was prepared from other options; remove it" in error
+    assert code == 1 and "was prepared from other inputs (options); remove it" in error
     assert len(error.splitlines()) == 1
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
 

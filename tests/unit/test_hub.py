@@ -128,7 +128,7 @@ def test_no_network_and_misspelt_folders(cache, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be downloaded \(ConnectError.* the folder models holds Qwen3-8B$"):
         local_folder("models/Qwen3-8b", "model.hf_path")
     for name in ("./models/x", "/x", "x/y/z", "model", "../org/name"):
-        with pytest.raises(UserError, match="must be a local folder with a Hugging Face model, or an id of the hub"):
+        with pytest.raises(UserError, match="does not exist, and is no id of the hub"):
             load(name)
 
 

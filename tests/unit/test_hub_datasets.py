@@ -120,7 +120,7 @@ def test_another_commit_is_other_data(datasets, server, tokenizer, tmp_path):
     with pytest.raises(UserError, match="the hub did not answer"):
         find_shards(f"hf://datasets/{ID}")  # a copy of another commit, which datasets has prepared
     datasets.hash = OTHER
-    with pytest.raises(UserError, match="out: was prepared from other files"):
+    with pytest.raises(UserError, match=r"out: was prepared from other inputs \(files\)"):
         prepared(tmp_path / "out", f"hf://datasets/{ID}", "chat", tokenizer)
     datasets.hash = COMMIT
     path = f"hf://datasets/{ID}@{COMMIT}/default/train"

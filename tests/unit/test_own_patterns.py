@@ -120,7 +120,7 @@ WRONG = {
     "Wide": "mask_mod returns torch.bool of [64]",
     "NoTensor": "mask_mod returns bool for one query and one key: must be one bool tensor",
     "Fails": "mask_mod fails on b = h = q = k = 0 (AttributeError: 'Documents' object has no attribute 'nothing')",
-    "Blind": "position 0 of 64 sees no key in a document of all its tokens",
+    "Blind": "position 0 of 64 sees no key in a row of one document",
     "BlindInPieces": "position 20 of 64 sees no key",
     "BlindRange": "position 0 of 64 sees no key",
     "Short": "layout gives input_ids of torch.int64 of [2, 128] for 2 rows of 64 tokens: must be int64 of [2, 64]",
@@ -128,7 +128,7 @@ WRONG = {
     "OneLoss": "layout gives targets of diffusion, ar, and losses = ('diffusion',)",
     "Abstract": "must define layout, mask_mod",
     "Demanding": "cannot be created: Demanding.__init__() missing 1 required positional argument: 'width'",
-    "not_a_pattern": "own has no subclass of tidar.patterns.Pattern with that name; it has Causal, Pattern, Tidar, Not",
+    "not_a_pattern": "own has no subclass of tidar.patterns.Pattern with that name; it has Causal, Tidar, Not",
     "Missing": "own has no subclass of tidar.patterns.Pattern with that name",
 }
 

@@ -53,13 +53,14 @@ def named(option: str, value: object) -> str:
 def local_folder(name: str | Path, option: str = "", needs: Needs = "weights") -> Path:
     """The folder, or file, called `name`, or else that of the hub's model of this id, downloaded where it has to be.
 
-    option: names it in messages. What can be no id is returned as it is, for its reader to refuse.
-    Raises UserError where neither a folder nor the hub has it.
+    option: names it in messages. Raises UserError where neither this machine nor the hub has it.
     """
-    match = hub_id(name)
+    match, where = hub_id(name), named(option, name)
     if not match:
+        if not os.path.lexists(name):
+            bytes_too = ", nor bytes" * (needs == "tokenizer")
+            raise UserError(f"{where}: does not exist, and is no id of the hub (ORG/NAME){bytes_too}")
         return Path(name)
-    where = named(option, name)
     if _pinned.get(str(name), "") is None:
         raise UserError(f"{where}: is a folder on the node of rank 0, but not on this one")
     if cached := cached_folder(name, needs):

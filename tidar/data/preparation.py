@@ -99,7 +99,7 @@ def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
     different = [name for name in wanted if meta["plan"].get(name) != wanted[name]]
     if different:
         raise UserError(
-            f"{folder}: was prepared from other {' and '.join(different)}; remove it, or choose another folder"
+            f"{folder}: was prepared from other inputs ({', '.join(different)}); remove it, or choose another folder"
         )
     return True
 
@@ -257,7 +257,7 @@ def _prepare_part(source: Source, part: Part, file: Path) -> tuple[int, int]:
                 if isinstance(document, BadDocument):
                     if source.options.on_error == "fail":
                         where = source.place(part, index, 0 if source.continues(part) else lines_before(part))
-                        raise UserError(f"{where}: {document}; data.on_error = skip would leave it out")
+                        raise UserError(f"{where}: {document}; data.on_error = skip drops it")
                     dropped.append((index, str(document), True))
                 elif document is not None and not len(document.tokens) and not source.continues(part):
                     dropped.append((index, "holds no tokens", False))  # not an error

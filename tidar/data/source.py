@@ -56,7 +56,7 @@ class Source(ABC):
         self.vocab_size = vocab_size
         if self.needs_tokenizer and tokenizer is None:
             raise UserError(
-                f"data.source = {options.source}: needs data.tokenizer: a local folder with a tokenizer, or bytes"
+                f"data.source = {options.source}: needs data.tokenizer: a tokenizer's folder or hub id, or bytes"
             )
 
     @abstractmethod

@@ -32,10 +32,10 @@ def check_pattern(pattern: Pattern, name: str, seq_len: int) -> None:
     _check_value(about, mask_mod, rows.documents)
     positions = rows.input_ids.shape[1]
     for row, query in _queries_without_key(about, mask_mod, positions, rows.documents):
-        kind = "document of all its tokens" if row == 0 else "packed row"
+        kind = "row of one document" if row == 0 else "packed row"
         raise UserError(
             f"{about}: position {query} of {positions} sees no key in a {kind} ({seq_len} tokens), which would be NaN",
-            "each must see one at least, itself for example: `| (q == k)`",
+            "each must see at least one, itself for example: `| (q == k)`",
         )
 
 

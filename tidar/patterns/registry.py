@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import sys
+from typing import TypeGuard
 
 from tidar.config import Config, UserError, named_error
 from tidar.patterns.base import Pattern
@@ -99,8 +100,8 @@ def _load(name: str) -> type[Pattern]:
             "it must be a Python module of the current folder or of PYTHONPATH: my_package.my_file:MyPattern",
         ) from None
     kind = getattr(module, class_name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, Pattern)):
-        found = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Pattern)]
+    if not _is_pattern(kind):
+        found = [key for key, value in vars(module).items() if _is_pattern(value)]
         raise UserError(
             f"tidar.pattern = {name}: {module_name} has no subclass of tidar.patterns.Pattern with that name"
             f"; it has {', '.join(found) or 'none'}"
@@ -109,3 +110,7 @@ def _load(name: str) -> type[Pattern]:
     if missing:
         raise UserError(f"tidar.pattern = {name}: must define {', '.join(missing)}")
     return kind
+
+
+def _is_pattern(value: object) -> TypeGuard[type[Pattern]]:
+    return inspect.isclass(value) and issubclass(value, Pattern) and value is not Pattern

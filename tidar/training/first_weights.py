@@ -46,5 +46,5 @@ def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[s
     if loaded_rows < spec.decoder.vocab_size:
         lines.append(f"the vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows")
     keeps = keeps and spec.mask_token_id < loaded_rows
-    row = "as it is there" if keeps else f"the mean of the {spec.used_rows:,} used rows"
+    row = "kept" if keeps else f"the mean of the {spec.used_rows:,} used rows"
     return [*lines, f"the mask token is {spec.mask_token_id}; its embedding is {row}"]

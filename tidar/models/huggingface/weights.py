@@ -166,11 +166,10 @@ def open_weights(path: str, option: str = "") -> Weights | None:
         raise UserError(f"{place}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
     if (place / "config.json").is_file():
         return None
-    where = named(option, place)
     raise UserError(
-        f"{where}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's step-<n> or a "
-        "state dict in a file" if place.exists() else f"{where}: does not exist, and is no id of the hub"
-    )  # fmt: skip
+        f"{named(option, place)}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's "
+        "step-<n> or a state dict in a file"
+    )
 
 
 def check_weights(weights: Weights, model: Decoder, vocab_size: int | None = None) -> int:

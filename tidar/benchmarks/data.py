@@ -1,7 +1,7 @@
 """Measures the data pipeline: python -m tidar.benchmarks.data [--documents N] [--ckpt_files N] [--folder DIR]
 
 Starts training's data side on a prepared folder of N documents, made without tokenising, up to the first batch of an
-epoch in random order; and prepares N files of the replaced script's kind, each with a sparse hidden state of 6 MB.
+epoch in random order; and prepares N files of data.source = gumiho, each with a sparse hidden state of 6 MB.
 Prints a line for each with the time and the peak of memory. The folder takes 14 GB for 100 million documents.
 """
 

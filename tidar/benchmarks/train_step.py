@@ -137,7 +137,7 @@ def measure_overhead(options: list[str]) -> float:
 
 
 def measure_baseline(options: list[str], steps: int) -> dict[str, float]:
-    """Measures the replaced script's method on the same rows: all at once, or half, a quarter …, until they fit."""
+    """Measures the baseline on the same rows: all at once, or half, a quarter …, until they fit."""
     parallelism = load_config(options).parallelism
     if parallelism.context_parallel_degree > 1 or parallelism.tensor_parallel_degree > 1:
         raise UserError(

@@ -166,10 +166,7 @@ class Training:
 
 @dataclass
 class Parallelism:
-    """How the devices divide the work: replicate x shard x context parallel x tensor parallel degree = their number.
-
-    Parameters, gradients and optimizer state are sharded over all of these but the replicas.
-    """
+    """Degrees whose product is the number of devices. All but the replicas shard parameters and optimizer state."""
 
     data_parallel_replicate_degree: int = option(
         1, "replicas of the sharded state (-1: all devices not used for sharding)", minimum=1, also=-1

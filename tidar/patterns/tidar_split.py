@@ -1,4 +1,4 @@
-"""TiDAR without doubling, the layout of the replaced script's README: each document is clean first, then masked.
+"""TiDAR without doubling, as in the script that tidar.migrate reads: each document is clean first, then masked.
 
 The first floor(clean_ratio * length) tokens of a document are clean and causal, and train the autoregressive loss: each
 is predicted by the token before it. The others become the mask token. They see all clean tokens of their document and

@@ -7,7 +7,6 @@ tokens/s and the speed-up over autoregressive decoding on this machine. --prompt
 """
 
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from tidar.config import ArgumentParser, Config, UserError, load_config, print_lines, user_errors_exit
-from tidar.config.files import write_atomically
+from tidar.config.files import check_output, write_atomically
 from tidar.config.hub import local_folder
 from tidar.config.options import Parallelism
 from tidar.data import Tokenizer
@@ -80,8 +79,7 @@ def run(options: Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     output = Path(options.output)
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: must be a file in a folder that can be written to")
+    check_output(output)
     model = local_folder(options.model, "--model")
     if not model.is_dir():
         raise UserError(f"--model {model}: must be an exported folder, a checkpoint's step-<n> or an id of the hub")

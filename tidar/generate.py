@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tidar.config import ArgumentParser, UserError, print_lines, printable, user_errors_exit
+from tidar.config.files import check_output
 from tidar.config.hub import local_folder
 from tidar.data import Tokenizer
 from tidar.decoding import Completion, Engine, load
@@ -64,6 +65,8 @@ def run(options: Namespace) -> None:
         raise UserError(f"--prompt, --chat, --prompts: exactly one is needed, but {given}")
     if bool(options.prompts) != bool(options.output):
         raise UserError("--prompts and --output: one needs the other")
+    if options.output:
+        check_output(Path(options.output))
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: must be at least 1")
     device = None

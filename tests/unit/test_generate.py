@@ -1,7 +1,9 @@
 """The command that decodes: text as it comes, ends, files of answers, and bad input."""
 
+import errno
 import json
 import random
+from unittest.mock import Mock
 
 import pytest
 from small_models import make_model, write_tokenizer
@@ -68,7 +70,7 @@ def test_modes_print_the_same_text(folder, capsys):
     assert coloured == texts[0]
 
 
-def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys):
+def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys, monkeypatch):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     chats = [
         {"messages": [{"role": "user", "content": f"in {i}"}, {"role": "assistant", "content": "x"}]} for i in range(5)
@@ -84,8 +86,9 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     for answer, chat in zip(answers, chats):
         asked = chat["messages"][:1] if "messages" in chat else [{"role": "user", "content": "the"}]
         assert answer["messages"][:-1] == asked and answer["messages"][-1]["role"] == "assistant"
-    # killed in the middle of a line
+    # killed in the middle of a line, on a file system without locks
     output.write_text(whole[: whole.index("\n", len(whole) // 2) - 5])
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
     generate.main(command)
     assert output.read_text() == whole
     capsys.readouterr()
@@ -103,12 +106,17 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         ("--prompt a --mode ar --draft_mix 0.5", "draft_mix = 0.5: must be 1"),
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
+        ("--prompts {bad} --output y", "bad.jsonl: line 2: is not UTF-8 (byte 12 of the record)"),
+        ("--prompts {bad} --output /no/such/y", "--output /no/such/y: must be a file in a folder that can be written"),
+        ("--prompts {bad} --output {folder}", ": must be a file in a folder that can be written to"),
         ("--prompt a --tokenizer /no/such", "--tokenizer /no/such: does not exist, and is no id of the hub"),
     ],
 )
-def test_bad_input(folder, arguments, message, capsys):
+def test_bad_input(folder, arguments, message, capsys, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'\n{"prompt": "\xff"}\n')
     with pytest.raises(SystemExit) as ended:
-        generate.main(["--model", str(folder), *arguments.split()])
+        generate.main(["--model", str(folder), *arguments.format(bad=bad, folder=folder).split()])
     printed, error = capsys.readouterr()
     assert ended.value.code == 1 and message in error and len(error.splitlines()) <= 2 and not printed
 

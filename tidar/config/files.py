@@ -7,6 +7,14 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tidar.config.errors import UserError
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError unless --output can be written at `path`: what takes long to compute must not be lost."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: must be a file in a folder that can be written to")
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file by one that is whole and flushed to the disk. A link at `path` is replaced, not followed.

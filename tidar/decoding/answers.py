@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tidar.config import UserError
 from tidar.decoding.engine import Engine
@@ -49,24 +50,33 @@ def read_done(output: Path) -> set[int]:
     if not output.exists():
         return done
     whole = 0
-    with open(output, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be writing a line
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(int(json.loads(line)["index"]))
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"--output {output}: line {number} is no answer of this command") from None
-            whole += len(line)
-        os.truncate(output, whole)
+    try:
+        with open(output, "r+b") as file:
+            _lock(file)  # another process may be writing a line
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    done.add(int(json.loads(line)["index"]))
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(f"--output {output}: line {number} is no answer of this command") from None
+                whole += len(line)
+            file.truncate(whole)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read and written ({error.strerror})") from None
     return done
+
+
+def _lock(file: IO) -> None:
+    """Locks a file until it is closed. Without a lock where the file system has none."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _append(output: Path, text: str) -> None:
     try:
         with open(output, "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,5 @@
 """Prompts of a file, as tokens, and the tokenizer of a model."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from tidar.config import UserError
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
 from tidar.data.chat_records import conversation
+from tidar.data.source import parse_json
 from tidar.data.tokenizer import BytesTokenizer
 from tidar.decoding.answers import without_answer
 from tidar.decoding.engine import Engine
@@ -42,23 +42,32 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
-    """Index, messages and tokens of each line: a chat without its last answer, or a `prompt`.
+    """Index, messages and tokens of each line but blank ones: a chat without its last answer, or a `prompt`.
 
     Raises UserError, with the line, for what is neither.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for index, line in enumerate(file):
+                record = parse_json(line)
+                if record is None:
+                    continue
                 try:
-                    record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-                        messages = [{"role": "user", "content": record["prompt"]}]
-                    else:
-                        messages = without_answer(conversation(record).messages)
-                except (ValueError, BadDocument) as error:
+                    messages = _messages(record)
+                except BadDocument as error:
                     raise UserError(f"{path}: line {index + 1}: {error}") from None
-                if not messages:
-                    raise UserError(f"{path}: line {index + 1}: has no turn of the user")
                 yield index, messages, render(tokenizer, messages)
     except OSError as error:
         raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+
+
+def _messages(record: Any) -> list[dict[str, Any]]:
+    """The turns of a record that the model answers. Raises BadDocument where there are none."""
+    if isinstance(record, BadDocument):
+        raise record
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = without_answer(conversation(record).messages)
+    if not messages:
+        raise BadDocument("has no turn of the user")
+    return messages

@@ -104,6 +104,7 @@ def run(options: Namespace) -> None:
     if tasks or options.prompts or options.tokenizer:
         tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
     texts = tasks.checked_tokenizer(tokenizer, str(model)) if tasks and tokenizer else None
+    prompts = _given_prompts(Path(options.prompts), tokenizer) if options.prompts and tokenizer else None
     held_out = HeldOut(config, engine) if config else None
     try:
         if held_out and held_out.n_rows:
@@ -113,7 +114,7 @@ def run(options: Namespace) -> None:
                 *validation_lines(results["held_out"]),
             ]
         if options.prompts or (held_out and held_out.n_rows):
-            results["decoding"], decoding = _decode(options, engine, held_out, tokenizer)
+            results["decoding"], decoding = _decode(options, engine, held_out, tokenizer, prompts)
             lines += decoding
         elif not tasks:
             raise UserError(f"{run_folder}: holds out no data (validation.enable = false); give --prompts or --tasks")
@@ -199,29 +200,29 @@ class HeldOut:
         return held_out_prompts(self.batches.held_out_rows, n)
 
 
-def _prompts(
-    options: Namespace, held_out: HeldOut | None, tokenizer: Tokenizer | None
-) -> tuple[str, list[list[int]], int]:
-    """A name of the prompts, their tokens, and the number of new tokens of each."""
-    if options.prompts and tokenizer:
-        source, most = str(options.prompts), MOST_NEW_TOKENS
-        prompts = [tokens for _, _, tokens in read_prompts(Path(options.prompts), tokenizer)]
-    else:
-        assert held_out
-        source, most = "held-out data", n_new_tokens(held_out.plan.config.training.seq_len)
-        prompts = held_out.prompts(options.n_prompts)
+def _given_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts = [tokens for _, _, tokens in read_prompts(path, tokenizer)]
     if not prompts:
-        raise UserError(f"--prompts {source}: holds no prompts")
-    return source, prompts, most if options.max_new_tokens is None else options.max_new_tokens
+        raise UserError(f"--prompts {path}: holds no prompts")
+    return prompts
 
 
 def _decode(
-    options: Namespace, engine: Engine, held_out: HeldOut | None, tokenizer: Tokenizer | None
+    options: Namespace,
+    engine: Engine,
+    held_out: HeldOut | None,
+    tokenizer: Tokenizer | None,
+    prompts: list[list[int]] | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Results of decoding, and lines that show them."""
-    source, prompts, n_new = _prompts(options, held_out, tokenizer)
-    if held_out and not options.prompts and not options.tokenizer:
-        tokenizer = held_out.inputs.tokenizer  # the data may have none
+    """Results of decoding, and lines that show them. prompts: None for those of the held-out data."""
+    source, most = options.prompts, MOST_NEW_TOKENS
+    if prompts is None:
+        assert held_out
+        source, most = "held-out data", n_new_tokens(held_out.plan.config.training.seq_len)
+        prompts = held_out.prompts(options.n_prompts)
+        if not options.tokenizer:
+            tokenizer = held_out.inputs.tokenizer  # the data may have none
+    n_new = most if options.max_new_tokens is None else options.max_new_tokens
     settings = {"max_new_tokens": n_new, "temperature": options.temperature, "seed": options.seed}
     measured = measure_speed(engine, prompts, options.mode, stop_token_ids=end_tokens(engine, tokenizer), **settings)
     results: dict[str, Any] = {"prompts_of": source, **settings, "batch_size": options.batch_size}

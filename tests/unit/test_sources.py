@@ -66,17 +66,7 @@ def test_weights_and_validation_paths(tmp_path):
     for name, n in (("a", 300), ("b", 1000), ("c", 10)):
         lines = [json.dumps({"text": f"{name}{number}"}) + "\n" for number in range(n)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    options = [
-        "--data.source",
-        "text",
-        "--data.tokenizer",
-        "bytes",
-        "--training.seq_len",
-        "64",
-        "--data.weights",
-        "2",
-        "0.3",
-    ]
+    options = "--data.source text --data.tokenizer bytes --training.seq_len 64 --data.weights 2 0.3".split()
     options += ["--data.paths", *(str(tmp_path / f"{name}.jsonl") for name in "ab")]
     config, data = load(tmp_path, *options, "--validation.paths", str(tmp_path / "c.jsonl"))
     training, held_out = make_rows(config, data)
@@ -150,10 +140,8 @@ def test_a_text_of_ten_million_characters(tmp_path):
     _, data = load(tmp_path, *options, "--data.tokenizer", str(tmp_path / "tokenizer"), "--validation.enable", "false")
     (corpus,) = data.training
     backend = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert (
-        len(corpus) == 1
-        and backend.decode(corpus.tokens[:100].tolist()) == text[: len(backend.decode(corpus.tokens[:100].tolist()))]
-    )
+    beginning = backend.decode(corpus.tokens[:100].tolist())
+    assert len(corpus) == 1 and len(beginning) > 100 and text.startswith(beginning)
     assert len(text) > 10**7 and np.isin(corpus.tokens[:-1], corpus.tokens[:200]).all()
 
 
@@ -182,7 +170,7 @@ def test_prepared_folders(tmp_path):
         load(tmp_path, "--data.source", "prepared", "--data.paths", str(tmp_path / "in"))
 
 
-def test_a_tokenizer_saved_with_truncation_cuts_nothing(tmp_path):
+def test_a_tokenizer_saved_with_truncation_truncates_nothing(tmp_path):
     """Nor does padding that was saved with it add tokens; and merges are part of what a tokenizer is."""
     write_tokenizer(tmp_path / "plain")
     plain = load_tokenizer(str(tmp_path / "plain"))

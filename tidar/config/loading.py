@@ -62,7 +62,7 @@ def to_toml(config: Config) -> str:
 def resolve_global_batch_size(config: Config, dp_size: int) -> int:
     """Rows of an optimizer step. dp_size: ranks that have rows of their own.
 
-    Raises UserError where their micro-batches do not make it up.
+    Raises UserError for a number that is no multiple of a micro-batch on each of them.
     """
     micro_batch = config.training.local_batch_size * dp_size
     rows = config.training.global_batch_size

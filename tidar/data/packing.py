@@ -26,9 +26,9 @@ class Packed:
     """Rows of one chunk of a corpus: first those that a long document fills, then those of packed pieces.
 
     first_row: its number in all rows. first_document: the chunk's first in the corpus. long_documents, long_ends:
-    documents longer than a row and, summed up, the rows that they fill. kept_long: the numbers of those of these rows
-    that are kept; None: all. pieces: documents of the packed rows, in order, counted from `first_document`. ends: where
-    each packed row ends in `pieces`.
+    documents longer than a row, and the cumulative number of rows that they fill. kept_long: indices of these rows that
+    are kept; None: all. pieces: documents of the packed rows, in order, counted from `first_document`. ends: where each
+    packed row ends in `pieces`.
     """
 
     corpus: Corpus

@@ -124,7 +124,7 @@ def _decoding(name: str, one: Result) -> list[str]:
     evaluation = one.evaluation
     greedy, sampled = one.decoded("greedy"), one.decoded("temperature 1")
     trusting = [one.decoded(f"{how}, trust diffusion") for how in ("greedy", "temperature 1")]
-    hows = ("ar, temperature 1", "temperature 1", "temperature 1, trust diffusion")
+    judged = ("ar, temperature 1", "temperature 1", "temperature 1, trust diffusion")
     speed = evaluation.get("speed")
     return [
         f"`{name}`",
@@ -133,7 +133,7 @@ def _decoding(name: str, one: Result) -> list[str]:
         f"{one.decoded('greedy' if greedy else 'ar', 'looped') or 0:.1%}",
         f"{sampled:.3f} ± {one.decoded('temperature 1', 'error'):.3f}" if sampled else "",
         ", ".join(_number(value, 2) for value in trusting if value),
-        ", ".join(_number(one.judged(how), 3) for how in hows if one.judged(how)),
+        ", ".join(_number(one.judged(how), 3) for how in judged if one.judged(how)),
         f"{evaluation['equal']:.0%}, {evaluation['equal_float32']:.0%}" if "equal" in evaluation else "",
         f"{speed['tidar']:,.0f}, {speed['tidar'] / speed['ar']:.2f}" if speed else "",
     ]
@@ -161,8 +161,7 @@ def _pictures(folder: Path, results: dict[str, Result]) -> list[str]:
     lines = []
     sizes = {size: results[name] for size, name in BY_SIZE.items() if name in results}
     if sizes:
-        hows = {"greedy": "greedy", "temperature 1": "temperature 1"}
-        series = {title: [one.decoded(how) for one in sizes.values()] for title, how in hows.items()}
+        series = {how: [one.decoded(how) for one in sizes.values()] for how in ("greedy", "temperature 1")}
         line_chart(
             folder / "pictures" / "tokens_per_forward.svg", "Tokens per forward pass", "block size", list(sizes), series
         )

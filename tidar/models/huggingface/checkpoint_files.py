@@ -70,8 +70,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def parse_metadata(folder: Path) -> Metadata:
-    """The metadata of a checkpoint's folder. Executes nothing that it names, and admits tensors only, whose parts lie
-    inside them and in files of the folder itself.
+    """The metadata of a checkpoint's folder. Executes nothing that the pickle names. Admits tensors only, whose chunks
+    lie inside them and in files of the folder.
 
     Raises OSError where it cannot be read, and ValueError where it is anything else.
     """

@@ -110,8 +110,8 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     if plan.config.training.enable_cpu_offload:
         states = 0.0
     gradient = 0.0 if accumulates else plan.gradient_bytes / plan.n_own_parameters
-    # of a layer under FSDP2: gradients, those that are reduced, and those of the layer before
-    # on one device the buffer becomes the gradient, if it is not added to one
+    # of a layer: its gradients in the compute dtype, a float32 buffer that reduces them, and that of the layer before;
+    # on one device such a buffer becomes the gradient, unless gradients accumulate
     buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0.0
     reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0.0
     if exchanged := exchanged_size(plan):

@@ -76,8 +76,8 @@ def read_shard(name: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any] |
 
     Of a damaged one the last item is a BadDocument. Raises UserError where the hub does not answer.
     """
-    address, _, place = name.rpartition("/")
-    number, count = map(int, place.split("-of-"))
+    address, _, shard = name.rpartition("/")
+    number, count = map(int, shard.split("-of-"))
     match = ADDRESS.fullmatch(address)
     assert match
     datasets = _datasets(name)

@@ -61,7 +61,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dealt,) = ctx.saved_tensors
-        # an order without repetitions is inverted by another, where autograd would add up
+        # a permutation is inverted by indexing, where autograd would accumulate
         gradient = gradients[0].flatten(0, 1)[dealt]
         scattered = collectives.reduce_scatter_tensor(gradient, "sum", *ctx.ranks)
         return collectives.wait_tensor(scattered), None, None, None, None

@@ -104,17 +104,17 @@ def _adamw_kernel(
     entry = table + owner * COLUMNS
     size = tl.load(entry + 5)
     start = tl.multiple_of(tl.load(starts + tl.program_id(0)), BLOCK)
-    place = start + tl.arange(0, BLOCK)
+    index = start + tl.arange(0, BLOCK)
     pointers = (
-        tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16) + place,
-        tl.multiple_of(tl.load(entry + 1).to(like_gradient.dtype), 16) + place,
-        tl.multiple_of(tl.load(entry + 2).to(like_moment.dtype), 16) + place,
-        tl.multiple_of(tl.load(entry + 3).to(like_moment.dtype), 16) + place,
+        tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16) + index,
+        tl.multiple_of(tl.load(entry + 1).to(like_gradient.dtype), 16) + index,
+        tl.multiple_of(tl.load(entry + 2).to(like_moment.dtype), 16) + index,
+        tl.multiple_of(tl.load(entry + 3).to(like_moment.dtype), 16) + index,
     )
     copied = None
     if copies:
-        copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + place
-    number = tl.load(entry + 6) + place
+        copied = tl.multiple_of(tl.load(entry + 4).to(like_copy.dtype), 16) + index
+    number = tl.load(entry + 6) + index
     if rounds and divided:
         number += tl.load(entry + 7) + number // tl.load(entry + 8) * tl.load(entry + 9)
     noise = number.to(tl.int32) ^ tl.load(salts + owner)
@@ -123,7 +123,7 @@ def _adamw_kernel(
     if start + BLOCK <= size:
         _update(pointers, copied, noise, scalars, factors, None, rounds, copies)
     else:
-        _update(pointers, copied, noise, scalars, factors, place < size, rounds, copies)
+        _update(pointers, copied, noise, scalars, factors, index < size, rounds, copies)
 
 
 @triton.jit

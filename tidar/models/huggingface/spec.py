@@ -97,11 +97,11 @@ def read_model(config: Config) -> ModelFiles:
         start = local_folder(config.checkpoint.initial_load_path, "checkpoint.initial_load_path", "config")
         start_folder = _config_folder(start)
     start_options = read_config_json(start_folder) if start_folder else {}
-    for place, content in ((folder, options), (start_folder, start_options)):
-        if place:
-            decoder_config(content, str(place / "config.json"))
-            _recorded_mask_token(content, str(place / "config.json"))
-    folders = [str(place) for place in (folder, start_folder) if place and holds_tokenizer(place)]
+    for path, content in ((folder, options), (start_folder, start_options)):
+        if path:
+            decoder_config(content, str(path / "config.json"))
+            _recorded_mask_token(content, str(path / "config.json"))
+    folders = [str(path) for path in (folder, start_folder) if path and holds_tokenizer(path)]
     named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
     named = named and str(local_folder(named, "data.tokenizer", "tokenizer"))
     return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
@@ -125,7 +125,7 @@ def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenize
     decoder = decoder_config({**files.options, "vocab_size": vocab_size}, files.origin)
     if files.start_folder:
         _check_same_model(decoder, files.start_options, files.start_folder)
-    found = (_recorded_mask_token(place, "") for place in (files.start_options, files.options))
+    found = (_recorded_mask_token(options, "") for options in (files.start_options, files.options))
     recorded = [number for number in found if number is not None]
     if mask_token_id == -1:
         mask_token_id = recorded[0] if recorded else used_rows

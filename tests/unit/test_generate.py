@@ -106,7 +106,11 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         ("--prompt a --mode ar --draft_mix 0.5", "draft_mix = 0.5: must be 1"),
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
-        ("--prompts {bad} --output y", "bad.jsonl: line 2: is not UTF-8 (byte 12 of the record)"),
+        ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),
+        (
+            "--prompts {bad} --output y --tokenizer {strict}",
+            "line 2: the chat template of {strict} cannot be rendered (no",
+        ),
         ("--prompts {bad} --output /no/such/y", "--output /no/such/y: must be a file in a folder that can be written"),
         ("--prompts {bad} --output {folder}", ": must be a file in a folder that can be written to"),
         ("--prompt a --tokenizer /no/such", "--tokenizer /no/such: does not exist, and is no id of the hub"),
@@ -114,11 +118,14 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
 )
 def test_bad_input(folder, arguments, message, capsys, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(b'\n{"prompt": "\xff"}\n')
+    bad.write_bytes(b'\n{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    places = {"bad": bad, "folder": folder, "strict": tmp_path / "strict"}
+    write_tokenizer(places["strict"])
+    (places["strict"] / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
     with pytest.raises(SystemExit) as ended:
-        generate.main(["--model", str(folder), *arguments.format(bad=bad, folder=folder).split()])
+        generate.main(["--model", str(folder), *arguments.format(**places).split()])
     printed, error = capsys.readouterr()
-    assert ended.value.code == 1 and message in error and len(error.splitlines()) <= 2 and not printed
+    assert ended.value.code == 1 and message.format(**places) in error and len(error.splitlines()) <= 2 and not printed
 
 
 def test_folders_that_are_not_decoded(folder, capsys):

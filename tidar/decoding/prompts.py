@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tidar.config import UserError
+from tidar.config import UserError, first_line
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
 from tidar.data.chat_records import conversation
@@ -34,11 +34,19 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
     return [end for end in dict.fromkeys(ends) if end is not None]
 
 
-def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """Tokens of a chat up to the model's answer. Raises UserError for a tokenizer without a template."""
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], where: str = "") -> list[int]:
+    """Tokens of a chat up to the model's answer. where: file and line of the chat, for messages.
+
+    Raises UserError for a tokenizer without a template, and for a chat that the template refuses.
+    """
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
         raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which --chat and --prompts need")
-    return tokenizer.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    try:
+        return tokenizer.backend.apply_chat_template(messages, **options)
+    except Exception as error:  # the template is a program, and raises what it likes
+        reason = first_line(error)
+        raise UserError(f"{where}the chat template of {tokenizer.name} cannot be rendered ({reason})") from None
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
@@ -52,11 +60,12 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[d
                 record = parse_json(line)
                 if record is None:
                     continue
+                where = f"{path}: line {index + 1}: "
                 try:
                     messages = _messages(record)
                 except BadDocument as error:
-                    raise UserError(f"{path}: line {index + 1}: {error}") from None
-                yield index, messages, render(tokenizer, messages)
+                    raise UserError(f"{where}{error}") from None
+                yield index, messages, render(tokenizer, messages, where)
     except OSError as error:
         raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
 

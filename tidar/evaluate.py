@@ -20,6 +20,7 @@ from tidar.config.options import Parallelism
 from tidar.data import Tokenizer
 from tidar.decoding import Engine, load
 from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts
+from tidar.decoding.sampling import Sampling
 from tidar.distributed import compute_dtype, join_world, leave_world
 from tidar.evaluation import held_out_prompts, measure_speed, n_new_tokens, validate
 from tidar.evaluation.prompts import MOST_NEW_TOKENS
@@ -91,8 +92,6 @@ def run(options: Namespace) -> None:
     config = _run_config(run_folder, model) if run_folder else None
     dtype = compute_dtype(config, device) if config else None
     engine = load(model, dtype=dtype, device=device, max_batch_size=options.batch_size)
-    if options.mode == "tidar":
-        engine.check_method()
     results: dict[str, Any] = {
         "model": options.model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -105,6 +104,8 @@ def run(options: Namespace) -> None:
         tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
     texts = tasks.checked_tokenizer(tokenizer, str(model)) if tasks and tokenizer else None
     prompts = _given_prompts(Path(options.prompts), tokenizer) if options.prompts and tokenizer else None
+    n_new = 1 if options.max_new_tokens is None else options.max_new_tokens
+    engine.check(prompts or [], n_new, Sampling(options.temperature), options.mode)
     held_out = HeldOut(config, engine) if config else None
     try:
         if held_out and held_out.n_rows:

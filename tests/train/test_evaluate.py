@@ -185,11 +185,14 @@ def test_tasks_need_lm_eval(run, monkeypatch, capsys):
         ("--model {run}/checkpoint/step-4 --prompts {empty}", "--prompts {empty}: holds no prompts"),
         ("--model {run}/checkpoint/step-4 --n_prompts 0", "--n_prompts 0: must be at least 1"),
         ("--model {run}/checkpoint/step-4 --max_new_tokens 0", "max_new_tokens = 0: must be at least 1"),
+        ("--model {run}/checkpoint/step-4 --temperature -1", "temperature = -1.0: must be at least 0"),
         ("--model {run}/checkpoint/step-4 --output {run}", "--output {run}: must be a file"),
         ("--model {run}/checkpoint/step-4 --tokenizer {run}", "must be bytes, a local folder"),
     ],
 )
-def test_bad_input(run, tmp_path, arguments, message, capsys):
+def test_bad_input(run, tmp_path, arguments, message, capsys, monkeypatch):
+    """All of it ends before anything is scored."""
+    monkeypatch.delattr(evaluate.HeldOut, "scores")
     (tmp_path / "empty").touch()
     places = SimpleNamespace(run=run.folder, model=run.folder.parent / "model", empty=tmp_path / "empty")
     with pytest.raises(SystemExit) as ended:

@@ -107,7 +107,7 @@ class Engine:
         holds an id outside the vocabulary, or with max_new_tokens is longer than the context.
         """
         sampling = Sampling(temperature, top_k, top_p, draft_mix)
-        self._check(prompts, max_new_tokens, sampling, mode)
+        self.check(prompts, max_new_tokens, sampling, mode)
         keys = [prompt_key(seed, index) for index in (range(len(prompts)) if indices is None else indices)]
         return self._stream(prompts, keys, max_new_tokens, sampling, frozenset(stop_token_ids), mode, stop)
 
@@ -211,7 +211,8 @@ class Engine:
                 "fewer prompts at a time (max_batch_size) or shorter ones need less",
             ) from None
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, mode: str) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, mode: str) -> None:
+        """Raises UserError for what `stream` cannot decode."""
         for name, value, right, allowed in (
             ("mode", mode, mode in get_args(Mode), "tidar or ar"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -225,7 +226,7 @@ class Engine:
         if mode == "ar" and sampling.draft_mix != 1:
             raise UserError(f'draft_mix = {sampling.draft_mix}: must be 1 with mode = "ar", which has no drafts')
         if mode == "tidar":
-            self.check_method()
+            self._check_method()
         vocab_size = self.model.config.vocab_size
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
@@ -239,7 +240,7 @@ class Engine:
                     f"context of {self.name}, {self.context} tokens"
                 )
 
-    def check_method(self) -> None:
+    def _check_method(self) -> None:
         """Raises UserError for a model that cannot be decoded with `mode="tidar"`."""
         if self.method is None:
             raise UserError(

@@ -36,7 +36,7 @@ class Watchdog:
         """abort: gets the reason before this process ends; called by the watching thread."""
         self.abort = abort
         self.rank, self.size = world.rank, world.size
-        # number, place, timeout and time of the last heartbeat
+        # number, phase, timeout and time of the last heartbeat
         self.last = (0, "the start", math.inf, time.monotonic())
         self.looks = 0
         self.stopped = threading.Event()
@@ -65,16 +65,16 @@ class Watchdog:
             self.stopped.set()
             thread.join()
 
-    def heartbeat(self, place: str, timeout: float) -> None:
-        """Reports where this rank is. Unless its next heartbeat comes within `timeout` seconds, all processes end."""
-        self.last = (self.last[0] + 1, place, timeout, time.monotonic())
+    def heartbeat(self, phase: str, timeout: float) -> None:
+        """Reports what this rank does. Unless its next heartbeat comes within `timeout` seconds, all processes end."""
+        self.last = (self.last[0] + 1, phase, timeout, time.monotonic())
 
     def _share(self) -> None:
         self.looks += 1
-        beats, place, *_ = self.last
+        beats, phase, *_ = self.last
         waits = _main_frame().f_code.co_filename.endswith("distributed_c10d.py")
         process = (socket.gethostname(), os.getpid())
-        self.store.set(str(self.rank), json.dumps([self.looks, beats, waits, place, process]))
+        self.store.set(str(self.rank), json.dumps([self.looks, beats, waits, phase, process]))
 
     def _all_shared(self) -> dict[int, list]:
         """The last shared entry of each rank that has started, by rank."""

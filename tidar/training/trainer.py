@@ -73,7 +73,7 @@ class Trainer:
     stops: StopRequests
     watchdog: Watchdog
     throttle: HostThrottle
-    timeout: int  # seconds that a rank may stay at one place
+    timeout: int  # seconds that a rank may stay in one phase
     # the model and its data
     inputs: Inputs
     spec: ModelSpec
@@ -385,13 +385,13 @@ class Trainer:
         shorten_timeout(self.config, self.world)
         self.timeout = self.config.comm.train_timeout_seconds
 
-    def heartbeat(self, place: str, timeout: int | None = None) -> None:
+    def heartbeat(self, phase: str, timeout: int | None = None) -> None:
         """Reports to the watchdog where this rank is, and how many seconds it may stay there."""
-        self.watchdog.heartbeat(place, timeout or self.timeout)
+        self.watchdog.heartbeat(phase, timeout or self.timeout)
 
-    def wait_for_all(self, place: str) -> None:
+    def wait_for_all(self, phase: str) -> None:
         """A barrier before and after work of some ranks only, which may take long."""
-        self.heartbeat(place, self.config.comm.save_timeout_seconds)
+        self.heartbeat(phase, self.config.comm.save_timeout_seconds)
         dist.barrier(self.cpu_group)
 
     def log(self, *lines: str) -> None:

@@ -151,23 +151,23 @@ def open_weights(path: str, option: str = "") -> Weights | None:
     None for a folder with a config.json and no weights. option: names it in messages. Raises UserError where there is
     nothing of these.
     """
-    place = local_folder(path, option)
-    if place.is_file():
-        return StateDictFile(place)
-    refuse_other_folders(place)
-    if any(place.glob("*.safetensors*")):
-        return SafetensorsFolder(place)
-    if (place / ".metadata").is_file():
-        return StepFolder(place)
-    if (place / "pytorch_model.bin").is_file():
-        return StateDictFile(place / "pytorch_model.bin")
-    others = [file.name for end in ("bin", "index.json", "pt", "pth", "gguf") for file in place.glob(f"*.{end}")]
+    found = local_folder(path, option)
+    if found.is_file():
+        return StateDictFile(found)
+    refuse_other_folders(found)
+    if any(found.glob("*.safetensors*")):
+        return SafetensorsFolder(found)
+    if (found / ".metadata").is_file():
+        return StepFolder(found)
+    if (found / "pytorch_model.bin").is_file():
+        return StateDictFile(found / "pytorch_model.bin")
+    others = [file.name for end in ("bin", "index.json", "pt", "pth", "gguf") for file in found.glob(f"*.{end}")]
     if others:
-        raise UserError(f"{place}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
-    if (place / "config.json").is_file():
+        raise UserError(f"{found}: its weights, {min(others)}, must be model.safetensors or pytorch_model.bin")
+    if (found / "config.json").is_file():
         return None
     raise UserError(
-        f"{named(option, place)}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's "
+        f"{named(option, found)}: must be a Hugging Face folder (config.json, model.safetensors), a checkpoint's "
         "step-<n> or a state dict in a file"
     )
 
@@ -313,7 +313,7 @@ def _sum_over_shards(value: Tensor, model: Decoder, name: str) -> Tensor:
     """Sum of a value over the ranks that share the rows of a parameter; replicas of it hold the same value."""
     parameter = model.get_parameter(name)
     if isinstance(parameter, DTensor):
-        placements = [Partial() if isinstance(place, Shard) else place for place in parameter.placements]
+        placements = [Partial() if isinstance(one, Shard) else one for one in parameter.placements]
         value = DTensor.from_local(value, parameter.device_mesh, placements, run_check=False).full_tensor()
     return model.shard.total(value)
 

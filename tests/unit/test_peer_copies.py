@@ -4,7 +4,6 @@ import random
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +81,7 @@ class Streams:
 
     def __init__(self, rng: random.Random):
         self.rng = rng
-        self.done: defaultdict[tuple[str, int], threading.Event] = defaultdict(threading.Event)
+        self.done = {name: [threading.Event() for _ in range(WORKS)] for name in ("write", "communicate", "use")}
         self.threads: list[threading.Thread] = []
 
     def start(self, stream: str, work: Callable[[int], Any], other: str, distance: int) -> None:
@@ -90,10 +89,10 @@ class Streams:
 
         def run() -> None:
             for i, late in enumerate(delays):
-                assert i < distance or self.done[other, i - distance].wait(30)
+                assert i < distance or self.done[other][i - distance].wait(30)
                 time.sleep(late)
                 work(i)
-                self.done[stream, i].set()
+                self.done[stream][i].set()
 
         delays = [self.rng.choice([0, 0, 1e-3]) for _ in range(WORKS)]
         self.threads.append(threading.Thread(target=run, daemon=True))

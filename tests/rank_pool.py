@@ -21,6 +21,7 @@ from pathlib import Path
 import forks
 import torch
 import uneven  # noqa: F401  (registers the source)
+from peer_memory import copies_through_files
 from results import whole
 
 from tidar.config import UserError, load_config
@@ -82,8 +83,12 @@ class RankPool:
             process.join()
         self.folder.cleanup()
 
-    def run(self, ranks: int, *options: str, weights: Path | None = None, faults: list = ()) -> list[dict]:
+    def run(
+        self, ranks: int, *options: str, weights: Path | None = None, faults: list = (), copies: bool = False
+    ) -> list[dict]:
         """Trains on so many ranks, and saves what was trained to the file `weights`.
+
+        copies: whether ranks without GPUs copy parameters and gradients from each other as those with GPUs do.
 
         faults: (rank, step, what) of those whose "loss" is to be infinite, or nan for the last target of a "row", whose
         "targets" are to weigh nothing, whose files cannot grow beyond a megabyte from that step on, as on a full
@@ -100,7 +105,8 @@ class RankPool:
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOG_RANK": rank}
             case = {"variables": {name: str(value) for name, value in variables.items()}, "options": options}
-            case |= {"weights": weights, "faults": {step: what for faulty, step, what in faults if faulty == rank}}
+            case |= {"weights": weights, "copies": self.folder.name if copies else ""}
+            case |= {"faults": {step: what for faulty, step, what in faults if faulty == rank}}
             connection.send(case)
         return [self._answer(rank) for rank in range(ranks)]
 
@@ -195,8 +201,9 @@ def serve(connection: Connection) -> None:
         config = load_config(["--training.gc_freq", "0", *case["options"]])
         Counted.gathered = 0
         hooks, printed, error = Faults(case["faults"]), io.StringIO(), None
+        memory = copies_through_files(Path(case["copies"])) if case["copies"] else contextlib.nullcontext()
         try:
-            with contextlib.redirect_stdout(printed):
+            with contextlib.redirect_stdout(printed), memory:
                 trainer = Trainer(config, hooks)
         except UserError as raised:
             leave_world()

@@ -87,6 +87,30 @@ def test_same_numbers_however_it_is_sharded(tmp_path, ranks, small_model, cuts, 
     assert any(max(counts) > 5 * min(counts) > 0 for counts in micro_batches)
 
 
+@pytest.mark.parametrize(
+    "size, sharding, micro_batches, dtype, options",
+    [
+        (2, "ZeRO-2", 3, "float32", "--parallelism.gradient_reduction step"),
+        (3, "ZeRO-3", 2, "bfloat16", ""),
+        (4, "HSDP 2x2", 3, "bfloat16", ""),
+        (4, "cp 4", 1, "float32", "--activation_checkpoint.mode full"),
+    ],
+)
+def test_copies_give_what_collectives_give(tmp_path, ranks, small_model, size, sharding, micro_batches, dtype, options):
+    """Also where ranks have shards of different sizes, and in bfloat16, whose sums are float32 both ways."""
+    rows, dp_size, found = 12, size // SHARING.get(sharding, 1), []
+    options += f" {small_model} {SHARDING[sharding]} --training.global_batch_size {rows} --training.steps 2"
+    options += f" --training.local_batch_size {rows // dp_size // micro_batches}"
+    options += f" --training.mixed_precision_param {dtype}"
+    for copies in (True, False):
+        folder, weights = tmp_path / str(copies), tmp_path / "weights.pt"
+        words = [*COMMON, *options.split(), "--job.dump_folder", str(folder)]
+        answers = ranks.run(size, *words, weights=weights, copies=copies)
+        assert not copies or min(answer["buffers"] for answer in answers) > 0
+        found.append(run_results(folder, weights, steps=2))
+    assert max(differences(*found)) < 1e-6
+
+
 def run_results(folder: Path, weights: Path, steps: int) -> tuple[list[float], list[float], torch.Tensor]:
     lines = [line for line in read_metrics(folder) if "train/batch_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))

@@ -1,33 +1,20 @@
-"""Collectives by copies, of ranks that are simulated one after the other; real ones are in tests/gpu."""
+"""Collectives by copies, of ranks that are simulated in one process; real ones are in processes and gpu."""
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peer_memory import Handle, imitate_kernel
 
 from tidar.distributed import peer_copies
 from tidar.distributed.peer_copies import Buffer, Buffers, PeerAllGather, PeerReduceScatter
 
 CUDA = torch.device("cuda", 0)
 WORKS = 100  # of each stream
-
-
-class Handle:
-    """To the buffers of all ranks. wait: what its barrier does; without it, nothing."""
-
-    def __init__(self, memories: list[Tensor], rank: int, wait: Callable[[], Any] | None = None):
-        self.memories, self.rank, self.world_size = memories, rank, len(memories)
-        self.barrier = wait or (lambda: None)
-
-    def get_buffer(self, peer: int, sizes: tuple[int], dtype: torch.dtype, offset: int) -> Tensor:
-        return self.memories[peer].view(dtype)[offset : offset + sizes[0]]
 
 
 def simulated(n_ranks: int, number: int, n_bytes: int, wait: Callable[[], Any] | None = None) -> list[Buffers]:
@@ -40,15 +27,8 @@ def simulated(n_ranks: int, number: int, n_bytes: int, wait: Callable[[], Any] |
     return ranks
 
 
-def sum_terms(total: Tensor, term: Tensor, others: Tensor) -> None:
-    """What tidar.kernels.term_sum does, without Triton."""
-    total.copy_(term.float())
-    for other in others:
-        total += other.float()
-
-
 def test_ranks_get_what_the_collectives_give(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tidar.kernels.term_sum", SimpleNamespace(sum_terms=sum_terms))
+    imitate_kernel(monkeypatch)
     rng = random.Random(0)
     for _ in range(20):
         n_ranks, dtype = rng.randint(2, 5), rng.choice([torch.bfloat16, torch.float32])
@@ -104,7 +84,7 @@ def test_no_buffer_is_written_before_all_ranks_have_copied(monkeypatch, collecti
     """Streams of ranks in the order that FSDP2 keeps: a buffer is written when the all-gather before the last one has
     been copied out (of a module alone: the last one), or when the last reduce-scatter has ended.
     """
-    monkeypatch.setitem(sys.modules, "tidar.kernels.term_sum", SimpleNamespace(sum_terms=sum_terms))
+    imitate_kernel(monkeypatch)
     n_ranks, rng, found = 3, random.Random(0), []
     barrier, delays = threading.Barrier(n_ranks), iter(lambda: rng.choice([0, 0, 2e-3]), None)
 

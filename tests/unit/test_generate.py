@@ -88,7 +88,7 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         assert answer["messages"][:-1] == asked and answer["messages"][-1]["role"] == "assistant"
     # killed in the middle of a line, on a file system without locks
     output.write_text(whole[: whole.index("\n", len(whole) // 2) - 5])
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
     generate.main(command)
     assert output.read_text() == whole
     capsys.readouterr()

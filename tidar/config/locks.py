@@ -5,6 +5,7 @@ import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 from tidar.config.errors import UserError
 
@@ -35,12 +36,10 @@ class FileLock:
 
         Where the file system has no locks, sets `warning` and returns True: the caller continues without a lock.
         """
-        try:
-            # lockf and not flock: a process forked from this one would share the flock, and may outlive it for seconds
-            fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
+        error = lock_file(self.file, wait)
+        if error and error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error:
             self.warning = (
                 f"warning: {self.path}: cannot be locked ({error.strerror}); "
                 f"start no second process that writes to {self.path.parent}"
@@ -55,3 +54,13 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def lock_file(file: IO, wait: bool = True) -> OSError | None:
+    """Locks a file that is open for writing, until it is closed. Returns the error where it cannot be locked."""
+    try:
+        # lockf and not flock: a process forked from this one would share the flock, and may outlive it for seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        return error
+    return None

@@ -1,15 +1,14 @@
 """Answers to a file of chats, in the model's own words: what `data.source = chat` trains on."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tidar.config import UserError
+from tidar.config.locks import lock_file
 from tidar.decoding.engine import Engine
 
 # prompts that are decoded before their answers are written
@@ -52,7 +51,7 @@ def read_done(output: Path) -> set[int]:
     whole = 0
     try:
         with open(output, "r+b") as file:
-            _lock(file)  # another process may be writing a line
+            lock_file(file)  # another process may be writing a line
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
@@ -67,16 +66,10 @@ def read_done(output: Path) -> set[int]:
     return done
 
 
-def _lock(file: IO) -> None:
-    """Locks a file until it is closed. Without a lock where the file system has none."""
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def _append(output: Path, text: str) -> None:
     try:
         with open(output, "a", encoding="utf-8") as file:
-            _lock(file)
+            lock_file(file)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

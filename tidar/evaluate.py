@@ -104,7 +104,9 @@ def run(options: Namespace) -> None:
         tokenizer = model_tokenizer(model, options.tokenizer, engine.model.config.vocab_size)
     texts = tasks.checked_tokenizer(tokenizer, str(model)) if tasks and tokenizer else None
     prompts = _given_prompts(Path(options.prompts), tokenizer) if options.prompts and tokenizer else None
-    n_new = 1 if options.max_new_tokens is None else options.max_new_tokens
+    n_new = options.max_new_tokens
+    if n_new is None:
+        n_new = n_new_tokens(config.training.seq_len) if config and prompts is None else MOST_NEW_TOKENS
     engine.check(prompts or [], n_new, Sampling(options.temperature), options.mode)
     held_out = HeldOut(config, engine) if config else None
     try:
@@ -115,7 +117,7 @@ def run(options: Namespace) -> None:
                 *validation_lines(results["held_out"]),
             ]
         if options.prompts or (held_out and held_out.n_rows):
-            results["decoding"], decoding = _decode(options, engine, held_out, tokenizer, prompts)
+            results["decoding"], decoding = _decode(options, n_new, engine, held_out, tokenizer, prompts)
             lines += decoding
         elif not tasks:
             raise UserError(f"{run_folder}: holds out no data (validation.enable = false); give --prompts or --tasks")
@@ -210,20 +212,22 @@ def _given_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 def _decode(
     options: Namespace,
+    n_new: int,
     engine: Engine,
     held_out: HeldOut | None,
     tokenizer: Tokenizer | None,
     prompts: list[list[int]] | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Results of decoding, and lines that show them. prompts: None for those of the held-out data."""
-    source, most = options.prompts, MOST_NEW_TOKENS
+    """Results of decoding at most `n_new` tokens for each prompt, and lines that show them.
+
+    prompts: None for those of the held-out data.
+    """
+    source = options.prompts
     if prompts is None:
         assert held_out
-        source, most = "held-out data", n_new_tokens(held_out.plan.config.training.seq_len)
-        prompts = held_out.prompts(options.n_prompts)
+        source, prompts = "held-out data", held_out.prompts(options.n_prompts)
         if not options.tokenizer:
             tokenizer = held_out.inputs.tokenizer  # the data may have none
-    n_new = most if options.max_new_tokens is None else options.max_new_tokens
     settings = {"max_new_tokens": n_new, "temperature": options.temperature, "seed": options.seed}
     measured = measure_speed(engine, prompts, options.mode, stop_token_ids=end_tokens(engine, tokenizer), **settings)
     results: dict[str, Any] = {"prompts_of": source, **settings, "batch_size": options.batch_size}

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tidar.distributed.peer_copies import Buffer, Buffers
+from tidar.distributed import peer_copies
 
 
 class Handle:
@@ -45,20 +45,23 @@ def copies_through_files(folder: Path) -> Iterator[None]:
     """Processes on a CPU copy as GPUs do, from files in `folder` that all of them have mapped."""
     numbers = itertools.count()
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, number: int, n_bytes: int):
-        self.made, self.turn, self.n_bytes = [], 0, number * n_bytes
-        self.existing.add(self)
-        for _ in range(number):
-            name = f"{os.environ['MASTER_PORT']}-{next(numbers)}"
-            open_file = partial(torch.from_file, shared=True, size=n_bytes, dtype=torch.uint8)
-            open_file(str(folder / f"{name}-{dist.get_rank()}"))  # makes it
-            dist.barrier(group)
-            memories = [open_file(str(folder / f"{name}-{rank}")) for rank in dist.get_process_group_ranks(group)]
-            handle = Handle(memories, group.rank(), partial(dist.barrier, group))
-            self.made.append(Buffer(memories[group.rank()], handle))
+    def mapped(number: int, rank: int, n_bytes: int) -> Tensor:
+        name = f"{os.environ['MASTER_PORT']}-{number}-{rank}"
+        return torch.from_file(str(folder / name), shared=True, size=n_bytes, dtype=torch.uint8)
 
+    def empty_strided_p2p(size: tuple[int], *_: Any) -> Tensor:
+        return mapped(next(numbers), dist.get_rank(), *size)
+
+    def rendezvous(memory: Tensor, group: dist.ProcessGroup) -> Handle:
+        dist.barrier(group)
+        number = int(Path(memory.untyped_storage().filename).name.split("-")[1])
+        memories = [mapped(number, rank, len(memory)) for rank in dist.get_process_group_ranks(group)]
+        return Handle(memories, group.rank(), partial(dist.barrier, group))
+
+    memory = SimpleNamespace(empty_strided_p2p=empty_strided_p2p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Buffers, "__init__", __init__)
+        patch.setattr(peer_copies.symmetric_memory, "rendezvous", rendezvous)
+        patch.setattr(peer_copies.symmetric_memory, "_SymmetricMemory", memory)
         module = sys.modules["tidar.distributed.parallelize"]  # the package's attribute is a function
         patch.setattr(module, "can_copy", lambda group, device: group.size() > 1)
         imitate_kernel(patch)

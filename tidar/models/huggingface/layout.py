@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tidar.models.decoder import DecoderConfig
 from tidar.models.shards import Shape
 
-PIECE_BYTES = 4 * 2**20  # of rows in float32 that are read and converted at a time
+PIECE_BYTES = 2 * 2**20  # of rows in float32 that are read and converted at a time
 
 
 class RowRange(NamedTuple):

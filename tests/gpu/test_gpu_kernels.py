@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -15,7 +17,7 @@ from tidar.kernels import Kernels
 from tidar.kernels.matmul import TILES, gated_mlp, linear, quack_matmul
 from tidar.kernels.norm_rotary import RotatedHeads, norm_backward
 from tidar.losses.objective import Objective, _fused_score_logits, _score_logits
-from tidar.models import size_config
+from tidar.models import WHOLE, size_config
 from tidar.models.decoder import plain_linear
 from tidar.patterns import Targets
 from tidar.training.optim.optimizer import Numbers, OfParameter, _update_in_pieces, addressable
@@ -91,6 +93,54 @@ def test_the_loss_without_logits_stays_finite():
     assert d_hidden.isfinite().all() and d_weight.isfinite().all()
     # what the target lacks goes to those above it
     assert ((d_hidden[0].double() @ weight.double().T).gather(1, labels[:, None]) < 0).all()
+
+
+class Part:
+    """A part of a vocabulary on a rank of several, which are threads."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, values: dict[int, torch.Tensor]):
+        self.rank, self.size, self.barrier, self.values = rank, size, barrier, values
+
+    def stacked(self, x):
+        self.values[self.rank] = x.clone()
+        self.barrier.wait(60)
+        found = torch.stack([self.values[rank] for rank in range(self.size)])
+        self.barrier.wait(60)
+        return found
+
+    def total(self, value):
+        return self.stacked(value).sum(dim=0)
+
+
+@needs_quack
+def test_ranks_with_parts_of_the_vocabulary_have_the_loss_of_the_whole():
+    """Parts of whole tiles and of others; losses and hits are the same on all ranks, gradients add up."""
+    n, dim = 500, 256
+    for vocab, ranks in ((768, 2), (1280, 2), (1024, 4)):
+        hidden = torch.randn(1, n, dim, device=CUDA).bfloat16()
+        weight = (4 * torch.randn(vocab, dim, device=CUDA) / dim**0.5).bfloat16()
+        labels = torch.randint(0, vocab, (n,), device=CUDA)
+        labels[::3] = (hidden[0, ::3] @ weight.T).argmax(dim=-1)
+        weights = torch.rand(n, device=CUDA)
+        targets = {"ar": Targets(torch.arange(n, device=CUDA), labels, weights, torch.zeros_like(labels))}
+
+        def losses(weight, shard, inputs=hidden, targets=targets):
+            leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
+            objective = Objective({"ar": 1.0}, 200, KERNELS, shard=shard)
+            loss, scores = objective(*leaves, targets, {"ar": torch.tensor(7.0, device=CUDA)})
+            return loss, scores["ar"].nll, scores["ar"].correct, *torch.autograd.grad(loss, leaves)
+
+        losses(weight[: vocab // ranks], WHOLE)  # compiles, in this thread
+        expected = losses(weight, WHOLE)
+        barrier, values = threading.Barrier(ranks), {}
+        parts = [Part(rank, ranks, barrier, values) for rank in range(ranks)]
+        with ThreadPoolExecutor(ranks) as pool:
+            found = list(pool.map(losses, weight.chunk(ranks), parts))
+        for loss, nll, correct, *_ in found:
+            assert loss.equal(found[0][0]) and nll.equal(found[0][1]) and correct.equal(found[0][2])
+        assert relative(found[0][1], expected[1].double()) < 1e-6 and (found[0][2] != expected[2]).sum() <= 1
+        assert relative(sum(one[3].double() for one in found), expected[3].double()) < 4e-3
+        assert relative(torch.cat([one[4] for one in found]), expected[4].double()) < 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

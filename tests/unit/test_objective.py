@@ -96,7 +96,7 @@ def test_targets_may_be_padded(monkeypatch):
     for padded in (False, True):
         objective = Objective({"ar": 1.0, "diffusion": 2.0}, 50, Kernels(loss_without_logits=padded))
 
-        def score(*inputs, accumulate, chunk_size, by_logits=objective.by_logits):
+        def score(*inputs, accumulate, chunk_size, shard, by_logits=objective.by_logits):
             seen.append((len(inputs[2]), chunk_size))
             return by_logits(*inputs, accumulate=accumulate)
 

@@ -6,10 +6,14 @@ c (e_j / S - [j = y]), with the row's coefficient c. That is the row's scale c /
 subtracted from the target's element. A scale of rows commutes with a matmul, so no further pass over the vocabulary is
 needed. Logits are never rounded to 16 bits; e and the scaled hidden states are. Needs a Hopper GPU and bfloat16, for
 the range of e.
+
+Where ranks have parts of the vocabulary, they exchange z_y, which one of them has, before the GEMM, and their sums
+after it. The rest is as on one device, with the element of the target on one rank only.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Protocol
 
 import cutlass.cute as cute
 import torch
@@ -34,6 +38,20 @@ AT_TARGET, LARGEST = -60.0, 100.0
 TARGETS = 128
 
 _label = ColVecLoad("label")
+
+
+class Shard(Protocol):
+    """A part of the vocabulary (`tidar.models.TensorShard`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def total(self, value: Tensor) -> Tensor: ...
+
+    def stacked(self, x: Tensor) -> Tensor: ...
 
 
 @gemm_epilogue(
@@ -62,27 +80,39 @@ def score(
     d_weight: Tensor,
     accumulate: bool,
     chunk_size: int,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor]:
     """nll `[n]` and correct `[n]` of a chunk. Writes the gradients of sum(coefficients * nll) to `d_hidden` and
     `d_weight`; accumulate: adds those of the weight. correct: whether no logit is larger than the target's.
 
     hidden, d_hidden: `[n, dim]` bfloat16; weight: `[vocab, dim]` bfloat16, vocab a multiple of VOCAB_MULTIPLE; labels:
-    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n.
+    `[n]` int64; coefficients: `[n]` float32; d_weight: `[vocab, dim]` float32. chunk_size: the largest n. shard: the
+    part of the vocabulary that `weight` is; `d_hidden` is what this part adds to the gradient.
     """
     (n, dim), vocab = hidden.shape, len(weight)
+    labels = labels - shard.rank * vocab
     e = hidden.new_empty(n, vocab)
     anchors, targets, scales, nll = coefficients.new_empty(4, -(-n // 4) * 4)[:, :n]  # each of them aligned
     totals, largest = coefficients.new_empty(2, n, -(-vocab // TILE.columns))
     correct = torch.empty_like(labels, dtype=torch.bool)
     scaled_hidden = torch.empty_like(hidden)
     BLOCK = triton.next_power_of_2(dim)
-    _cross_entropy_anchor_kernel[(n,)](hidden, weight, labels, anchors, hidden.stride(0), dim, LOG2E, AT_TARGET, BLOCK)
+    _cross_entropy_anchor_kernel[(n,)](
+        hidden, weight, labels, anchors, hidden.stride(0), dim, vocab, LOG2E, AT_TARGET, BLOCK
+    )
+    if shard.size > 1:
+        anchors = shard.total(anchors)
+        targets.zero_()  # the GEMM writes those of this part only
     for columns in _parts(vocab):
         _write_exponentials(columns, hidden, weight, labels, anchors, totals, largest, targets, e)
+    if shard.size > 1:
+        of_ranks = shard.stacked(torch.stack([totals.sum(dim=1), largest.amax(dim=1), targets]))
+        totals, largest = (of_ranks[:, i].T.contiguous() for i in range(2))
+        targets = of_ranks[:, 2].sum(dim=0)
     _cross_entropy_row_kernel[(n,)](
         *(totals, largest, anchors, targets, labels, coefficients, hidden, e),
         *(nll, correct, scales, scaled_hidden),
-        *(hidden.stride(0), e.stride(0), dim, totals.shape[1], LOG2E, LARGEST),
+        *(hidden.stride(0), e.stride(0), dim, vocab, totals.shape[1], LOG2E, LARGEST),
         *(BLOCK, triton.next_power_of_2(totals.shape[1])),
     )
     # one kernel for all chunks of steps with several, each of which is larger than half of the largest
@@ -152,16 +182,22 @@ def _cross_entropy_anchor_kernel(
     anchors,
     stride,
     dim: tl.constexpr,
+    vocab: tl.constexpr,
     log2e: tl.constexpr,
     AT_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The anchor of a row: subtracted from its logits times log2(e), it makes the target's AT_TARGET."""
+    """The anchor of a row: subtracted from its logits times log2(e), it makes the target's AT_TARGET.
+
+    0 where the label is not in this part of the vocabulary.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
+    label = tl.load(labels + row)
+    is_own = (label >= 0) & (label < vocab)
     x = tl.load(hidden + row * stride + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
-    w = tl.load(weight + tl.load(labels + row) * dim + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
-    tl.store(anchors + row, tl.sum(x * w) * log2e - AT_TARGET)
+    w = tl.load(weight + label * dim + lanes, mask=is_own & (lanes < dim), other=0.0).to(tl.float32)
+    tl.store(anchors + row, tl.where(is_own, tl.sum(x * w) * log2e - AT_TARGET, 0.0))
 
 
 @triton.jit
@@ -181,13 +217,16 @@ def _cross_entropy_row_kernel(
     hidden_stride,
     e_stride,
     dim: tl.constexpr,
+    vocab: tl.constexpr,
     tiles: tl.constexpr,
     log2e: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """From a row's sums over tiles: its cross-entropy, the scale of its gradients, and the target's element of e."""
+    """From a row's sums over tiles or ranks: its cross-entropy, the scale of its gradients, and the target's element of
+    e, where that is in this part of the vocabulary.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, TILES)
     inside = lanes < tiles
@@ -203,7 +242,9 @@ def _cross_entropy_row_kernel(
     tl.store(correct + row, target >= maximum)
     scale = tl.load(coefficients + row) / total
     tl.store(scales + row, scale)
-    tl.store(e + row * e_stride + tl.load(labels + row), (at_target - total).to(e.dtype.element_ty))
+    label = tl.load(labels + row)
+    is_own = (label >= 0) & (label < vocab)
+    tl.store(e + row * e_stride + label, (at_target - total).to(e.dtype.element_ty), mask=is_own)
     lanes = tl.arange(0, BLOCK)
     x = tl.load(hidden + row * hidden_stride + lanes, mask=lanes < dim, other=0.0).to(tl.float32)
     tl.store(scaled_hidden + row * dim + lanes, (scale * x).to(scaled_hidden.dtype.element_ty), mask=lanes < dim)

@@ -14,7 +14,7 @@ from tidar.config.packages import install
 
 # elements of 16 bits: rows are multiples of them, so that each begins at 16 bytes
 ALIGNED = 8
-# of a vocabulary for the loss without logits: its last columns, fewer than a tile, are a tile of their own
+# of a device's vocabulary for the loss without logits: its last columns, fewer than a tile, are a tile of their own
 VOCAB_MULTIPLE = 64
 # of the MLP's sizes for FP8: what cuBLAS requires
 FLOAT8_MULTIPLE = 16
@@ -32,13 +32,12 @@ Capability = tuple[int, int]
 
 
 class Sizes(NamedTuple):
-    """Sizes of a decoder that decide which kernels can compute it; on each of `ranks` that share its layers."""
+    """Sizes of a decoder, or of a device's part of it, that decide which kernels can compute it."""
 
     dim: int
     hidden_dim: int
     head_dim: int
     vocab_size: int
-    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Kernels:
     fused_matmul: QuACK's GEMMs in the layers, with the gated activation and the residual connection inside of them.
     dynamic_tiles: these GEMMs hand out their tiles as SMs become free, because collectives hold some of the SMs.
     fused_backward: backward passes of norms and rotary embeddings in one kernel each.
-    loss_kernel: cross-entropy and its gradient in place of the logits, in one Triton kernel.
+    loss_kernel: cross-entropy and its gradient in place of the logits, in Triton.
     loss_matmul: QuACK's GEMMs for the logits. loss_without_logits: in training they write exponentials and not logits.
     adamw: all parameters of a group in one Triton kernel.
     float8: the MLP's matmuls in FP8, emulated on a CPU.
@@ -160,21 +159,18 @@ def choose_kernels(
             "warning: training.mixed_precision_param = float16 is slow on a CPU; it is for trying things out"
         )
 
-    quack = compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes, elsewhere))
-    # e has to have bfloat16's range (see anchored_cross_entropy)
-    fits_loss = sizes is not None and sizes.vocab_size % VOCAB_MULTIPLE == 0 and dtype == torch.bfloat16
-    shares_vocabulary = sizes is not None and sizes.ranks > 1
-    if shares_vocabulary and on_cuda:
-        fallbacks.append("no loss without logits: needs the whole vocabulary on each device")
+    quack = without_logits = False
+    if compile and sizes is not None and is_free("QuACK matmuls", _quack_obstacle(device, dtype, sizes, elsewhere)):
+        quack, without_logits = True, is_free("loss without logits", _loss_obstacle(dtype, sizes))
     return Kernels(
         attention=attention,
         compile=compile,
         fused_matmul=quack and float8 == "off",
         dynamic_tiles=quack and float8 == "off" and several_devices,
         fused_backward=compile and on_cuda,
-        loss_kernel=compile and on_cuda and not shares_vocabulary,
+        loss_kernel=compile and on_cuda,
         loss_matmul=quack,
-        loss_without_logits=quack and fits_loss and not shares_vocabulary,
+        loss_without_logits=without_logits,
         adamw=on_cuda and not config.training.enable_cpu_offload,
         float8=float8,
         fallbacks=tuple(fallbacks),
@@ -220,6 +216,14 @@ def _quack_obstacle(
         return Obstacle(f"needs sizes that are multiples of {ALIGNED}, not {sizes.dim} and {sizes.hidden_dim}")
     modules = "quack.gemm_interface", "quack.epilogue.library", "tidar.kernels.anchored_cross_entropy"
     return None if elsewhere else _import_obstacle("quack-kernels", *modules)
+
+
+def _loss_obstacle(dtype: torch.dtype, sizes: Sizes) -> Obstacle | None:
+    if dtype != torch.bfloat16:  # exponentials have to have its range (see anchored_cross_entropy)
+        return Obstacle(f"needs training.mixed_precision_param = bfloat16, not {_name(dtype)}")
+    if sizes.vocab_size % VOCAB_MULTIPLE:
+        return Obstacle(f"needs a multiple of {VOCAB_MULTIPLE} tokens on each device, not {sizes.vocab_size}")
+    return None
 
 
 def _float8_obstacle(

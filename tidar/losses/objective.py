@@ -53,7 +53,7 @@ class Objective:
             from tidar.kernels.matmul import matmul as multiply
         score_logits: Callable = _fused_score_logits if kernels.loss_kernel else _score_logits
         if shard.size > 1:
-            score_logits = partial(_score_part_of_logits, shard=shard, compile=kernels.compile)
+            score_logits = partial(_score_part_of_logits, shard=shard, fused=kernels.loss_kernel)
         self.by_logits = partial(_score, multiply=multiply, score_logits=score_logits)
 
     def __call__(
@@ -81,7 +81,7 @@ class Objective:
         if with_gradient and self.kernels.loss_without_logits:
             from tidar.kernels import anchored_cross_entropy  # needs QuACK
 
-            score = partial(anchored_cross_entropy.score, chunk_size=self.chunk_size)
+            score = partial(anchored_cross_entropy.score, chunk_size=self.chunk_size, shard=self.shard)
             padding = -len(labels) % anchored_cross_entropy.TARGETS
         value, nll, correct = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, 1).index_select(0, F.pad(index, (0, padding))),
@@ -226,15 +226,15 @@ def _fused_score_logits(logits: Tensor, labels: Tensor, coefficients: Tensor, wi
 
 
 def _score_part_of_logits(
-    logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool, shard: TensorShard, compile: bool
+    logits: Tensor, labels: Tensor, coefficients: Tensor, with_gradient: bool, shard: TensorShard, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `_score_logits`, where each rank has the logits of its part of the vocabulary. compile: as in `Kernels`."""
-    # chunks have any number of targets
-    run: Callable = partial(compiled, dynamic=True) if compile else lambda function: function
+    """As `_score_logits`, where each rank has the logits of its part of the vocabulary. fused: by Triton kernels."""
+    summarize, differentiate = _summary, _d_logits
+    if fused:
+        from tidar.kernels.cross_entropy import d_logits_ as differentiate, summary as summarize
     own_labels = labels - shard.rank * logits.shape[1]
-    of_ranks = shard.stacked(run(_summary)(logits, own_labels, coefficients.dtype))
-    nll, correct, normalizer = run(_combined)(of_ranks)
-    return nll, correct, run(_d_logits)(logits, own_labels, coefficients, normalizer) if with_gradient else None
+    nll, correct, normalizer = _combined(shard.stacked(summarize(logits, own_labels, coefficients.dtype)))
+    return nll, correct, differentiate(logits, own_labels, coefficients, normalizer) if with_gradient else None
 
 
 def _summary(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

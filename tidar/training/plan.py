@@ -188,7 +188,7 @@ def plan_run(
         _check_divides(tensor_parallel, decoder)
         shard = TensorShard(0, tensor_parallel)  # with one rank it is WHOLE
         own = shard.sizes(decoder)
-        sizes = Sizes(own.dim, own.hidden_dim, own.head_dim, own.vocab_size, tensor_parallel)
+        sizes = Sizes(own.dim, own.hidden_dim, own.head_dim, own.vocab_size)
         n_parameters, n_own_parameters = count_parameters(decoder, WHOLE), count_parameters(decoder, shard)
     return RunPlan(
         config=config,

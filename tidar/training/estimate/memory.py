@@ -151,9 +151,7 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
 def _chunk_bytes(plan: RunPlan, n: int) -> int:
     """Bytes of a chunk of the loss's n targets: logits or their exponentials, and hidden states."""
     chunk = ceil(n / ceil(n / plan.config.training.loss_chunk_size))
-    # devices that share the vocabulary do not write gradients in place of logits
-    logits = (1 if plan.tensor_parallel == 1 else 2) * plan.own_sizes.vocab_size
-    return chunk * plan.dtype.itemsize * (logits + plan.decoder.dim)
+    return chunk * plan.dtype.itemsize * (plan.own_sizes.vocab_size + plan.decoder.dim)
 
 
 def _n_heads(plan: RunPlan) -> int:

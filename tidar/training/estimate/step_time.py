@@ -74,7 +74,7 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     moved = plan.dtype.itemsize * elements
     if not kernels.loss_without_logits:
         # passes over logits
-        moved += (3 if kernels.loss_kernel else 4) * plan.dtype.itemsize * decoder.vocab_size * scored
+        moved += 3 * plan.dtype.itemsize * decoder.vocab_size * scored
     seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
     if plan.sharding:
         # all-gather of the keys and values that every rank of the group sees, reduce-scatter of their gradients

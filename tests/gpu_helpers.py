@@ -25,10 +25,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-def options_with_heads_of_128(folder: Path) -> str:
+def options_with_heads_of_128(folder: Path, vocab: int = 384) -> str:
     """Of 50 steps of a small model whose attention FlashAttention-4 can do."""
     family = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    heads = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384}
+    heads = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab}
     (folder / "config.json").write_text(json.dumps(size_config("debug") | family | heads))
     return (
         f"--model.hf_path {folder} --training.seq_len 512 --training.local_batch_size 4 --training.steps 50 "

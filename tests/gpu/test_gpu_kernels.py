@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from tidar.kernels import Kernels
 from tidar.kernels.matmul import TILES, gated_mlp, linear, quack_matmul
 from tidar.kernels.norm_rotary import RotatedHeads, norm_backward
-from tidar.losses.objective import Objective, _fused_score_logits, _score_logits
+from tidar.losses.objective import Objective, _fused_score_logits, _score_logits, _score_part_of_logits
 from tidar.models import WHOLE, size_config
 from tidar.models.decoder import plain_linear
 from tidar.patterns import Targets
@@ -38,6 +39,31 @@ def test_the_loss_kernel_equals_plain_torch(dtype):
         assert correct.equal(expected[1]) and 25 <= correct.sum() < 50
         assert relative(nll, expected[0]) < 1e-6 and relative(gradient, expected[2]) < torch.finfo(dtype).eps + 1e-6
         assert _fused_score_logits(logits.clone(), labels, coefficients, False)[0].equal(nll)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_kernels_of_parts_of_the_vocabulary_equal_plain_torch(dtype):
+    """Parts smaller and larger than the kernel's block; the largest logits of a row are often in several parts."""
+    from tidar.kernels.cross_entropy import summary
+
+    for columns, ranks in ((65, 2), (2500, 4), (10000, 2)):
+        vocab = columns * ranks
+        logits = (3 * torch.randn(50, vocab, device=CUDA)).to(dtype)
+        logits[:20] = logits[:20].round()
+        labels, coefficients = torch.randint(0, vocab, (50,), device=CUDA), torch.rand(50, device=CUDA)
+        labels[::2] = logits[::2].argmax(dim=-1)
+        expected = _score_logits(logits.double(), labels, coefficients.double(), True)
+        parts = [part.contiguous() for part in logits.split(columns, dim=1)]
+        of_ranks = torch.stack([summary(part, labels - i * columns, torch.float32) for i, part in enumerate(parts)])
+        gradients = []
+        for rank, part in enumerate(parts):
+            shard = SimpleNamespace(rank=rank, stacked=lambda _, of_ranks=of_ranks: of_ranks)
+            nll, correct, gradient = _score_part_of_logits(part, labels, coefficients, True, shard, fused=True)
+            assert correct.equal(expected[1]) and relative(nll, expected[0]) < 1e-6
+            assert gradient.data_ptr() == part.data_ptr()
+            gradients.append(gradient)
+        assert relative(torch.cat(gradients, dim=1), expected[2]) < torch.finfo(dtype).eps + 1e-6
+        assert 25 <= expected[1].sum() < 50
 
 
 @needs_quack
@@ -95,18 +121,26 @@ def test_the_loss_without_logits_stays_finite():
     assert ((d_hidden[0].double() @ weight.double().T).gather(1, labels[:, None]) < 0).all()
 
 
+TURN = threading.Lock()
+
+
 class Part:
-    """A part of a vocabulary on a rank of several, which are threads."""
+    """A part of a vocabulary on a rank of several, which are threads that compute by turns."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, values: dict[int, torch.Tensor]):
         self.rank, self.size, self.barrier, self.values = rank, size, barrier, values
 
     def stacked(self, x):
         self.values[self.rank] = x.clone()
-        self.barrier.wait(60)
+        self.wait()
         found = torch.stack([self.values[rank] for rank in range(self.size)])
-        self.barrier.wait(60)
+        self.wait()
         return found
+
+    def wait(self):
+        TURN.release()
+        self.barrier.wait(60)
+        TURN.acquire()
 
     def total(self, value):
         return self.stacked(value).sum(dim=0)
@@ -130,12 +164,15 @@ def test_ranks_with_parts_of_the_vocabulary_have_the_loss_of_the_whole():
             loss, scores = objective(*leaves, targets, {"ar": torch.tensor(7.0, device=CUDA)})
             return loss, scores["ar"].nll, scores["ar"].correct, *torch.autograd.grad(loss, leaves)
 
-        losses(weight[: vocab // ranks], WHOLE)  # compiles, in this thread
+        def by_turns(weight, shard, losses=losses):
+            with TURN:
+                return losses(weight, shard)
+
         expected = losses(weight, WHOLE)
         barrier, values = threading.Barrier(ranks), {}
         parts = [Part(rank, ranks, barrier, values) for rank in range(ranks)]
         with ThreadPoolExecutor(ranks) as pool:
-            found = list(pool.map(losses, weight.chunk(ranks), parts))
+            found = list(pool.map(by_turns, weight.chunk(ranks), parts))
         for loss, nll, correct, *_ in found:
             assert loss.equal(found[0][0]) and nll.equal(found[0][1]) and correct.equal(found[0][2])
         assert relative(found[0][1], expected[1].double()) < 1e-6 and (found[0][2] != expected[2]).sum() <= 1

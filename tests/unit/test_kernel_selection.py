@@ -47,7 +47,15 @@ def test_a_hopper_gpu_runs_everything(hopper):
     assert float8.float8 == "on" and not float8.fused_matmul and float8.loss_without_logits
     half = choose(dtype=torch.float16)
     assert half.fused_matmul and half.loss_matmul and not half.loss_without_logits
-    assert not choose(sizes=SIZES._replace(vocab_size=100)).loss_without_logits
+    assert half.describe().endswith(
+        "; no loss without logits: needs training.mixed_precision_param = bfloat16, not float16"
+    )
+    # parts of it on two devices, and on four
+    assert choose(sizes=SIZES._replace(vocab_size=151936 // 2)) == kernels
+    quarter = choose(sizes=SIZES._replace(vocab_size=151936 // 4))
+    assert quarter.loss_kernel and quarter.loss_matmul and not quarter.loss_without_logits
+    reason = "no loss without logits: needs a multiple of 64 tokens on each device, not 37984"
+    assert quarter.fallbacks == (reason,)
 
 
 def test_a_package_that_cannot_be_imported_costs_a_warning(hopper):

@@ -231,7 +231,9 @@ def _score_part_of_logits(
     """As `_score_logits`, where each rank has the logits of its part of the vocabulary. fused: by Triton kernels."""
     summarize, differentiate = _summary, _d_logits
     if fused:
-        from tidar.kernels.cross_entropy import d_logits_ as differentiate, summary as summarize
+        from tidar.kernels import cross_entropy
+
+        summarize, differentiate = cross_entropy.summary, cross_entropy.d_logits_
     own_labels = labels - shard.rank * logits.shape[1]
     nll, correct, normalizer = _combined(shard.stacked(summarize(logits, own_labels, coefficients.dtype)))
     return nll, correct, differentiate(logits, own_labels, coefficients, normalizer) if with_gradient else None

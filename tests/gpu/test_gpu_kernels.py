@@ -43,15 +43,18 @@ def test_the_loss_kernel_equals_plain_torch(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_kernels_of_parts_of_the_vocabulary_equal_plain_torch(dtype):
-    """Parts smaller and larger than the kernel's block; the largest logits of a row are often in several parts."""
+    """Parts smaller and larger than the kernel's block; rows with several largest logits, of which the first counts."""
     from tidar.kernels.cross_entropy import summary
 
     for columns, ranks in ((65, 2), (2500, 4), (10000, 2)):
         vocab = columns * ranks
         logits = (3 * torch.randn(50, vocab, device=CUDA)).to(dtype)
-        logits[:20] = logits[:20].round()
+        logits[:20] = logits[:20].round().clamp(max=3)
         labels, coefficients = torch.randint(0, vocab, (50,), device=CUDA), torch.rand(50, device=CUDA)
         labels[::2] = logits[::2].argmax(dim=-1)
+        # wrong: the last of the largest in the first part, the first of them in the last part
+        labels[1:20:4] = columns - 1 - logits[1:20:4, :columns].flip(1).argmax(dim=-1)
+        labels[3:20:4] = vocab - columns + logits[3:20:4, -columns:].argmax(dim=-1)
         expected = _score_logits(logits.double(), labels, coefficients.double(), True)
         parts = [part.contiguous() for part in logits.split(columns, dim=1)]
         of_ranks = torch.stack([summary(part, labels - i * columns, torch.float32) for i, part in enumerate(parts)])

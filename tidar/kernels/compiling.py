@@ -7,6 +7,6 @@ import torch
 
 
 @cache
-def compiled(function: Callable, dynamic: bool = False) -> Callable:
-    """The function, compiled for each set of input shapes, or once for all. Not for use inside compiled code."""
-    return torch.compile(function, dynamic=dynamic)
+def compiled(function: Callable) -> Callable:
+    """The function, compiled for each set of input shapes. Not for use inside compiled code."""
+    return torch.compile(function, dynamic=False)

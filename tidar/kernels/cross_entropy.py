@@ -94,6 +94,8 @@ def _cross_entropy_kernel(
     maximum = tl.max(largest)
     sum_relative = tl.sum(total * tl.exp(largest - maximum))
     normalizer = maximum + tl.log(sum_relative)
+    if with_gradient:
+        coefficient = tl.load(coefficients + row)
     # the first of equal maxima, as in torch.argmax
     first = tl.full([BLOCK], vocab, tl.int32)
     for start in range(0, vocab, BLOCK):
@@ -102,7 +104,7 @@ def _cross_entropy_kernel(
         x = tl.load(logits + column, mask=inside, other=-3e38).to(tl.float32)
         first = tl.minimum(first, tl.where((x == maximum) & inside, column, vocab))
         if with_gradient:
-            gradient = _d_logits(x, column, label, normalizer, tl.load(coefficients + row))
+            gradient = _d_logits(x, column, label, normalizer, coefficient)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=inside)
     is_first = tl.min(first) == label
     if summary is None:

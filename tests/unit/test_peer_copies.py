@@ -79,7 +79,9 @@ class Streams:
         self.threads[-1].start()
 
 
-@pytest.mark.parametrize("collective, number, distance", [("gather", 2, 2), ("gather", 1, 1), ("reduce", 1, 1)])
+@pytest.mark.parametrize(
+    "collective, number, distance", [("gather", 3, 2), ("gather", 1, 1), ("reduce", 2, 1), ("reduce", 1, 1)]
+)
 def test_no_buffer_is_written_before_all_ranks_have_copied(monkeypatch, collective, number, distance):
     """Streams of ranks in the order that FSDP2 keeps: a buffer is written when the all-gather before the last one has
     been copied out (of a module alone: the last one), or when the last reduce-scatter has ended.

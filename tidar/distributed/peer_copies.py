@@ -2,7 +2,8 @@
 
 NCCL's kernels hold SMs while they run. A persistent matmul whose grid has one block for each SM then waits for those
 blocks in a second round. Both collectives here lie in symmetric memory: a rank writes its buffer, waits until all have,
-copies its part of the others' buffers, and waits until all have copied, so that the buffer can be written again.
+and copies its part of the others' buffers. That all have copied it shows when they wait in the next collective. With
+enough buffers, each is written again only after that; those who have one buffer wait a second time.
 """
 
 import math
@@ -72,8 +73,8 @@ def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size:
     others = (parameter for parameter in model.parameters() if id(parameter) not in inside)
     of_rest = _padded_numel(others, group.size())
     # made before anything computes: ranks wait for one another
-    gathered = Buffers(group, device, 2, of_layer * size)
-    reduced = Buffers(group, device, 1, of_layer * reduced_size)
+    gathered = Buffers(group, device, 3, of_layer * size)
+    reduced = Buffers(group, device, 2, of_layer * reduced_size)
     # gathered first in a step and reduced last, so that one buffer does for both
     rest = Buffers(group, device, 1, of_rest * max(size, reduced_size))
     for layer in layers:
@@ -123,6 +124,11 @@ class Buffers:
         """Handle of the buffer that a tensor lies in."""
         return next(made.handle for made in self.made if made.memory.data_ptr() == tensor.data_ptr())
 
+    def finish(self, handle: Any) -> None:
+        """After this rank's copies: a buffer that is used alone may be written again once all ranks have copied."""
+        if len(self.made) == 1:
+            handle.barrier()
+
 
 def buffer_bytes() -> int:
     """Memory of this device in buffers, which is not in what torch counts."""
@@ -132,8 +138,8 @@ def buffer_bytes() -> int:
 class PeerAllGather:
     """FSDP2's all-gather: each rank's shard lies in its place of the result, and the others copy it from there.
 
-    FSDP2 has copied a result out of its buffer before the next but one is written (torch 2.11 to 2.13): two buffers are
-    enough for modules that follow each other, one for a module alone.
+    FSDP2 has copied a result out of its buffer before the next but one is written (torch 2.11 to 2.13). So when a rank
+    writes one of three buffers again, it has met all others in the collective after the buffer's last one.
     """
 
     def __init__(self, buffers: Buffers):
@@ -148,14 +154,14 @@ class PeerAllGather:
         for peer in peers(handle):
             theirs = handle.get_buffer(peer, (numel,), output_tensor.dtype, peer * numel)
             output_tensor[peer * numel : (peer + 1) * numel].copy_(theirs)
-        handle.barrier()
+        self.buffers.finish(handle)
 
 
 class PeerReduceScatter:
     """FSDP2's reduce-scatter: copies of the other ranks' gradients, in their dtype, which are summed in float32.
 
-    FSDP2 writes gradients into the buffer when the reduce-scatter before has ended (torch 2.11 to 2.13): one is enough
-    for all modules of a size.
+    FSDP2 writes gradients into a buffer when the reduce-scatter before has ended (torch 2.11 to 2.13). So when a rank
+    writes one of two buffers again, it has met all others in the collective after the buffer's last one.
     """
 
     def __init__(self, buffers: Buffers):
@@ -178,7 +184,7 @@ class PeerReduceScatter:
         handle.barrier()
         for term, peer in zip(others, peers(handle)):
             term.copy_(handle.get_buffer(peer, (numel,), term.dtype, first))
-        handle.barrier()
+        self.buffers.finish(handle)
         self.sum(output_tensor, input_tensor[first : first + numel], others)
 
 

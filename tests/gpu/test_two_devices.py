@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from results import batch_losses, read_metrics, read_weights
 
 ROOT = Path(__file__).parents[2]
 ROWS, STEPS = 8, 20
+NORMS = 6  # first gradient norms that are compared: they show what rounding makes of the weights before the losses do
 FLOAT32 = f"""
     --training.mixed_precision_param float32 --training.seq_len 64 --tidar.block_size 3 --training.steps {STEPS}
     --training.global_batch_size {ROWS} --validation.enable false --metrics.log_freq 1 --lr_scheduler.warmup_steps 0
@@ -47,17 +49,27 @@ def wide_model(pool, tmp_path_factory, uneven_data) -> str:
     return f"{options} --training.seq_len 128 --training.steps {20 if pool.device == 'cuda' else 2}"
 
 
-def train(pool: RankPool, folder: Path, size: int, options: str, micro_batches: int = 1, rows: int = 0) -> list[float]:
-    """Losses and gradient norms of all steps of a run on `size` devices. rows: of each, by default its part of ROWS."""
+class Curve(NamedTuple):
+    """The losses of all steps and the first gradient norms of a run."""
+
+    losses: list[float]
+    norms: list[float]
+
+    def errors(self, expected: "Curve") -> tuple[float, float]:
+        """The largest of the losses and of the gradient norms, relative."""
+        assert [*map(len, self)] == [*map(len, expected)] and self.losses
+        losses, norms = (max(abs(a / b - 1) for a, b in zip(*both)) for both in zip(self, expected))
+        return losses, norms
+
+
+def train(pool: RankPool, folder: Path, size: int, options: str, micro_batches: int = 1, rows: int = 0) -> Curve:
+    """A run on `size` devices. rows: of each, by default its part of ROWS."""
     rows = rows or ROWS // size // micro_batches
     options = f"{options} --training.local_batch_size {rows} --job.dump_folder {folder}"
     train.answers = pool.run(size, *options.split(), weights=folder.with_suffix(".pt"))
     assert not (error := train.answers[0].get("error")), error
-    return curve(folder)
-
-
-def curve(folder: Path) -> list[float]:
-    return [line[f"train/{name}"] for line in read_metrics(folder) for name in ("batch_loss", "grad_norm")]
+    losses, norms = ([line[f"train/{name}"] for line in read_metrics(folder)] for name in ("batch_loss", "grad_norm"))
+    return Curve(losses, norms[:NORMS])
 
 
 def sizes(pool: RankPool) -> list[int]:
@@ -74,25 +86,25 @@ def difference(folder: Path, other: Path) -> float:
 def test_every_sharding_has_the_numbers_of_one_device(tmp_path, pool, small_model):
     options = f"{small_model} {FLOAT32} --checkpoint.enable false"
     expected = train(pool, tmp_path / "one", 1, options)
-    assert len(expected) == 2 * STEPS
+    assert len(expected.losses) == STEPS
     cases = itertools.product(sizes(pool), SHARDING.items(), (1, 2))
     for number, (size, (name, sharding), micro_batches) in enumerate(cases):
         if size * micro_batches > ROWS:
             continue
         folder = tmp_path / str(number)
         found = train(pool, folder, size, f"{options} {sharding.format(size=size)}", micro_batches)
-        errors = max(abs(a / b - 1) for a, b in zip(found, expected)), difference(folder, tmp_path / "one")
-        print(f"{size} devices, {name}, {micro_batches} micro-batches: {errors[0]:.1e}, weights {errors[1]:.1e}")
-        assert found == pytest.approx(expected, rel=1e-5), name
-        assert errors[1] < 1e-4, name
+        errors = *found.errors(expected), difference(folder, tmp_path / "one")
+        text = "losses {:.1e}, gradient norms {:.1e}, weights {:.1e}".format(*errors)
+        print(f"{size} devices, {name}, {micro_batches} micro-batches: {text}")
+        assert max(errors[:2]) < 1e-5 and errors[2] < 1e-4, (size, name)
 
 
 def test_bfloat16_differs_by_its_rounding(tmp_path, pool, wide_model):
     options = f"{wide_model} --training.mixed_precision_param bfloat16"
     one, two = (train(pool, tmp_path / str(size), size, options) for size in (1, 2))
-    losses, norms = ([abs(a / b - 1) for a, b in zip(one[i::2], two[i::2])] for i in range(2))
-    print(f"losses {max(losses):.1e}, norms {max(norms):.1e}")
-    assert 0 < max(losses) < 5e-3 and max(norms) < 5e-2
+    losses, norms = two.errors(one)
+    print(f"losses {losses:.1e}, norms {norms:.1e}")
+    assert 0 < losses < 5e-3 and norms < 5e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -120,13 +132,13 @@ def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, pool, small
     options = f"{small_model} {FLOAT32} --checkpoint.interval {STEPS // 2}"
     curves = {size: train(pool, tmp_path / str(size), size, options) for size in (1, *sizes(pool))}
     for size, found in curves.items():
-        assert found == pytest.approx(curves[1], rel=1e-5), size
+        assert max(found.errors(curves[1])) < 1e-5, size
     for before, after in itertools.permutations(curves, 2):
         folder = shutil.copytree(tmp_path / str(before), tmp_path / f"{before}-{after}")
         shutil.rmtree(folder / "checkpoint" / f"step-{STEPS}")
         resumed = train(pool, folder, after, options)
         assert f"resumed from step {STEPS // 2}" in train.answers[0]["printed"]
-        assert resumed == pytest.approx(curves[1], rel=1e-5)
+        assert max(resumed.errors(curves[1])) < 1e-5
         assert difference(folder, tmp_path / "1") < 1e-4
 
 
@@ -156,15 +168,16 @@ def test_two_devices_share_rows(tmp_path, pool, small_model, wide_model, shared,
         if pool.device == "cpu" or KERNELS.attention != "flash":
             pytest.skip("FlashAttention-4 does not run here")
         options = f"{wide_model} --model.attention_backend flash --training.seq_len 512"
-        bounds = {"rel": 5e-3}, {"rel": 5e-2}
+        bounds = 5e-3, 5e-2
     else:
         options = f"{small_model} {FLOAT32} --checkpoint.enable false"
-        bounds = {"rel": 1e-5}, {"rel": 1e-5}
+        bounds = 1e-5, 1e-5
     one = train(pool, tmp_path / "one", 1, options)
     # each of the two has all rows
     two = train(pool, tmp_path / "two", 2, f"{options} --parallelism.{shared}_parallel_degree 2", rows=ROWS)
-    print(max(abs(a / b - 1) for a, b in zip(one, two)))
-    assert two[::2] == pytest.approx(one[::2], **bounds[0]) and two[1::2] == pytest.approx(one[1::2], **bounds[1])
+    losses, norms = two.errors(one)
+    print(f"losses {losses:.1e}, norms {norms:.1e}")
+    assert losses < bounds[0] and norms < bounds[1]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,8 @@ def test_two_devices_share_the_vocabulary(tmp_path, tmp_path_factory, pool, unev
     two = train(pool, tmp_path / "two", 2, f"{options} --parallelism.tensor_parallel_degree 2", rows=ROWS)
     if pool.device == "cuda" and KERNELS.fused_matmul:
         assert engine in train.answers[0]["printed"]
-    assert two[::2] == pytest.approx(one[::2], rel=5e-3) and two[1::2] == pytest.approx(one[1::2], rel=5e-2)
+    losses, norms = two.errors(one)
+    assert losses < 5e-3 and norms < 5e-2
     accuracies = [[line["train/batch_accuracy"] for line in read_metrics(tmp_path / run)] for run in ("one", "two")]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=2e-2)
 

@@ -113,6 +113,8 @@ def measure(options: list[str], steps: int) -> dict:
     with running([*options, "--training.steps", str(WARM_UP + steps)], times) as trainer:
         with power_log(trainer.device) as power:
             trainer.train()
+            if trainer.step < trainer.steps:
+                raise UserError(f"stopped by {trainer.stop_reason}: the case is not measured")
             measured = times.measured()
             power_used = power(sum(step.seconds for step in measured))
         result: dict[str, Any] = {

@@ -115,9 +115,9 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0.0
     reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0.0
     if exchanged := exchanged_size(plan):
-        # two to gather layers, one to reduce them, and one for what is in no layer; copies of the others' gradients and
-        # their sum come and go
-        gathered += (2 * size + exchanged) * layer + max(size, exchanged) * root
+        # three to gather layers, two to reduce them, and one for what is in no layer; copies of the others' gradients
+        # and their sum come and go
+        gathered += (3 * size + 2 * exchanged) * layer + max(size, exchanged) * root
         buffer = exchanged * (1 - 1 / plan.shards) + WIDE / plan.shards
         reduced = (size + buffer) * layer
         in_layer //= 2  # what is gathered next lies in its buffer

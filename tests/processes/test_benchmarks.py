@@ -68,7 +68,9 @@ def test_train_step_measures_a_case_its_baseline_and_its_start(tmp_path, run, ca
 def test_train_step_on_two_ranks(tmp_path):
     """One of them prints, and a device's tokens are those of its rows, or its part of the rows that it shares."""
     shared = "debug --parallelism.context_parallel_degree 2"
-    arguments = "--case", "debug", shared, *SMALL, "--steps", "1"
+    (tmp_path / "a.txt").write_text("a text without end " * 1000)
+    text = "--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", str(tmp_path / "a.txt")
+    arguments = "--case", "debug", shared, *SMALL, *text, "--steps", "1"
     code, output = forks.call(forks.torchrun, 2, faulty.measure_steps, *arguments, log=tmp_path / "log")
     assert code == 0, output
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

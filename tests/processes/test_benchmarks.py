@@ -80,6 +80,12 @@ def test_train_step_on_two_ranks(tmp_path):
     assert output.count("GPUs") == 1
 
 
+@pytest.mark.parametrize("benchmark", [train_step, profile])
+def test_a_run_that_is_stopped_is_not_measured(call, smaller_debug, benchmark):
+    code, _, error = call(benchmark.main, "--case", "debug", *SMALL, "--checkpoint.max_wall_minutes", "1e-9")
+    assert code == 1 and error == "error: stopped by checkpoint.max_wall_minutes: the case is not measured\n"
+
+
 def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capfd):
     """Processes that print results until one is at fault: the next ones begin after it. Rates stand beside one's."""
     fake = tmp_path / "fake.py"

@@ -116,6 +116,13 @@ def running(options: list[str], hooks: Hooks | None = None) -> Iterator[Trainer]
                 leave_world()
 
 
+def train_all_steps(trainer: Trainer) -> None:
+    """Raises UserError where the run is stopped before its last step."""
+    trainer.train()
+    if trainer.step < trainer.steps:
+        raise UserError(f"stopped by {trainer.stop_reason}: the case is not measured")
+
+
 def free_memory() -> None:
     """Frees the memory of an earlier trainer that nothing refers to any more, and its compiled graphs."""
     torch._dynamo.reset()

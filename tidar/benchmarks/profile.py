@@ -28,6 +28,7 @@ from tidar.benchmarks.cases import (
     device_name,
     running,
     sustained_seconds,
+    train_all_steps,
 )
 from tidar.benchmarks.ranks import is_rank, launcher, numbers_of_devices
 from tidar.config import ArgumentParser, UserError, user_errors_exit
@@ -198,7 +199,7 @@ def main() -> None:
         times = Traced()
         with running(options, times) as trainer:
             rates = ceilings(trainer.device, trainer.plan.dtype)
-            trainer.train()
+            train_all_steps(trainer)
             flops = sum(work[1] for work in times.work[WARM_UP:]) / n_steps
             if trainer.world.rank == 0:
                 report(trainer, kernels(times.profiler), n_steps, flops, rates, arguments.top)

@@ -36,6 +36,7 @@ from tidar.benchmarks.cases import (
     medians,
     running,
     steps_of_all,
+    train_all_steps,
 )
 from tidar.benchmarks.power import power_log
 from tidar.benchmarks.ranks import gather, is_first_rank, is_rank, launcher, n_ranks, numbers_of_devices
@@ -112,9 +113,7 @@ def measure(options: list[str], steps: int) -> dict:
     times = StepTimes()
     with running([*options, "--training.steps", str(WARM_UP + steps)], times) as trainer:
         with power_log(trainer.device) as power:
-            trainer.train()
-            if trainer.step < trainer.steps:
-                raise UserError(f"stopped by {trainer.stop_reason}: the case is not measured")
+            train_all_steps(trainer)
             measured = times.measured()
             power_used = power(sum(step.seconds for step in measured))
         result: dict[str, Any] = {
@@ -134,7 +133,7 @@ def measure_overhead(options: list[str]) -> float:
     """Share of a step that metrics, data and logging take."""
     times = Alternating(load_config(options).metrics.log_freq)
     with running([*options, "--training.steps", str(times.steps)], times) as trainer:
-        trainer.train()
+        train_all_steps(trainer)
         return times.overhead(trainer)
 
 

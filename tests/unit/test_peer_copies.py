@@ -11,7 +11,14 @@ import torch
 from peer_memory import Handle, imitate_kernel
 
 from tidar.distributed import peer_copies
-from tidar.distributed.peer_copies import Buffer, Buffers, PeerAllGather, PeerReduceScatter
+from tidar.distributed.peer_copies import (
+    GATHER_BUFFERS,
+    REDUCE_BUFFERS,
+    Buffer,
+    Buffers,
+    PeerAllGather,
+    PeerReduceScatter,
+)
 
 CUDA = torch.device("cuda", 0)
 WORKS = 100  # of each stream
@@ -80,7 +87,8 @@ class Streams:
 
 
 @pytest.mark.parametrize(
-    "collective, number, distance", [("gather", 3, 2), ("gather", 1, 1), ("reduce", 2, 1), ("reduce", 1, 1)]
+    "collective, number, distance",
+    [("gather", GATHER_BUFFERS, 2), ("gather", 1, 1), ("reduce", REDUCE_BUFFERS, 1), ("reduce", 1, 1)],
 )
 def test_no_buffer_is_written_before_all_ranks_have_copied(monkeypatch, collective, number, distance):
     """Streams of ranks in the order that FSDP2 keeps: a buffer is written when the all-gather before the last one has

@@ -3,7 +3,7 @@
 from tidar.distributed.context_parallel import GatheredAttention, gathered_attention
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
-from tidar.distributed.peer_copies import buffer_bytes, exchanged_dtype
+from tidar.distributed.peer_copies import GATHER_BUFFERS, REDUCE_BUFFERS, buffer_bytes, exchanged_dtype
 from tidar.distributed.precision import compute_dtype, make_deterministic
 from tidar.distributed.tensor_parallel import tensor_shard
 from tidar.distributed.watchdog import Watchdog
@@ -20,6 +20,8 @@ from tidar.distributed.world import (
 )
 
 __all__ = [
+    "GATHER_BUFFERS",
+    "REDUCE_BUFFERS",
     "GatheredAttention",
     "OneDevice",
     "Sharded",

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from tidar.config import Config, print_lines
 
+# of all layers: enough that a rank has met all others between two uses of a buffer (see the collectives below)
+GATHER_BUFFERS, REDUCE_BUFFERS = 3, 2
+
 
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the ranks of a group, started by torchrun, have GPUs of one host that can read each other's memory.
@@ -73,8 +76,8 @@ def use_copies(model: Any, group: dist.ProcessGroup, device: torch.device, size:
     others = (parameter for parameter in model.parameters() if id(parameter) not in inside)
     of_rest = _padded_numel(others, group.size())
     # made before anything computes: ranks wait for one another
-    gathered = Buffers(group, device, 3, of_layer * size)
-    reduced = Buffers(group, device, 2, of_layer * reduced_size)
+    gathered = Buffers(group, device, GATHER_BUFFERS, of_layer * size)
+    reduced = Buffers(group, device, REDUCE_BUFFERS, of_layer * reduced_size)
     # gathered first in a step and reduced last, so that one buffer does for both
     rest = Buffers(group, device, 1, of_rest * max(size, reduced_size))
     for layer in layers:
@@ -139,7 +142,7 @@ class PeerAllGather:
     """FSDP2's all-gather: each rank's shard lies in its place of the result, and the others copy it from there.
 
     FSDP2 has copied a result out of its buffer before the next but one is written (torch 2.11 to 2.13). So when a rank
-    writes one of three buffers again, it has met all others in the collective after the buffer's last one.
+    writes one of GATHER_BUFFERS again, it has met all others in the collective after the buffer's last one.
     """
 
     def __init__(self, buffers: Buffers):
@@ -161,7 +164,7 @@ class PeerReduceScatter:
     """FSDP2's reduce-scatter: copies of the other ranks' gradients, in their dtype, which are summed in float32.
 
     FSDP2 writes gradients into a buffer when the reduce-scatter before has ended (torch 2.11 to 2.13). So when a rank
-    writes one of two buffers again, it has met all others in the collective after the buffer's last one.
+    writes one of REDUCE_BUFFERS again, it has met all others in the collective after the buffer's last one.
     """
 
     def __init__(self, buffers: Buffers):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from tidar.distributed import exchanged_dtype
+from tidar.distributed import GATHER_BUFFERS, REDUCE_BUFFERS, exchanged_dtype
 from tidar.models.flops import layer_weights
 from tidar.training.estimate.gpus import PER_HOST
 from tidar.training.estimate.row import RowWork
@@ -115,9 +115,8 @@ def _moments(plan: RunPlan, row: RowWork) -> Iterator[Memory]:
     buffer = WIDE if plan.uses_fsdp and (plan.world_size > 1 or accumulates) else 0.0
     reduced = (size + 2 * buffer) * layer if plan.uses_fsdp or accumulates else 0.0
     if exchanged := exchanged_size(plan):
-        # three to gather layers, two to reduce them, and one for what is in no layer; copies of the others' gradients
-        # and their sum come and go
-        gathered += (3 * size + 2 * exchanged) * layer + max(size, exchanged) * root
+        # buffers of layers, and one for what is in no layer; copies of the others' gradients and their sum come and go
+        gathered += (GATHER_BUFFERS * size + REDUCE_BUFFERS * exchanged) * layer + max(size, exchanged) * root
         buffer = exchanged * (1 - 1 / plan.shards) + WIDE / plan.shards
         reduced = (size + buffer) * layer
         in_layer //= 2  # what is gathered next lies in its buffer

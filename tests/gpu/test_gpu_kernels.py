@@ -128,7 +128,7 @@ TURN = threading.Lock()
 
 
 class Part:
-    """A part of a vocabulary on a rank of several, which are threads that compute by turns."""
+    """One rank's part of a vocabulary. The ranks are threads, of which one computes at a time."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, values: dict[int, torch.Tensor]):
         self.rank, self.size, self.barrier, self.values = rank, size, barrier, values
@@ -151,7 +151,7 @@ class Part:
 
 @needs_quack
 def test_ranks_with_parts_of_the_vocabulary_have_the_loss_of_the_whole():
-    """Parts of whole tiles and of others; losses and hits are the same on all ranks, gradients add up."""
+    """Parts of whole tiles and of others; losses and hits are the same on all ranks, gradients sum to the whole's."""
     n, dim = 500, 256
     for vocab, ranks in ((768, 2), (1280, 2), (1024, 4)):
         hidden = torch.randn(1, n, dim, device=CUDA).bfloat16()

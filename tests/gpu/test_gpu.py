@@ -174,6 +174,27 @@ def test_training_compiles_once(tmp_path, experiments):
     assert len(after_validation) == 9 and len(set(after_validation)) == 1
 
 
+class WithoutWaits(Hooks):
+    """From the end of step 3 to that of the last but one, what makes the host wait for the device is an error."""
+
+    def after_step(self, trainer):
+        waits = trainer.step < 3 or trainer.step >= trainer.steps - 1
+        torch.cuda.set_sync_debug_mode("default" if waits else "error")
+
+
+@pytest.mark.parametrize("options", ["", "--optimizer.state_dtype bfloat16", "--training.global_batch_size 16"])
+def test_the_host_does_not_wait_for_the_device(tmp_path, options):
+    """So that it begins a step while the one before is still computed, and a slow host delays nothing."""
+    torch._dynamo.reset()
+    options = f"{options} --data.source uneven --training.seq_len 128 --training.local_batch_size 4 --training.steps 8"
+    options += f" --metrics.log_freq 100 --checkpoint.enable false --job.dump_folder {tmp_path}"
+    try:
+        Trainer(load_config(options.split()), WithoutWaits()).train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        leave_world()
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_direct_block_mask_equals_the_evaluated_one(name):
     """On the device: tiles, their order, pairs; and it is built without a wait for the device."""

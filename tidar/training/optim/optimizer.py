@@ -118,7 +118,9 @@ class MixedAdamW(torch.optim.Optimizer):
         else:
             for slices, salt in zip(tensors, salts):
                 _update_in_pieces(slices, salt, scalars, group["betas"], group["eps"])
-        torch._foreach_add_([state["step"] for state in states], 1 - self.found_inf.to(device))
+        step_counts = [state["step"] for state in states]
+        # one tensor for each: torch would read a single one on the host, which waits for the device
+        torch._foreach_add_(step_counts, [1 - self.found_inf.to(device)] * len(step_counts))
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]

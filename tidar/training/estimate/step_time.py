@@ -10,12 +10,12 @@ from tidar.training.estimate.memory import WIDE, exchanged_size
 from tidar.training.estimate.row import RowWork
 from tidar.training.plan import RunPlan
 
-# seconds of a step in which the device waits for its host: data, reports
-BETWEEN_STEPS = 10e-3
-# seconds that a second of FSDP2's communication adds to a step. Above 1, although it overlaps computation: NCCL takes
-# SMs from persistent kernels, copies between GPUs take bandwidth and power, and both have casts and waits beside them
-# (measured on four H200s with NCCL, and on two with copies; see docs/performance.md)
-COLLISION = 2.2
+# seconds of a step in which the device waits for its host, or runs what the step computes of single numbers
+BETWEEN_STEPS = 4e-3
+# seconds that a second of FSDP2's communication adds to a step, although it overlaps computation: NCCL takes SMs from
+# persistent kernels, copies between GPUs take bandwidth and power, and both have casts and waits beside them (measured
+# on four H200s with NCCL, on two and four with copies; see docs/performance.md)
+OF_NCCL, OF_COPIES = 2.2, 1.5
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
     seconds += reduces * _collective(exchanged * n, plan.shards, stride, gpu.scatter)
     seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
-    return copied / gpu.copy, COLLISION * seconds
+    return copied / gpu.copy, (OF_COPIES if copies else OF_NCCL) * seconds
 
 
 def _collective(size: float, ranks: int, stride: int, rate: float) -> float:

@@ -129,11 +129,6 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 
 def test_a_signal_at_the_fork_kills_no_worker(monkeypatch):
     """Each worker gets SIGTERM and SIGUSR1 before it has run a line, with the handlers that a plain process has."""
-
-    class Rows(list):
-        def ar_weight(self, row: int) -> float:
-            return 1.0
-
     forked = multiprocessing.popen_fork.os.fork
 
     def fork_signalled() -> int:
@@ -144,7 +139,7 @@ def test_a_signal_at_the_fork_kills_no_worker(monkeypatch):
         return pid
 
     monkeypatch.setattr(multiprocessing.popen_fork.os, "fork", fork_signalled)
-    rows = Rows([(torch.zeros(4, dtype=torch.long),) * 3] * 6)
+    rows = [(torch.zeros(4, dtype=torch.long),) * 3] * 6
     batches = make_loader(rows, [[(0, i)] for i in range(6)], get_pattern("causal"), 0, 2, pin_memory=False)
     assert len(list(batches)) == 6
 

@@ -255,21 +255,6 @@ def test_background_workers_change_nothing():
     assert torch.get_rng_state().equal(state)
 
 
-def test_the_autoregressive_loss_weighs_each_corpus():
-    corpora = [random_corpus(random.Random(seed), 16) for seed in (3, 4)]
-    rows, same = PackedRows(corpora, 16, ar_weights=[0.5, 0.0]), PackedRows(corpora, 16)
-    samples = [(0, 0), (0, len(rows) - 1), (0, -1), (0, 1)]
-    pattern = get_pattern("tidar", block_size=4, mask_token_id=0)
-    (found,), (usual,) = (make_loader(one, [samples], pattern, 0, 0, pin_memory=False) for one in (rows, same))
-    factors = {row: 0.5 if rows.pieces(row)[0] is corpora[0] else 0.0 for _, row in samples if row >= 0}
-    assert sorted(factors.values()) == [0, 0.5, 0.5]
-    targets = found.rows.targets["ar"]
-    for index, weight, before in zip(targets.index, targets.weights, usual.rows.targets["ar"].weights, strict=True):
-        assert weight == before * factors[samples[index // 32][1]] and before > 0
-    for name in ("index", "weights", "labels"):
-        assert getattr(found.rows.targets["diffusion"], name).equal(getattr(usual.rows.targets["diffusion"], name))
-
-
 def test_what_is_drawn_for_a_row_follows_seed_epoch_and_row():
     rows = PackedRows([random_corpus(random.Random(3), 16)], 16)
     pattern = get_pattern("tidar_random", block_size=4, mask_token_id=0)

@@ -91,8 +91,6 @@ def test_weights_and_validation_paths(tmp_path):
     assert not set(texts(training)) & set(texts(held_out)) and 100 <= len(texts(held_out)) <= 130
     with pytest.raises(UserError, match="data.weights: 1 numbers for 2 paths"):
         make_rows(*load(tmp_path, *options, "--data.weights", "1"))
-    with pytest.raises(UserError, match="data.ar_weights: .* data.source = prepared .it is text, with 2 paths"):
-        make_rows(*load(tmp_path, *options, "--data.ar_weights", "1", "0"))
 
 
 def test_bad_chats_and_plain_files(tmp_path):

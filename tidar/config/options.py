@@ -102,9 +102,6 @@ class Data:
     weights: list[float] = option(
         [], "how many times an epoch repeats each path's documents [1]; 0.3 takes a fixed random 30 %", minimum=0
     )
-    ar_weights: list[float] = option(
-        [], "experiment, prepared: weight of each path in the autoregressive loss [1]; 0: drafts only", minimum=0
-    )
     tokenizer: str = option("", "tokenizer's folder or hub id, or bytes (default: the tokenizer of the model)")
     text_field: str = option("text", "text: record field that holds the text")
     prompt_field: str = option("", "chat: record field of the prompt (default: prompt, question or instruction)")

@@ -114,11 +114,6 @@ def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
     """
     options, validation, training = config.data, config.validation, config.training
     weights = _weights_by_document_group(options, data.training)
-    if options.ar_weights and (options.source != "prepared" or len(options.ar_weights) != len(data.training)):
-        raise UserError(
-            f"data.ar_weights: {len(options.ar_weights)} numbers: must be one for each of data.paths, and "
-            f"data.source = prepared (it is {options.source}, with {len(options.paths)} paths)"
-        )
     share = 0.0 if data.validation or not validation.enable else validation.share
     firsts = np.cumsum([0, *(len(corpus) for corpus in data.training)])
     held_out = held_out_documents(int(firsts[-1]), share, training.seed)
@@ -139,8 +134,7 @@ def make_rows(config: Config, data: Dataset) -> tuple[PackedRows, PackedRows]:
 
     rows: dict[str, Any] = {"seq_len": training.seq_len, "padding_token_id": data.padding_token_id}
     rows |= {"packing": options.packing, "long_documents": options.long_documents}
-    chosen = copies if len(held_out) or weights else None
-    train_rows = PackedRows(data.training, **rows, copies=chosen, ar_weights=options.ar_weights)
+    train_rows = PackedRows(data.training, **rows, copies=copies if len(held_out) or weights else None)
     if data.validation or not len(held_out):
         validation_rows = PackedRows(data.validation, **rows)
     else:

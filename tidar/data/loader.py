@@ -82,7 +82,7 @@ def make_loader(
     return _Loader(
         _Samples(dataset),
         batch_sampler=order,
-        collate_fn=partial(_collate, dataset, pattern, seed, share),
+        collate_fn=partial(_collate, pattern, seed, share),
         num_workers=num_workers,
         # with their parent's memory: a corpus is mapped, and must not be copied
         multiprocessing_context="fork" if num_workers else None,
@@ -94,7 +94,6 @@ def make_loader(
 
 
 def _collate(
-    dataset: PackedRows,
     pattern: Pattern,
     seed: int,
     share: Callable[[ModelBatch], ModelBatch] | None,
@@ -103,10 +102,6 @@ def _collate(
     tokens, document_ids, loss_mask = (torch.stack(column) for column in zip(*(row for _, row in samples)))
     seeds = [derive_seed(seed, "pattern", *sample) for sample, _ in samples]
     rows = pattern.layout(tokens, document_ids, loss_mask, seeds)
-    if "ar" in rows.targets:
-        targets = rows.targets["ar"]
-        weights = torch.tensor([dataset.ar_weight(row) for (_, row), _ in samples])
-        targets.weights = targets.weights * weights[targets.index // rows.input_ids.shape[1]]
     return Batch(share(rows) if share else rows, int((document_ids != PADDING).sum()))
 
 

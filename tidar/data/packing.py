@@ -1,7 +1,7 @@
 """Documents packed into rows of seq_len tokens."""
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,6 @@ class Packed:
     pieces: np.ndarray
     ends: np.ndarray
     kept_long: np.ndarray | None = None
-    ar_weight: float = 1.0
 
     @property
     def n_long_rows(self) -> int:
@@ -67,12 +66,8 @@ class PackedRows(Dataset[Row]):
         packing: bool = True,
         long_documents: str = "split",
         copies: Copies | None = None,
-        ar_weights: Sequence[float] = (),
     ):
-        """copies: how often each document is taken: (number of the corpus, numbers of documents `[n]`) -> `[n]`.
-
-        ar_weights: see `ar_weight`, one for each corpus; by default 1.
-        """
+        """copies: how often each document is taken: (number of the corpus, numbers of documents `[n]`) -> `[n]`."""
         self.seq_len = seq_len
         self.padding_token_id = padding_token_id
         self.packing = packing
@@ -86,7 +81,6 @@ class PackedRows(Dataset[Row]):
                 if copies:
                     documents = np.repeat(documents, copies(number, first + documents))
                 self._add(corpus, first, documents, lengths[documents], long_documents)
-                self.chunks[-1].ar_weight = ar_weights[number] if ar_weights else 1.0
         self.first_rows = [chunk.first_row for chunk in self.chunks]
 
     def _add(self, corpus: Corpus, first: int, documents: np.ndarray, lengths: np.ndarray, long_documents: str) -> None:
@@ -186,16 +180,9 @@ class PackedRows(Dataset[Row]):
             filled += length
         return tokens, document_ids, loss_mask
 
-    def ar_weight(self, row: int) -> float:
-        """Factor of the weights of a row's targets in the autoregressive loss."""
-        return self._chunk(row).ar_weight if row != EMPTY_ROW else 1.0
-
-    def _chunk(self, row: int) -> Packed:
-        return self.chunks[bisect_right(self.first_rows, row) - 1]
-
     def pieces(self, row: int) -> tuple[Corpus, list[tuple[int, int]]]:
         """The corpus of a row, and where its pieces lie there: (first token, length)."""
-        chunk, seq_len = self._chunk(row), self.seq_len
+        chunk, seq_len = self.chunks[bisect_right(self.first_rows, row) - 1], self.seq_len
         row -= chunk.first_row
         if row < chunk.n_long_rows:
             row = row if chunk.kept_long is None else int(chunk.kept_long[row])

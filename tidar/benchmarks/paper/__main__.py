@@ -1,9 +1,9 @@
 """The paper's findings at small size: python -m tidar.benchmarks.paper --output FOLDER [--only NAME …] [--time_limit N]
 
-Trains small models from scratch on the Python source of this interpreter's packages, each by an ordinary run of
-tidar.train, decodes held-out prompts with them, and writes FOLDER/report.md: a table, pictures, and which of the
-findings of the paper held. Called again, it resumes; what is finished is not repeated. Started several times at once,
-each on a GPU of its own, it shares the runs. --only smoke: a reduced form that takes minutes on a CPU.
+Trains small models on the Python source of this interpreter's packages, each by an ordinary run of tidar.train,
+decodes held-out prompts with them, and writes FOLDER/report.md: a table, pictures, and which of the findings of the
+paper held. Called again, it resumes; what is finished is not repeated. Started several times at once, each on a GPU of
+its own, it shares the runs. --only smoke: a reduced form that takes minutes on a CPU.
 """
 
 import time
@@ -104,8 +104,11 @@ def work_on(
     of runs that raised an error, and why; the others continue.
     """
     while True:
-        possible = [one for one in runs if not {one.name, one.starts_from} & failed.keys()]
-        left = [one for one in possible if not is_done(folder, one.name)]
+        lost = set(failed)
+        for one in runs:  # each comes after the one that it continues
+            if one.starts_from in lost:
+                lost.add(one.name)
+        left = [one for one in runs if one.name not in lost and not is_done(folder, one.name)]
         if not left:
             return "the other runs are done" if failed else f"all {len(runs)} runs are done"
         if is_over(deadline):

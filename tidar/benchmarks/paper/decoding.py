@@ -215,7 +215,7 @@ def write_own_text(folder: Path, run: Run, temperature: float, config: Config, s
     """Completions of beginnings of training documents by the run that `run` continues, prepared, if they are not there.
 
     config: of `run`, with the corpus as its only data. Returns the prepared folder, and how often an epoch repeats it
-    so that it has `own_share` of the tokens beside the whole corpus. A text ends where it begins to loop.
+    so that it has as many tokens as the corpus. A text ends where it begins to loop.
     """
     name = run.starts_from
     prepared = folder / "own_text" / f"{name}-{temperature:g}"
@@ -234,4 +234,4 @@ def write_own_text(folder: Path, run: Run, temperature: float, config: Config, s
         write_atomically(texts, "".join(json.dumps({"text": text}) + "\n" for text in own))
     n_own = prepare_texts(folder, texts, prepared, "none")  # most texts stop before their end
     n_corpus = Corpus.open(folder / "data" / "training", verify=False).meta["tokens"]
-    return prepared, n_corpus / n_own * run.own_share / (1 - run.own_share)
+    return prepared, n_corpus / n_own

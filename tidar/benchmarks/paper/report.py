@@ -166,9 +166,7 @@ def _pictures(folder: Path, results: dict[str, Result]) -> list[str]:
             folder / "pictures" / "tokens_per_forward.svg", "Tokens per forward pass", "block size", list(sizes), series
         )
         lines += ["![tokens per forward pass by block size](pictures/tokens_per_forward.svg)", ""]
-    shown = [
-        name for name in ("tidar-4", MAIN, "tidar-16", "random-8", "continued-8", "own-drafts-8") if name in results
-    ]
+    shown = [name for name in ("tidar-4", MAIN, "tidar-16", "random-8", "scratch-8", "positions-8") if name in results]
     accuracies = {name: [results[name].score(f"accuracy_diff_at/{k}") for k in range(16)] for name in shown}
     if accuracies:
         longest = max(sum(value is not None for value in values) for values in accuracies.values())

@@ -18,16 +18,15 @@ from tidar.training.trainer import Trainer
 CONFIGS = Path(__file__).parents[3] / "train_configs" / "paper_small"
 CAUSAL, MAIN = "causal", "tidar-8"
 BY_SIZE = {"4": "tidar-4", "8": MAIN, "16": "tidar-16"}
-# of a run that continues another one: a third of its steps, over rows in another order
-CONTINUES = "--training.steps 300 --training.seed 1 --optimizer.lr 7.5e-4"
+# of a block of 8 drafted tokens. The first is not used: the step has chosen that one itself
+POSITIONS = "--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6"
 
 
 @dataclass(frozen=True)
 class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
-    own_text: temperature of the text by that run on which it trains too; None: there is no such text. own_share: of the
-    tokens. drafts_only: whether that text has no part in the autoregressive loss.
+    own_text: temperature of the text by that run of which it has half of its tokens; None: there is no such text.
     """
 
     name: str
@@ -35,8 +34,15 @@ class Run:
     options: str = ""
     starts_from: str = ""
     own_text: float | None = None
-    own_share: float = 0.5
-    drafts_only: bool = False
+
+
+def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run:
+    """A run that continues the causal model, as the paper continues Qwen."""
+    return Run(name, about, f"--training.steps 600 --training.seed {seed} --optimizer.lr 7.5e-4 {options}", CAUSAL)
+
+
+def _from_tidar(name: str, about: str, own_text: float | None = None) -> Run:
+    return Run(name, about, "--training.steps 300 --training.seed 3 --optimizer.lr 7.5e-4", MAIN, own_text)
 
 
 # In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats
@@ -44,58 +50,30 @@ RUNS = {
     run.name: run
     for run in (
         Run(CAUSAL, "autoregressive loss only", "--tidar.pattern causal"),
-        Run(MAIN, "TiDAR, blocks of 8"),
-        Run("tidar-4", "blocks of 4", "--tidar.block_size 4"),
-        Run("tidar-16", "blocks of 16", "--tidar.block_size 16"),
-        Run("random-8", "random masking", "--tidar.pattern tidar_random"),
-        Run("causal-more", "the causal model, continued as such", f"--tidar.pattern causal {CONTINUES}", CAUSAL),
-        Run("continued-8", "the causal model, continued by TiDAR", CONTINUES, CAUSAL),
-        Run("more-8", "tidar-8 continued as it was", CONTINUES, MAIN),
-        Run("own-text-8", "tidar-8 continued, half of it on its own greedy text", CONTINUES, MAIN, own_text=0.0),
-        Run(
-            "own-tenth-8",
-            "tidar-8 continued, a tenth of it on its own greedy text",
-            CONTINUES,
-            MAIN,
-            own_text=0.0,
-            own_share=0.1,
+        Run("scratch-8", "TiDAR from scratch, as many steps as tidar-8 and its start", "--training.steps 1500"),
+        _from_causal(MAIN, "TiDAR, blocks of 8"),
+        _from_causal("tidar-4", "blocks of 4", "--tidar.block_size 4"),
+        _from_causal("tidar-16", "blocks of 16", "--tidar.block_size 16"),
+        _from_causal("random-8", "random masking", "--tidar.pattern tidar_random"),
+        _from_causal("causal-more", "continued with the autoregressive loss only", "--tidar.pattern causal"),
+        _from_causal("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
+        _from_causal("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
+        _from_causal("positions-8", "diffusion loss weighted towards the positions that are drafted first", POSITIONS),
+        _from_causal(
+            "positions-light-8",
+            "the same, and half the weight of the diffusion loss",
+            f"{POSITIONS} --tidar.diffusion_loss_weight 0.5",
         ),
-        Run(
-            "own-drafts-8",
-            "tidar-8 continued, half of it on its own greedy text, from which only drafts learn",
-            CONTINUES,
-            MAIN,
-            own_text=0.0,
-            drafts_only=True,
-        ),
-        Run(
-            "positions-more-8",
-            # of a drafted block the first token is not used: the step has chosen that one itself
-            "tidar-8 continued, diffusion loss weighted towards the positions that are drafted first",
-            f"--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6 {CONTINUES}",
-            MAIN,
-        ),
-        Run("ar-heavy-8", "loss weights 1 : 0.3", "--tidar.diffusion_loss_weight 0.3"),
-        Run("diffusion-heavy-8", "loss weights 0.3 : 1", "--tidar.ar_loss_weight 0.3"),
-        Run("random-8-seed-1", "random masking, second seed", "--tidar.pattern tidar_random --training.seed 1"),
-        Run("tidar-8-seed-1", "blocks of 8, second seed", "--training.seed 1"),
-        Run("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
-        Run("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
-        Run(
-            "own-samples-8",
-            "tidar-8 continued, half of it on its own text, temperature 1",
-            CONTINUES,
-            MAIN,
-            own_text=1.0,
-        ),
-        Run(
-            "own-targets-more-8",
-            "tidar-8 continued, drafts learn the AR half's most likely tokens",
-            f"--tidar.draft_targets model {CONTINUES}",
-            MAIN,
-        ),
-        Run("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),
-        Run("block-diffusion-8", "BD3-LM, the rival", "--tidar.pattern block_diffusion"),
+        _from_causal("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
+        _from_tidar("more-8", "tidar-8 continued as it was"),
+        _from_tidar("own-text-8", "tidar-8 continued, half of it on its own greedy text", own_text=0.0),
+        _from_causal("random-8-seed-2", "random masking, second seed", "--tidar.pattern tidar_random", seed=2),
+        _from_causal("tidar-8-seed-2", "blocks of 8, second seed", seed=2),
+        _from_causal("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
+        _from_causal("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
+        _from_tidar("own-samples-8", "tidar-8 continued, half of it on its own text, temperature 1", own_text=1.0),
+        _from_causal("share-8", "half of the masked blocks", "--tidar.diffusion_share 0.5"),
+        _from_causal("block-diffusion-8", "BD3-LM, the rival", "--tidar.pattern block_diffusion"),
     )
 }
 
@@ -105,7 +83,7 @@ class Scale:
     """Sizes of the whole table.
 
     prompts, new_tokens: of decoding; own_prompts: prompts that a model completes for a run of its own text.
-    continued_steps: of runs that continue another one, None as their options say.
+    own_steps: of runs whose options say their steps, None as they say.
     """
 
     toml: Path
@@ -113,7 +91,7 @@ class Scale:
     prompts: int
     new_tokens: int
     own_prompts: int
-    continued_steps: int | None = None
+    own_steps: int | None = None
 
 
 FULL = Scale(CONFIGS / "base.toml", Extent(), prompts=256, new_tokens=256, own_prompts=8192)
@@ -123,7 +101,7 @@ SMOKE = Scale(
     prompts=3,
     new_tokens=16,
     own_prompts=8,
-    continued_steps=4,
+    own_steps=4,
 )
 
 
@@ -136,7 +114,9 @@ def select(names: list[str]) -> list[Run]:
         if name not in RUNS:
             raise UserError(f"--only {name}: must be of smoke, {', '.join(RUNS)}")
     wanted = set(names or RUNS)
-    wanted |= {RUNS[name].starts_from for name in wanted}
+    for name in reversed(RUNS):  # a run comes after the one that it continues
+        if name in wanted:
+            wanted.add(RUNS[name].starts_from)
     return [run for name, run in RUNS.items() if name in wanted]
 
 
@@ -157,11 +137,10 @@ def run_config(run: Run, folder: Path, scale: Scale, own_text: Path | None = Non
     arguments += ["--validation.paths", str(data / "held_out"), *run.options.split()]
     if own_text:
         arguments += ["--data.weights", "1", f"{weight:.6f}"]
-        arguments += ["--data.ar_weights", "1", "0"] if run.drafts_only else []
     if run.starts_from:
         arguments += ["--checkpoint.initial_load_path", str(last_step(folder, run.starts_from))]
-        if scale.continued_steps is not None:
-            arguments += ["--training.steps", str(scale.continued_steps)]
+    if scale.own_steps is not None and "--training.steps" in arguments:
+        arguments += ["--training.steps", str(scale.own_steps)]
     return load_config(arguments, prog="python -m tidar.benchmarks.paper")
 
 

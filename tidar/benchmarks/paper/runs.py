@@ -38,7 +38,8 @@ class Run:
 
 def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run:
     """A run that continues the causal model, as the paper continues Qwen."""
-    return Run(name, about, f"--training.steps 600 --training.seed {seed} --optimizer.lr 7.5e-4 {options}", CAUSAL)
+    own = f"--training.steps 600 --training.seed {seed} --optimizer.lr 7.5e-4 {options}"
+    return Run(name, about, own.strip(), CAUSAL)
 
 
 def _from_tidar(name: str, about: str, own_text: float | None = None) -> Run:

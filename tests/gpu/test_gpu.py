@@ -177,7 +177,10 @@ def test_training_compiles_once(tmp_path, experiments):
 class WithoutWaits(Hooks):
     """From the end of step 3 to that of the last but one, what makes the host wait for the device is an error."""
 
+    watched = 0  # steps
+
     def after_step(self, trainer):
+        self.watched += torch.cuda.get_sync_debug_mode() == 2
         waits = trainer.step < 3 or trainer.step >= trainer.steps - 1
         torch.cuda.set_sync_debug_mode("default" if waits else "error")
 
@@ -188,11 +191,13 @@ def test_the_host_does_not_wait_for_the_device(tmp_path, options):
     torch._dynamo.reset()
     options = f"{options} --data.source uneven --training.seq_len 128 --training.local_batch_size 4 --training.steps 8"
     options += f" --metrics.log_freq 100 --checkpoint.enable false --job.dump_folder {tmp_path}"
+    hooks = WithoutWaits()
     try:
-        Trainer(load_config(options.split()), WithoutWaits()).train()
+        Trainer(load_config(options.split()), hooks).train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
         leave_world()
+    assert hooks.watched == 4
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -1,1 +1,1 @@
-"""The paper's findings at small size, from scratch: python -m tidar.benchmarks.paper --output FOLDER"""
+"""The paper's findings at small size: python -m tidar.benchmarks.paper --output FOLDER"""

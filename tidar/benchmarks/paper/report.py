@@ -42,7 +42,11 @@ def write_report(folder: Path, corpus: dict[str, Any], scale: Scale, seconds: fl
     results = read_results(folder)
     lines = ["# The paper's findings at small size", ""]
     if scale is SMOKE:
-        lines += ["Reduced form (`--only smoke`): it shows that all parts run; its figures mean nothing.", ""]
+        lines += [
+            "Reduced form (`--only smoke`): it shows that all parts run; its figures mean nothing. Runs whose options "
+            f"below say their steps have {scale.own_steps}.",
+            "",
+        ]
     lines += [*_setting(corpus, scale, results, seconds), "", "## Findings of the paper", ""]
     lines += _table(("finding", "here", "figures"), [finding.row(results) for finding in FINDINGS])
     lines += [

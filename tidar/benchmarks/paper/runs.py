@@ -26,7 +26,7 @@ POSITIONS = "--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6"
 class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
-    own_text: temperature of the text by that run of which it has half of its tokens; None: there is no such text.
+    own_text: half of its tokens are text sampled from that run at this temperature; None: there is no such text.
     """
 
     name: str
@@ -51,7 +51,7 @@ RUNS = {
     run.name: run
     for run in (
         Run(CAUSAL, "autoregressive loss only", "--tidar.pattern causal"),
-        Run("scratch-8", "TiDAR from scratch, as many steps as tidar-8 and its start", "--training.steps 1500"),
+        Run("scratch-8", "TiDAR from scratch, as many steps as causal and tidar-8 together", "--training.steps 1500"),
         _from_causal(MAIN, "TiDAR, blocks of 8"),
         _from_causal("tidar-4", "blocks of 4", "--tidar.block_size 4"),
         _from_causal("tidar-16", "blocks of 16", "--tidar.block_size 16"),

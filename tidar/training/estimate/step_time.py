@@ -10,7 +10,7 @@ from tidar.training.estimate.memory import WIDE, exchanged_size
 from tidar.training.estimate.row import RowWork
 from tidar.training.plan import RunPlan
 
-# seconds of a step in which the device waits for its host, or runs what the step computes of single numbers
+# seconds of a step in which the device waits for its host, or runs tiny kernels on scalars
 BETWEEN_STEPS = 4e-3
 # seconds that a second of FSDP2's communication adds to a step, although it overlaps computation: NCCL takes SMs from
 # persistent kernels, copies between GPUs take bandwidth and power, and both have casts and waits beside them (measured
@@ -149,8 +149,8 @@ def _fsdp(plan: RunPlan, gpu: Gpu) -> tuple[float, float]:
     copied += bool(copies) * reduces * (exchanged + WIDE / plan.shards) * n  # their sum
     seconds = gathers * _collective(size * n, plan.shards, stride, gpu.gather)
     seconds += reduces * _collective(exchanged * n, plan.shards, stride, gpu.scatter)
-    seconds += 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
-    return copied / gpu.copy, (OF_COPIES if copies else OF_NCCL) * seconds
+    of_replicas = 2 * _collective(WIDE * n / plan.shards, plan.replicas, stride * plan.shards, gpu.scatter)
+    return copied / gpu.copy, (OF_COPIES if copies else OF_NCCL) * seconds + OF_NCCL * of_replicas
 
 
 def _collective(size: float, ranks: int, stride: int, rate: float) -> float:

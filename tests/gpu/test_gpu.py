@@ -185,7 +185,7 @@ class WithoutWaits(Hooks):
         torch.cuda.set_sync_debug_mode("default" if waits else "error")
 
 
-@pytest.mark.parametrize("options", ["", "--optimizer.state_dtype bfloat16", "--training.global_batch_size 16"])
+@pytest.mark.parametrize("options", ["", "--optimizer.state_dtype bfloat16", "--training.global_batch_size 8"])
 def test_the_host_does_not_wait_for_the_device(tmp_path, options):
     """So that it begins a step while the one before is still computed, and a slow host delays nothing."""
     torch._dynamo.reset()
@@ -325,7 +325,6 @@ def test_the_fast_way_follows_plain_float32(tmp_path):
 
 def test_float8_follows_bfloat16(tmp_path):
     """50 steps, compiled, with the MLP in FP8 beside bfloat16, and with checkpointing of activations."""
-    pytest.importorskip("torchao")
     common = options_with_heads_of_128(tmp_path)
     wide = losses_of(tmp_path / "wide", common, FirstGradients())
     gradients = losses_of.trainer.hooks.gradients
@@ -346,7 +345,6 @@ def test_float8_follows_bfloat16(tmp_path):
 
 def test_float8_with_any_number_of_positions(tmp_path):
     """Of which 16 divide none: the products of the weights' gradients are padded."""
-    pytest.importorskip("torchao")
     common = "--tidar.pattern causal --training.seq_len 77 --training.local_batch_size 1 --training.steps 20"
     common += " --validation.enable false --checkpoint.enable false"
     wide, narrow = (losses_of(tmp_path / kind, f"{common} --training.float8 {kind}") for kind in ("false", "true"))

@@ -1,22 +1,16 @@
 """The MLP's GEMMs in FP8: what is rounded, and that training follows."""
 
-import sys
 from functools import partial
-from importlib import metadata
-from types import SimpleNamespace
 
 import pytest
 import torch
 from results import batch_losses
 
-from tidar import check
 from tidar.config import UserError, load_config
-from tidar.config.packages import install
-from tidar.distributed import leave_world
-from tidar.kernels import Sizes, choose_kernels, make_mlps_float8
-from tidar.models import Decoder, size_config
+from tidar.kernels import Kernels, Sizes, choose_kernels
+from tidar.models import size_config
+from tidar.models.decoder import MLP
 from tidar.models.huggingface import decoder_config
-from tidar.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 CONFIG = decoder_config(size_config("debug") | {"vocab_size": 258})
@@ -31,21 +25,8 @@ def rounded(matrix: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("positions", [48, 37])
 def test_gemms_are_those_of_rounded_operands(positions):
     """One layer's MLP, forward and backward, against GEMMs of operands that are rounded here."""
-    pytest.importorskip("torchao")
-    with torch.device("meta"):
-        model = Decoder(CONFIG)
-    model.to_empty(device="cpu")
-    mlp, dim = model.layers[0].mlp, model.config.dim
+    mlp, dim = MLP(CONFIG, Kernels(float8="emulated")), CONFIG.dim
     weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_up_proj, mlp.down_proj)]
-    before = list(model.named_parameters())
-    make_mlps_float8(model, emulate=True)
-    for (name, parameter), (name_before, parameter_before) in zip(model.named_parameters(), before, strict=True):
-        assert name == name_before and parameter is parameter_before
-    replaced = [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
-    kinds = ("gate_up_proj", "down_proj")
-    assert sorted(replaced) == sorted(
-        f"layers.{layer}.mlp.{kind}" for layer in range(CONFIG.n_layers) for kind in kinds
-    )
     with torch.no_grad():
         for module, weight in zip((mlp.gate_up_proj, mlp.down_proj), weights):
             module.weight.copy_(weight)
@@ -67,7 +48,6 @@ def test_gemms_are_those_of_rounded_operands(positions):
 
 def test_training_follows_the_plain_one(tmp_path, ranks):
     """20 steps beside those without, on one rank and sharded over two; a plain run goes on from their checkpoint."""
-    pytest.importorskip("torchao")
     common = "--training.seq_len 32 --training.global_batch_size 8 --training.steps 20 --validation.enable false"
     common += " --metrics.log_freq 1 --checkpoint.interval 20"
     runs = {"plain": (1, ""), "one": (1, "--training.float8 true"), "two": (2, "--training.float8 true")}
@@ -98,24 +78,7 @@ def refusal(call) -> str:
     return str(error.value).removeprefix("training.float8 = true: ")
 
 
-def test_missing_packages_and_devices_are_named(monkeypatch, tmp_path):
-    """Before data are prepared: no torchao, an old one, one that cannot be imported; a GPU or type without FP8."""
-    options = ["--training.float8", "true", "--job.dump_folder", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["check", *options])
-    for version, found in ((None, ""), ("0.17.3", ", not 0.17.3"), ("nightly", "")):
-        monkeypatch.setattr("tidar.kernels.selection.metadata.version", partial(installed, version))
-        expected = f"needs torchao 0.18 or later: {install('fp8')}{found}"
-        assert refusal(lambda: Trainer(load_config(options))) == expected
-        leave_world()
-        with pytest.raises(SystemExit):
-            check.main()
-        assert not (tmp_path / "run" / "data").exists()
-    monkeypatch.setattr("tidar.kernels.selection.metadata.version", lambda _: "0.18.0")
-    monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    assert refusal(partial(chosen, CPU, torch.float32)).startswith("torchao 0.18.0 cannot be imported: ")
-
-    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(__path__=[]))
-    monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace())
+def test_devices_and_types_without_fp8_are_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A100")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
     cuda = torch.device("cuda")
@@ -126,16 +89,8 @@ def test_missing_packages_and_devices_are_named(monkeypatch, tmp_path):
     chosen(CPU, torch.float16)
 
 
-def installed(version: str | None, name: str) -> str:
-    if version is None:
-        raise metadata.PackageNotFoundError(name)
-    return version
-
-
 @pytest.mark.parametrize("dim, hidden", [(40, 64), (64, 100)])
-def test_sizes_without_fp8_matmuls_are_refused(dim, hidden, monkeypatch):
-    monkeypatch.setattr("tidar.kernels.selection._import_obstacle", lambda *_: None)
-    monkeypatch.setattr("tidar.kernels.selection.metadata.version", lambda _: "0.18.0")
+def test_sizes_without_fp8_matmuls_are_refused(dim, hidden):
     message = refusal(partial(chosen, CPU, torch.float32, Sizes(dim, hidden, 32, 258)))
     assert message == f"needs sizes of the MLP that are multiples of 16, not {dim} and {hidden}"
     assert chosen(CPU, torch.float32, Sizes(64, 96, 32, 258)).float8 == "emulated"

@@ -140,7 +140,7 @@ class Training:
     )
     float8: bool = option(
         False,
-        "FP8 GEMMs in the MLP (e4m3, gradients e5m2; dynamic tensorwise scaling by torchao, extra fp8). Needs bfloat16 "
+        "FP8 GEMMs in the MLP (e4m3, gradients e5m2; dynamic tensorwise scaling). Needs bfloat16 "
         "on an Ada, Hopper or later GPU; emulated on CPU",
     )
     enable_cpu_offload: bool = option(

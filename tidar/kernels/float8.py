@@ -1,19 +1,190 @@
-"""The MLP's matmuls in FP8 with dynamic tensorwise scaling, by torchao (extra fp8)."""
+"""The gated MLP with its matmuls in FP8, with dynamic tensorwise scaling (arXiv 2209.05433).
 
-from typing import Any
+Activations and weights become e4m3, gradients e5m2, each scaled by the largest magnitude of the whole matrix: that of
+all positions of a micro-batch, and that of gate and up together, which share a weight. On other devices than CUDA
+operands are rounded so, but multiplied in float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tidar.kernels.selection import FLOAT8_MULTIPLE
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SMALLEST = 1e-12  # magnitude of a matrix, so that one of zeros has a scale
 
 
-def make_mlps_float8(model: Any, emulate: bool) -> None:
-    """Replaces the linear modules of all MLPs; their parameters stay the same ones.
+def float8_mlp(x: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None) -> Tensor:
+    """`residual + (silu(x @ gate.T) * (x @ up.T)) @ down.T`, where `gate, up = gate_up.chunk(2)`.
 
-    Activations and weights become e4m3, gradients e5m2 (arXiv 2209.05433), each scaled by the largest magnitude of the
-    whole matrix: that of all positions of a micro-batch, and that of gate and up together, which share a weight.
-    Forward matmuls on Hopper GPUs accumulate with fewer bits than float32, as torchao has it by default. emulate:
-    operands are rounded so, but multiplied in float32, for devices without FP8.
+    x, residual: `[..., dim]`; gate_up: `[2 * hidden, dim]`; down: `[dim, hidden]`. Saves the activation's inputs for
+    the backward pass, which recomputes its results.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    out = _Float8MLP.apply(x.flatten(0, -2), gate_up, down).view_as(x)
+    return out if residual is None else residual + out
 
-    # the sums of a weight's gradient run over the positions, which may be any number
-    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
-    for layer in model.layers:
-        convert_to_float8_training(layer.mlp, config=config)
+
+class _Float8MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        scales = [_scale(matrix.abs().amax(), E4M3) for matrix in (x, gate_up, down)]
+        x_scale, gate_up_scale, down_scale = scales
+        # the forward pass sums with fewer bits than float32, which is faster
+        preactivation = _matmul(
+            _rounded(x, x_scale, E4M3),
+            _rounded(gate_up, gate_up_scale, E4M3).t(),
+            x_scale,
+            gate_up_scale,
+            x.dtype,
+            True,
+        )
+        hidden_scale = _scale(gated_magnitude(preactivation), E4M3)
+        ctx.save_for_backward(x, gate_up, down, preactivation, *scales, hidden_scale)
+        hidden = gated_rounded(preactivation, hidden_scale)
+        return _matmul(hidden, _rounded(down, down_scale, E4M3).t(), hidden_scale, down_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        x, gate_up, down, preactivation, x_scale, gate_up_scale, down_scale, hidden_scale = ctx.saved_tensors
+        dtype = x.dtype
+        d_out_scale = _scale(d_out.abs().amax(), E5M2)
+        narrow, transposed = rounded_layouts(d_out.contiguous(), d_out_scale, True)
+        d_hidden = _matmul(narrow, transposed_rounded(down, down_scale).t(), d_out_scale, down_scale, dtype)
+        d_preactivation, hidden, magnitude = gated_float8_backward(d_hidden, preactivation, hidden_scale)
+        d_down = _matmul(transposed, hidden.t(), d_out_scale, hidden_scale, dtype)
+
+        d_scale = _scale(magnitude, E5M2)
+        narrow, transposed = rounded_layouts(d_preactivation, d_scale, True)
+        d_x = _matmul(narrow, transposed_rounded(gate_up, gate_up_scale).t(), d_scale, gate_up_scale, dtype)
+        d_gate_up = _matmul(transposed, transposed_rounded(x, x_scale).t(), d_scale, x_scale, dtype)
+        return d_x, d_gate_up, d_down
+
+
+def _scale(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factor of a matrix whose largest magnitude then is the largest number of the type; float32 scalar."""
+    return torch.finfo(dtype).max / magnitude.float().clamp(min=SMALLEST)
+
+
+def _rounded(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return (matrix.float() * scale).clamp(-largest, largest).to(dtype)
+
+
+def _matmul(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """`a @ b` of scaled matrices. a: `[m, k]`, by rows; b: `[k, n]`, by columns. fast: see `_Float8MLP.forward`."""
+    if not a.is_cuda:
+        return ((a.float() / a_scale) @ (b.float() / b_scale)).to(dtype)
+    inverse = a_scale.reciprocal(), b_scale.reciprocal()
+    return torch._scaled_mm(a, b, *inverse, out_dtype=dtype, use_fast_accum=fast)
+
+
+# operators of their own, because the kernels that Inductor makes of this take twice as long
+
+
+@torch.library.custom_op("tidar::gated_magnitude", mutates_args=())
+def gated_magnitude(preactivation: Tensor) -> Tensor:
+    """Largest magnitude of the activation, float32 scalar. preactivation: gate and up, `[m, 2 * hidden]`."""
+    if preactivation.is_cuda:
+        from tidar.kernels.float8_triton import gated_magnitude
+
+        return gated_magnitude(preactivation)
+    return _gated(preactivation).abs().amax()
+
+
+@gated_magnitude.register_fake
+def _(preactivation: Tensor) -> Tensor:
+    return preactivation.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("tidar::gated_rounded", mutates_args=())
+def gated_rounded(preactivation: Tensor, scale: Tensor) -> Tensor:
+    """The activation times scale in e4m3, `[m, hidden]`."""
+    if preactivation.is_cuda:
+        from tidar.kernels.float8_triton import gated_rounded
+
+        return gated_rounded(preactivation, scale)
+    return _rounded(_gated(preactivation), scale, E4M3)
+
+
+@gated_rounded.register_fake
+def _(preactivation: Tensor, scale: Tensor) -> Tensor:
+    m, n = preactivation.shape
+    return preactivation.new_empty(m, n // 2, dtype=E4M3)
+
+
+@torch.library.custom_op("tidar::gated_float8_backward", mutates_args=())
+def gated_float8_backward(d_hidden: Tensor, preactivation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the activation's inputs, `[m, 2 * hidden]`, from that of its results, `[m, hidden]`.
+
+    Returns also the activation times scale in e4m3, transposed as `transposed_rounded` has it, and the gradient's
+    largest magnitude.
+    """
+    if d_hidden.is_cuda:
+        from tidar.kernels.float8_triton import gated_backward
+
+        return gated_backward(d_hidden, preactivation, scale, _multiple(len(d_hidden)))
+    gate, up = preactivation.float().chunk(2, dim=-1)
+    d_gate = torch.ops.aten.silu_backward(d_hidden.float() * up, gate)
+    d_preactivation = torch.cat([d_gate, d_hidden.float() * F.silu(gate)], dim=-1).to(preactivation.dtype)
+    hidden = _padded(_rounded(_gated(preactivation), scale, E4M3).t())
+    return d_preactivation, hidden, d_preactivation.float().abs().amax()
+
+
+@gated_float8_backward.register_fake
+def _(d_hidden: Tensor, preactivation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m, hidden = d_hidden.shape
+    transposed = d_hidden.new_empty(hidden, _multiple(m), dtype=E4M3)
+    return torch.empty_like(preactivation), transposed, d_hidden.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("tidar::rounded_layouts", mutates_args=())
+def rounded_layouts(matrix: Tensor, scale: Tensor, of_gradient: bool) -> tuple[Tensor, Tensor]:
+    """A matrix times scale, `[m, n]`, and transposed as `transposed_rounded` has it; in e5m2 that of a gradient."""
+    dtype = E5M2 if of_gradient else E4M3
+    if matrix.is_cuda:
+        from tidar.kernels.float8_triton import rounded_layouts
+
+        return rounded_layouts(matrix, scale, dtype, _multiple(len(matrix)), both=True)
+    narrow = _rounded(matrix, scale, dtype)
+    return narrow, _padded(narrow.t())
+
+
+@rounded_layouts.register_fake
+def _(matrix: Tensor, scale: Tensor, of_gradient: bool) -> tuple[Tensor, Tensor]:
+    m, n = matrix.shape
+    dtype = E5M2 if of_gradient else E4M3
+    return matrix.new_empty(m, n, dtype=dtype), matrix.new_empty(n, _multiple(m), dtype=dtype)
+
+
+@torch.library.custom_op("tidar::transposed_rounded", mutates_args=())
+def transposed_rounded(matrix: Tensor, scale: Tensor) -> Tensor:
+    """A matrix `[m, n]` times scale in e4m3, transposed and followed by zeros: `[n, m rounded up to 16]`."""
+    if matrix.is_cuda:
+        from tidar.kernels.float8_triton import rounded_layouts
+
+        return rounded_layouts(matrix, scale, E4M3, _multiple(len(matrix)), both=False)[1]
+    return _padded(_rounded(matrix, scale, E4M3).t())
+
+
+@transposed_rounded.register_fake
+def _(matrix: Tensor, scale: Tensor) -> Tensor:
+    m, n = matrix.shape
+    return matrix.new_empty(n, _multiple(m), dtype=E4M3)
+
+
+def _gated(preactivation: Tensor) -> Tensor:
+    gate, up = preactivation.float().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _multiple(n: int) -> int:
+    """The next multiple of FLOAT8_MULTIPLE: over how many a GEMM sums."""
+    return -(-n // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    n, m = matrix.shape
+    result = matrix.new_zeros(n, _multiple(m))
+    result[:, :m] = matrix
+    return result

@@ -20,8 +20,6 @@ VOCAB_MULTIPLE = 64
 FLOAT8_MULTIPLE = 16
 # QuACK's interface changes with each version: from the first, before the second
 QUACK_VERSIONS = (0, 6, 5), (0, 7)
-# the first torchao that keeps Inductor from code that Triton miscompiles to NaN (triton-lang/triton#11111)
-FIRST_TORCHAO = (0, 18)
 # the first GPUs with FP8 matmuls
 FLOAT8_CAPABILITY = (8, 9)
 # where FlashAttention-4 under FlexAttention was tested
@@ -165,8 +163,8 @@ def choose_kernels(
     return Kernels(
         attention=attention,
         compile=compile,
-        fused_matmul=quack and float8 == "off",
-        dynamic_tiles=quack and float8 == "off" and several_devices,
+        fused_matmul=quack,
+        dynamic_tiles=quack and several_devices,
         fused_backward=compile and on_cuda,
         loss_kernel=compile and on_cuda,
         loss_matmul=quack,
@@ -229,14 +227,6 @@ def _loss_obstacle(dtype: torch.dtype, sizes: Sizes) -> Obstacle | None:
 def _float8_obstacle(
     device: torch.device, dtype: torch.dtype, sizes: Sizes | None, elsewhere: Capability | None
 ) -> Obstacle | None:
-    needed = f"needs torchao {'.'.join(map(str, FIRST_TORCHAO))} or later: {install('fp8')}"
-    version = FIRST_TORCHAO if elsewhere else _version("torchao", 2)
-    if version is None:
-        return Obstacle(needed)
-    if version < FIRST_TORCHAO:
-        return Obstacle(f"{needed}, not {metadata.version('torchao')}")
-    if not elsewhere and (obstacle := _import_obstacle("torchao", "torchao.float8")):
-        return obstacle
     if device.type == "cuda":
         if (elsewhere or torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
             return Obstacle(f"needs an Ada, Hopper or later GPU, not {torch.cuda.get_device_name(device)}")

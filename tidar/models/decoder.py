@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tidar.kernels.float8 import float8_mlp
 from tidar.kernels.norm import RMSNorm
 from tidar.kernels.norm_rotary import NormWithResidual, RotatedHeads
 from tidar.kernels.rotary import RopeScaling, inverse_frequencies, rotary, rotate, split_heads
@@ -94,8 +95,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
-        self.fused = None
-        if kernels.fused_matmul:
+        self.fused: Callable[..., Tensor] | None = None
+        if kernels.float8 != "off":
+            self.fused = float8_mlp
+        elif kernels.fused_matmul:
             from tidar.kernels.matmul import gated_mlp
 
             self.fused = partial(gated_mlp, dynamic=kernels.dynamic_tiles)

@@ -3,21 +3,15 @@
 import torch
 
 from tidar.distributed import OneDevice, Sharded, World, gathered_attention, parallelize, tensor_shard
-from tidar.kernels import make_mlps_float8
 from tidar.losses.objective import Objective
 from tidar.models import Decoder, MaskBuilder
 from tidar.training.plan import RunPlan
 
 
 def build_model(plan: RunPlan, world: World) -> tuple[Decoder, Sharded | OneDevice]:
-    """A decoder with memory for its parameters but without values, and how it is parallelized.
-
-    Raises UserError where its sizes cannot be computed in float8.
-    """
+    """A decoder with memory for its parameters but without values, and how it is parallelized."""
     with torch.device("meta"):
         model = Decoder(plan.decoder, plan.kernels, tensor_shard(world))
-    if plan.kernels.float8 != "off":
-        make_mlps_float8(model, emulate=plan.kernels.float8 == "emulated")
     return model, parallelize(model, world, plan.config, plan.dtype, plan.kernels.compile)
 
 

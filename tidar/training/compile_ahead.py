@@ -113,14 +113,14 @@ def start_compiler(plan: RunPlan, resources: ExitStack, log: Callable[[str], Non
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Records calls of this package's operators: name and arguments."""
+    """Records calls of this package's operators that run a kernel of QuACK's: name and arguments."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[str, tuple]] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == "tidar":
+        if operator.name() in IMPLEMENTATIONS:
             self.calls.append((operator.name(), args))
         return operator(*args, **(kwargs or {}))
 
@@ -129,7 +129,8 @@ def layer_calls(work: Work) -> tuple[list[tuple[str, tuple]], list[tuple[str, tu
     """Calls of this package's operators in a layer's forward and in its backward pass, on the meta device."""
     decoder = work.decoder
     with torch.device("meta"):
-        kernels = Kernels(fused_matmul=True, dynamic_tiles=work.kernels.dynamic_tiles)
+        chosen = work.kernels
+        kernels = Kernels(fused_matmul=True, dynamic_tiles=chosen.dynamic_tiles, float8=chosen.float8)
         # a shard that exchanges nothing: attention and MLP get all positions, as they do on several ranks
         layer = DecoderLayer(decoder, kernels, TensorShard(0, work.ranks)).to(work.dtype)
         x = torch.empty(1, work.positions, decoder.dim, dtype=work.dtype, requires_grad=True)

@@ -96,14 +96,18 @@ def _elementwise_forward(plan: RunPlan) -> int:
     decoder = plan.own_sizes
     rotated = (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
     of_norms, elements = 4 * decoder.dim, 2 * rotated
-    if not plan.kernels.fused_matmul:
+    in_float8 = plan.kernels.float8 != "off"
+    if in_float8:
+        # gate and up are read for the largest magnitude of the activation, and for its rounding
+        elements += 9 * decoder.hidden_dim // 2
+    elif not plan.kernels.fused_matmul:
         elements += 3 * decoder.hidden_dim
     if not plan.kernels.fused_matmul or plan.tensor_parallel > 1:
         of_norms += 6 * decoder.dim  # the residual connections
+    elif in_float8:
+        of_norms += 3 * decoder.dim  # that of the MLP
     if plan.tensor_parallel > 1:
         of_norms += 2 * plan.tensor_parallel * decoder.dim  # terms of both sums
-    if plan.kernels.float8 != "off":
-        elements += 3 * decoder.hidden_dim
     return plan.norm_positions * of_norms + plan.positions * elements
 
 
@@ -118,10 +122,10 @@ def _elementwise(plan: RunPlan) -> int:
         elements += heads
     if decoder.qk_norm:
         elements += 3 * (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
-    if not plan.kernels.fused_matmul:
-        elements += 6 * decoder.hidden_dim
     if plan.kernels.float8 != "off":
-        # results are read for their largest magnitude, rounded, and transposed for the gradients of weights
+        # gradients of gate and up are written, and rounded in both layouts; the activation is rounded once more
+        elements += 19 * decoder.hidden_dim // 2
+    elif not plan.kernels.fused_matmul:
         elements += 6 * decoder.hidden_dim
     return _elementwise_forward(plan) + plan.norm_positions * of_norms + plan.positions * elements
 

@@ -172,6 +172,7 @@ IDEAS = {
     "positions-8": MAIN,
     "positions-light-8": MAIN,
     "own-targets-8": MAIN,
+    "own-targets-light-8": MAIN,
     "own-text-8": "more-8",
     "own-samples-8": "more-8",
     "offset-8": MAIN,

@@ -20,6 +20,8 @@ CAUSAL, MAIN = "causal", "tidar-8"
 BY_SIZE = {"4": "tidar-4", "8": MAIN, "16": "tidar-16"}
 # of a block of 8 drafted tokens. The first is not used: the step has chosen that one itself
 POSITIONS = "--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6"
+LIGHT = "--tidar.diffusion_loss_weight 0.8"
+OWN_TARGETS = "--tidar.draft_targets model"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ RUNS = {
         _from_causal("positions-8", "diffusion loss weighted towards the positions that are drafted first", POSITIONS),
         _from_causal(
             "positions-light-8",
-            "the same, and half the weight of the diffusion loss",
-            f"{POSITIONS} --tidar.diffusion_loss_weight 0.5",
+            "the same, with a weight of the diffusion loss of 0.8",
+            f"{POSITIONS} {LIGHT}",
         ),
-        _from_causal("own-targets-8", "drafts learn the AR half's most likely tokens", "--tidar.draft_targets model"),
+        _from_causal("own-targets-8", "drafts learn the AR half's most likely tokens", OWN_TARGETS),
+        _from_causal(
+            "own-targets-light-8",
+            "the same, weighted as positions-light-8 is",
+            f"{OWN_TARGETS} {POSITIONS} {LIGHT}",
+        ),
         _from_tidar("more-8", "tidar-8 continued as it was"),
         _from_tidar("own-text-8", "tidar-8 continued, half of it on its own greedy text", own_text=0.0),
         _from_causal("random-8-seed-2", "random masking, second seed", "--tidar.pattern tidar_random", seed=2),

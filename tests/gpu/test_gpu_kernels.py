@@ -257,23 +257,28 @@ def test_the_float8_kernels_equal_plain_torch(m, hidden):
         (gated_magnitude, (preactivation,)),
         (gated_rounded, (preactivation, scale)),
         (gated_float8_backward, (d_hidden, preactivation, scale)),
-        (rounded_layouts, (d_hidden, 1000 * scale, True)),
+        (rounded_layouts, (d_hidden, 1000 * scale)),
         (transposed_rounded, (d_hidden, scale)),
     ):
         expected = operator(*arguments)
-        found = operator(*(value.to(CUDA) if isinstance(value, torch.Tensor) else value for value in arguments))
+        found = operator(*(value.to(CUDA) for value in arguments))
         for one, other in zip(
             *(results if isinstance(results, tuple) else (results,) for results in (found, expected))
         ):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
             one, other = one.cpu().float(), other.float()
-            assert one.shape == other.shape
             differ = (one - other).abs() > 1e-5 * other.abs()
             assert differ.float().mean() < 2e-3 and relative(one, other) < 1e-2
     for value in (float("nan"), float("inf")):
         preactivation[m // 2, hidden // 2] = value
         magnitude = gated_magnitude(preactivation.to(CUDA))
         assert not magnitude.isfinite()
-        assert not gated_rounded(preactivation.to(CUDA), 448 / magnitude).float()[m // 2, hidden // 2].isfinite()
+        on_device, scale = preactivation.to(CUDA), 448 / magnitude
+        assert not gated_rounded(on_device, scale).float()[m // 2, hidden // 2].isfinite()
+        d_preactivation, _, magnitude = gated_float8_backward(d_hidden.to(CUDA), on_device, scale)
+        assert not magnitude.isfinite()
+        for rounded in rounded_layouts(d_preactivation, 57344 / magnitude):
+            assert not rounded.float().isfinite().all()
 
 
 @needs_quack

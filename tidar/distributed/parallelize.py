@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tidar.kernels.matmul  # noqa: F401  (registers torch.ops.tidar)
+import tidar.kernels.float8
+import tidar.kernels.matmul  # noqa: F401  (both register torch.ops.tidar)
 from tidar.config import Config, resolve_micro_batches
 from tidar.config.options import ActivationCheckpoint
 from tidar.distributed.one_device import OneDevice
@@ -24,7 +25,8 @@ from tidar.distributed.world import World
 from tidar.models import Decoder
 
 aten = torch.ops.aten
-# operators whose results selective checkpointing saves, because they are expensive to recompute: matmuls and attention
+# operators whose results selective checkpointing saves, because they are expensive to recompute: matmuls and attention;
+# and FP8's largest magnitudes
 SAVED = {
     aten.mm.default,
     aten.addmm.default,
@@ -37,6 +39,9 @@ SAVED = {
     torch.ops.higher_order.flex_attention,
     torch.ops.tidar.matmul.default,
     torch.ops.tidar.gated_matmul.default,
+    # numbers for which large matrices are read
+    aten.amax.default,
+    torch.ops.tidar.gated_magnitude.default,
 }
 
 # bytes of all parameters in the compute dtype up to which they stay gathered by default: gathering them a second time

@@ -1,11 +1,11 @@
-"""Rounding to FP8 in both layouts, and the MLP's gate with it: Triton kernels. Need CUDA."""
+"""Rounding to FP8 in both layouts, and the MLP's gate with it: Triton kernels, for contiguous matrices on CUDA."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# rows and columns of a program, and its warps: at the sizes of 1.5B the fastest of 12 on an H200, 3.5 to 4.4 TB/s
+# rows and columns of a program, and its warps: among the fastest on an H200 (docs/performance-log.md)
 ROWS, COLUMNS, WARPS = 64, 64, 8
 
 
@@ -13,7 +13,7 @@ def gated_magnitude(preactivation: Tensor) -> Tensor:
     """Largest magnitude of `silu(gate) * up`, float32 scalar. preactivation: gate and up, `[m, 2h]`."""
     m, h = preactivation.shape[0], preactivation.shape[1] // 2
     bits = torch.zeros(1, dtype=torch.int32, device=preactivation.device)
-    _gated_kernel[_grid(m, h)](preactivation, bits, bits, bits, m, h, True, ROWS, COLUMNS, num_warps=WARPS)
+    _magnitude_kernel[_grid(m, h)](preactivation, bits, m, h, ROWS, COLUMNS, num_warps=WARPS)
     return bits.view(torch.float32)[0]
 
 
@@ -21,7 +21,7 @@ def gated_rounded(preactivation: Tensor, scale: Tensor) -> Tensor:
     """`silu(gate) * up` times scale in e4m3, `[m, h]`."""
     m, h = preactivation.shape[0], preactivation.shape[1] // 2
     result = preactivation.new_empty(m, h, dtype=torch.float8_e4m3fn)
-    _gated_kernel[_grid(m, h)](preactivation, scale, result, scale, m, h, False, ROWS, COLUMNS, num_warps=WARPS)
+    _gated_kernel[_grid(m, h)](preactivation, scale, result, m, h, ROWS, COLUMNS, num_warps=WARPS)
     return result
 
 
@@ -82,19 +82,26 @@ def _raise(bits, x):
 
 
 @triton.jit
-def _gated_kernel(
-    preactivation, scale, result, bits, m, h, only_magnitude: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
-):
-    row, column = _indices(rows, columns)
+def _load_gate(preactivation, row, column, m, h):
+    """Gate and up as float32; zeros outside."""
     inside = (row < m) & (column < h)
     at = preactivation + row * (2 * h) + column
-    gate = tl.load(at, inside, other=0.0).to(tl.float32)
-    up = tl.load(at + h, inside, other=0.0).to(tl.float32)
-    hidden = gate * tl.sigmoid(gate) * up
-    if only_magnitude:
-        _raise(bits, hidden)
-    else:
-        tl.store(result + row * h + column, _float8(hidden, tl.load(scale), tl.float8e4nv), inside)
+    return tl.load(at, inside, other=0.0).to(tl.float32), tl.load(at + h, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _magnitude_kernel(preactivation, bits, m, h, rows: tl.constexpr, columns: tl.constexpr):
+    row, column = _indices(rows, columns)
+    gate, up = _load_gate(preactivation, row, column, m, h)
+    _raise(bits, gate * tl.sigmoid(gate) * up)
+
+
+@triton.jit
+def _gated_kernel(preactivation, scale, result, m, h, rows: tl.constexpr, columns: tl.constexpr):
+    row, column = _indices(rows, columns)
+    gate, up = _load_gate(preactivation, row, column, m, h)
+    hidden = _float8(gate * tl.sigmoid(gate) * up, tl.load(scale), tl.float8e4nv)
+    tl.store(result + row * h + column, hidden, (row < m) & (column < h))
 
 
 @triton.jit
@@ -104,9 +111,7 @@ def _gated_backward_kernel(
 ):  # fmt: skip
     row, column = _indices(rows, columns)
     inside = (row < m) & (column < h)
-    offset = row * (2 * h) + column
-    gate = tl.load(preactivation + offset, inside, other=0.0).to(tl.float32)
-    up = tl.load(preactivation + offset + h, inside, other=0.0).to(tl.float32)
+    gate, up = _load_gate(preactivation, row, column, m, h)
     gradient = tl.load(d_hidden + row * h + column, inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -114,16 +119,13 @@ def _gated_backward_kernel(
     d_up = gradient * silu
     dtype = d_preactivation.dtype.element_ty
     d_gate, d_up = d_gate.to(dtype), d_up.to(dtype)
-    tl.store(d_preactivation + offset, d_gate, inside)
-    tl.store(d_preactivation + offset + h, d_up, inside)
+    at = d_preactivation + row * (2 * h) + column
+    tl.store(at, d_gate, inside)
+    tl.store(at + h, d_up, inside)
     _raise(bits, d_gate.to(tl.float32))
     _raise(bits, d_up.to(tl.float32))
     hidden = _float8(silu * up, tl.load(scale), tl.float8e4nv)
-    tl.store(
-        transposed + tl.trans(column.to(tl.int64) * padded + row),
-        tl.trans(hidden),
-        tl.trans((row < padded) & (column < h)),
-    )
+    _store_transposed(transposed, hidden, row, column, padded, h)
 
 
 @triton.jit
@@ -137,8 +139,11 @@ def _layouts_kernel(
     narrow = _float8(wide, tl.load(scale), transposed.dtype.element_ty)
     if both:
         tl.store(plain + offset, narrow, inside)
-    tl.store(
-        transposed + tl.trans(column.to(tl.int64) * padded + row),
-        tl.trans(narrow),
-        tl.trans((row < padded) & (column < n)),
-    )
+    _store_transposed(transposed, narrow, row, column, padded, n)
+
+
+@triton.jit
+def _store_transposed(transposed, narrow, row, column, padded, n):
+    """Rows from m on were loaded as zeros, which fill the columns up to `padded`."""
+    at = transposed + tl.trans(column.to(tl.int64) * padded + row)
+    tl.store(at, tl.trans(narrow), tl.trans((row < padded) & (column < n)))

@@ -50,7 +50,7 @@ class Kernels:
     loss_kernel: cross-entropy and its gradient in place of the logits, in Triton.
     loss_matmul: QuACK's GEMMs for the logits. loss_without_logits: in training they write exponentials and not logits.
     adamw: all parameters of a group in one Triton kernel.
-    float8: the MLP's matmuls in FP8, emulated on a CPU.
+    float8: the MLP's matmuls in FP8, in place of QuACK's; emulated on a CPU.
     fallbacks: why faster kernels do not run. warnings: lines for the user's log.
     """
 

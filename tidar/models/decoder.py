@@ -89,8 +89,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated MLP with SiLU and the residual connection.
 
-    Rows of `gate_up_proj` are those of the gate, then those of the up projection: the layout that the fused kernels
-    read in place, as `[2, hidden_dim, dim]`.
+    Rows of `gate_up_proj` are those of the gate, then those of the up projection: the layout that QuACK's kernels read
+    in place, as `[2, hidden_dim, dim]`.
     """
 
     def __init__(self, config: DecoderConfig, kernels: Kernels):

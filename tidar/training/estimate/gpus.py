@@ -17,8 +17,8 @@ class Gpu:
     memory: bytes. peak: FLOP/s by datasheet, for MFU. gemm, float8_gemm: FLOP/s of large ones. flash, flex: FLOP/s of
     attention over tiles that are wholly allowed. program: seconds of an SM to begin and end a tile of queries or of
     keys, forward and backward, besides its FLOPs. copy: bytes/s of large copies and of AdamW. elementwise: bytes/s of
-    norms, rotary embeddings and activations. gather, scatter: bytes/s that all-gathers and reduce-scatters move into
-    and out of each GPU by NVLink.
+    norms, rotary embeddings and activations. rounding: bytes/s of what rounds to FP8. gather, scatter: bytes/s that
+    all-gathers and reduce-scatters move into and out of each GPU by NVLink.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Gpu:
     n_sms: int = 132
     peak: float = 989e12
     gemm: float = 675e12
-    float8_gemm: float = 1475e12
+    float8_gemm: float = 1369e12
     flash: float = 567e12
     flex: float = 298e12
     program: float = 31e-6
@@ -39,6 +39,10 @@ class Gpu:
     @property
     def elementwise(self) -> float:
         return 0.68 * self.copy
+
+    @property
+    def rounding(self) -> float:
+        return 0.9 * self.copy
 
 
 # both have the same chip and the same limit of power

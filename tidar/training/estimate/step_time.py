@@ -76,6 +76,8 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
         # passes over logits
         moved += 3 * plan.dtype.itemsize * decoder.vocab_size * scored
     seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
+    if kernels.float8 != "off":
+        seconds["rounding to FP8"] = _float8_bytes(plan, recomputing) / gpu.rounding
     if plan.sharding:
         # all-gather of the keys and values that every rank of the group sees, reduce-scatter of their gradients
         size = 2 * plan.sharding.n_shared * rows * decoder.n_kv_heads * decoder.head_dim * plan.dtype.itemsize
@@ -97,10 +99,7 @@ def _elementwise_forward(plan: RunPlan) -> int:
     rotated = (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
     of_norms, elements = 4 * decoder.dim, 2 * rotated
     in_float8 = plan.kernels.float8 != "off"
-    if in_float8:
-        # gate and up are read for the largest magnitude of the activation, and for its rounding
-        elements += 9 * decoder.hidden_dim // 2
-    elif not plan.kernels.fused_matmul:
+    if not plan.kernels.fused_matmul and not in_float8:
         elements += 3 * decoder.hidden_dim
     if not plan.kernels.fused_matmul or plan.tensor_parallel > 1:
         of_norms += 6 * decoder.dim  # the residual connections
@@ -122,12 +121,23 @@ def _elementwise(plan: RunPlan) -> int:
         elements += heads
     if decoder.qk_norm:
         elements += 3 * (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
-    if plan.kernels.float8 != "off":
-        # gradients of gate and up are written, and rounded in both layouts; the activation is rounded once more
-        elements += 19 * decoder.hidden_dim // 2
-    elif not plan.kernels.fused_matmul:
+    if not plan.kernels.fused_matmul and plan.kernels.float8 == "off":
         elements += 6 * decoder.hidden_dim
     return _elementwise_forward(plan) + plan.norm_positions * of_norms + plan.positions * elements
+
+
+def _float8_bytes(plan: RunPlan, recomputing: int) -> int:
+    """Bytes of a micro-batch's MLPs in FP8 besides those of GEMMs: magnitudes, rounding, the activation, and backward.
+
+    recomputing: layers whose forward pass runs twice.
+    """
+    dim, hidden = plan.own_sizes.dim, plan.own_sizes.hidden_dim
+    weights = 3 * dim * hidden
+    # operands are read for their largest magnitude, and for rounding
+    forward = plan.positions * (5 * dim + 9 * hidden) + 5 * weights
+    # both gradients are rounded in two layouts, x and weights once more in the other one, the activation as well
+    backward = plan.positions * (9 * dim + 19 * hidden) + 3 * weights
+    return plan.own_sizes.n_layers * (forward + backward) + recomputing * forward
 
 
 def _optimizer_bytes(plan: RunPlan) -> float:

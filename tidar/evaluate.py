@@ -79,6 +79,8 @@ def run(options: Namespace) -> None:
     for name, value in (("batch_size", options.batch_size), ("n_prompts", options.n_prompts)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    if not options.tasks:
+        _check_no_task_options(options)
     output = Path(options.output)
     check_output(output)
     model = local_folder(options.model, "--model")
@@ -132,6 +134,13 @@ def run(options: Namespace) -> None:
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(f"written to {output}")
+
+
+def _check_no_task_options(options: Namespace) -> None:
+    for name in ("limit", "num_fewshot", "apply_chat_template", "include_path", "confirm_run_unsafe_code"):
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise UserError(f"--{name}{'' if value is True else f' {value}'}: is for --tasks, which is not given")
 
 
 def _tasks(options: Namespace) -> Tasks:

@@ -188,6 +188,8 @@ def test_tasks_need_lm_eval(run, monkeypatch, capsys):
         ("--model {run}/checkpoint/step-4 --temperature -1", "temperature = -1.0: must be at least 0"),
         ("--model {run}/checkpoint/step-4 --output {run}", "--output {run}: must be a file"),
         ("--model {run}/checkpoint/step-4 --tokenizer {run}", "must be bytes, a local folder"),
+        ("--model {run}/checkpoint/step-4 --limit 8", "--limit 8.0: is for --tasks, which is not given"),
+        ("--model {run}/checkpoint/step-4 --apply_chat_template", "--apply_chat_template: is for --tasks"),
     ],
 )
 def test_bad_input(run, tmp_path, arguments, message, capsys, monkeypatch):

@@ -91,6 +91,8 @@ def test_weights_and_validation_paths(tmp_path):
     assert not set(texts(training)) & set(texts(held_out)) and 100 <= len(texts(held_out)) <= 130
     with pytest.raises(UserError, match="data.weights: 1 numbers for 2 paths"):
         make_rows(*load(tmp_path, *options, "--data.weights", "1"))
+    with pytest.raises(UserError, match="data.weights = 0.0, 0.0: leave no documents to train on; raise one"):
+        make_rows(*load(tmp_path, *options, "--data.weights", "0", "0"))
 
 
 def test_bad_chats_and_plain_files(tmp_path):

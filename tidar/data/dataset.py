@@ -161,6 +161,9 @@ def _require_targets(rows: PackedRows, options: Data, seq_len: int, use: str) ->
         return
     n_rows = len(rows) + rows.n_rows_dropped
     if not n_rows:
+        if options.weights and use == "to train on":
+            weights = ", ".join(map(str, options.weights))
+            raise UserError(f"data.weights = {weights}: leave no documents {use}; raise one")
         raise UserError(f"data.source = {options.source}: holds no documents {use}")
     remedy = "raise training.seq_len" + ("" if options.packing else ", or set data.packing = true")
     raise UserError(

@@ -34,7 +34,7 @@ def rounded(matrix: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("positions, with_residual", [(48, True), (37, False)])
 def test_gemms_are_those_of_rounded_operands(positions, with_residual):
     """One layer's MLP, forward and backward, against GEMMs of operands that are rounded here."""
-    mlp, dim = MLP(CONFIG, Kernels(float8="emulated")), CONFIG.dim
+    mlp, dim = MLP(CONFIG, Kernels(float8=True)), CONFIG.dim
     weights = [torch.randn(m.weight.shape) * 0.05 for m in (mlp.gate_up_proj, mlp.down_proj)]
     with torch.no_grad():
         for module, weight in zip((mlp.gate_up_proj, mlp.down_proj), weights):
@@ -85,7 +85,7 @@ def test_operators_say_what_they_return():
 def test_training_follows_the_plain_one(tmp_path, ranks):
     """20 steps beside those without: on one rank, sharded over two, and with layers divided over two.
 
-    A plain run goes on from their checkpoint.
+    A plain run resumes from their checkpoint.
     """
     common = "--training.seq_len 32 --training.global_batch_size 4 --training.steps 20 --validation.enable false"
     common += " --metrics.log_freq 1 --checkpoint.interval 20"
@@ -140,7 +140,8 @@ def test_devices_and_types_without_fp8_are_named(monkeypatch):
 def test_sizes_without_fp8_matmuls_are_refused(dim, hidden):
     message = refusal(partial(chosen, CPU, torch.float32, Sizes(dim, hidden, 32, 258)))
     assert message == f"needs sizes of the MLP that are multiples of 16, not {dim} and {hidden}"
-    assert chosen(CPU, torch.float32, Sizes(64, 96, 32, 258)).float8 == "emulated"
+    found = chosen(CPU, torch.float32, Sizes(64, 96, 32, 258))
+    assert found.float8 is True and "training.float8 is emulated on a CPU" in found.warnings[0]
 
 
 def chosen(device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None):

@@ -43,7 +43,7 @@ def test_a_hopper_gpu_runs_everything(hopper):
     assert choose(elsewhere=(9, 0)) == kernels
     assert choose(several_devices=True) == replace(kernels, dynamic_tiles=True)
     assert not choose("--training.enable_cpu_offload true").adamw
-    assert choose("--training.float8 true") == replace(kernels, float8="on")
+    assert choose("--training.float8 true") == replace(kernels, float8=True)
     half = choose(dtype=torch.float16)
     assert half.fused_matmul and half.loss_matmul and not half.loss_without_logits
     assert half.describe().endswith(
@@ -95,7 +95,7 @@ def test_what_runs_on_another_machine_is_known_here():
     """Without a GPU or packages."""
     kernels = choose(elsewhere=(9, 0))
     assert kernels.describe() == "flash attention, compile True, QuACK matmuls, loss without logits"
-    assert choose("--training.float8 true", elsewhere=(9, 0)).float8 == "on"
+    assert choose("--training.float8 true", elsewhere=(9, 0)).float8 is True
     older = choose(elsewhere=(8, 0))
     assert older.describe().endswith("no flash attention: needs a Hopper GPU; no QuACK matmuls: needs a Hopper GPU")
 

@@ -63,7 +63,7 @@ class Kernels:
     loss_matmul: bool = False
     loss_without_logits: bool = False
     adamw: bool = False
-    float8: Literal["off", "on", "emulated"] = "off"
+    float8: bool = False
     fallbacks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -71,7 +71,7 @@ class Kernels:
         """What runs, and what does not and why, on one line."""
         parts = [f"{self.attention} attention", f"compile {self.compile}"]
         optional = {
-            "MLP in float8": self.float8 != "off",
+            "MLP in float8": self.float8,
             "QuACK matmuls": self.fused_matmul,
             "loss without logits": self.loss_without_logits,
         }
@@ -144,12 +144,11 @@ def choose_kernels(
         # compiled for half a minute, its kernels are kept on disk for the next process
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
-    float8: Literal["off", "on", "emulated"] = "off"
-    if config.training.float8:
+    float8 = config.training.float8
+    if float8:
         obstacle = _float8_obstacle(device, dtype, sizes, elsewhere)
         if obstacle:
             raise UserError(f"training.float8 = true: {obstacle.reason}")
-        float8 = "on" if on_cuda else "emulated"
         if not on_cuda:
             warnings.append("warning: training.float8 is emulated on a CPU, and slow; it is for trying things out")
     if dtype == torch.float16 and not on_cuda:

@@ -96,7 +96,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels):
         super().__init__()
         self.fused: Callable[..., Tensor] | None = None
-        if kernels.float8 != "off":
+        if kernels.float8:
             self.fused = float8_mlp
         elif kernels.fused_matmul:
             from tidar.kernels.matmul import gated_mlp

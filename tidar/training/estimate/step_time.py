@@ -60,7 +60,7 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
     flops = 2 * positions * (3 * n_layers + recomputing) * others
     scored = rows * row.scored // cp_size
     flops += 6 * decoder.vocab_size * decoder.dim * scored
-    gemms = flops / gpu.gemm + mlp_flops / (gpu.gemm if kernels.float8 == "off" else gpu.float8_gemm)
+    gemms = flops / gpu.gemm + mlp_flops / (gpu.float8_gemm if kernels.float8 else gpu.gemm)
 
     # attention: a third of it forward
     passes = n_layers + recomputing / 3
@@ -76,7 +76,7 @@ def _layers(plan: RunPlan, gpu: Gpu, row: RowWork) -> dict[str, float]:
         # passes over logits
         moved += 3 * plan.dtype.itemsize * decoder.vocab_size * scored
     seconds = {"GEMMs": gemms, "attention": passes * attention, "norms and activations": moved / gpu.elementwise}
-    if kernels.float8 != "off":
+    if kernels.float8:
         seconds["rounding to FP8"] = _float8_bytes(plan, recomputing) / gpu.rounding
     if plan.sharding:
         # all-gather of the keys and values that every rank of the group sees, reduce-scatter of their gradients
@@ -98,12 +98,11 @@ def _elementwise_forward(plan: RunPlan) -> int:
     decoder = plan.own_sizes
     rotated = (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
     of_norms, elements = 4 * decoder.dim, 2 * rotated
-    in_float8 = plan.kernels.float8 != "off"
-    if not plan.kernels.fused_matmul and not in_float8:
+    if not plan.kernels.fused_matmul and not plan.kernels.float8:
         elements += 3 * decoder.hidden_dim
     if not plan.kernels.fused_matmul or plan.tensor_parallel > 1:
         of_norms += 6 * decoder.dim  # the residual connections
-    elif in_float8:
+    elif plan.kernels.float8:
         of_norms += 3 * decoder.dim  # that of the MLP
     if plan.tensor_parallel > 1:
         of_norms += 2 * plan.tensor_parallel * decoder.dim  # terms of both sums
@@ -121,7 +120,7 @@ def _elementwise(plan: RunPlan) -> int:
         elements += heads
     if decoder.qk_norm:
         elements += 3 * (decoder.n_heads + decoder.n_kv_heads) * decoder.head_dim
-    if not plan.kernels.fused_matmul and plan.kernels.float8 == "off":
+    if not plan.kernels.fused_matmul and not plan.kernels.float8:
         elements += 6 * decoder.hidden_dim
     return _elementwise_forward(plan) + plan.norm_positions * of_norms + plan.positions * elements
 

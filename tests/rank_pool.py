@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 class RankPool:
-    """Its processes are started when a run first wants so many."""
+    """Its processes are started when a run first wants so many, and again after one in which some have not answered."""
 
     def __init__(self, device: str = "cpu"):
         self.device = device
@@ -78,10 +78,14 @@ class RankPool:
         return self
 
     def __exit__(self, *error):
+        self._end()
+        self.folder.cleanup()
+
+    def _end(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
+        self.processes, self.connections = [], []
 
     def run(
         self, ranks: int, *options: str, weights: Path | None = None, faults: list = (), copies: bool = False
@@ -120,7 +124,8 @@ class RankPool:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGUSR2)
         time.sleep(1)  # they print their stacks
-        logs = (f"rank {i}: {(Path(self.folder.name) / str(i)).read_text()[-3000:]}" for i in range(self.running))
+        self._end()
+        logs = (f"rank {i}: {(Path(self.folder.name) / str(i)).read_text()[-10_000:]}" for i in range(self.running))
         raise RuntimeError(f"rank {rank} has not answered\n" + "\n".join(logs))
 
 

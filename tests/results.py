@@ -17,9 +17,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def of_steps(folder: Path, name: str) -> list[float]:
+    """A metric of all steps that were reported. Other lines are about an epoch, a validation or a checkpoint."""
+    return [line[name] for line in read_metrics(folder) if name in line]
+
+
 def batch_losses(folder: Path) -> list[float]:
-    """train/batch_loss of all steps that were reported."""
-    return [line["train/batch_loss"] for line in read_metrics(folder) if "train/batch_loss" in line]
+    return of_steps(folder, "train/batch_loss")
 
 
 def read_weights(path: Path) -> torch.Tensor:

@@ -253,7 +253,7 @@ def test_deterministic_runs_repeat_bit_for_bit(tmp_path):
             trainer.train()
         finally:
             leave_world()
-            torch.use_deterministic_algorithms(False)
+        assert not torch.are_deterministic_algorithms_enabled()
         lines = read_metrics(tmp_path / name)
         curves.append([{k: v for k, v in line.items() if not k.startswith(("perf", "memory"))} for line in lines])
         if name == "stopped" and len(curves) == 2:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gpu_helpers import KERNELS, options_with_heads_of_128
 from rank_pool import RankPool
-from results import batch_losses, read_metrics, read_weights
+from results import batch_losses, of_steps, read_weights
 
 ROOT = Path(__file__).parents[2]
 ROWS, STEPS = 8, 20
@@ -68,8 +68,7 @@ def train(pool: RankPool, folder: Path, size: int, options: str, micro_batches: 
     options = f"{options} --training.local_batch_size {rows} --job.dump_folder {folder}"
     train.answers = pool.run(size, *options.split(), weights=folder.with_suffix(".pt"))
     assert not (error := train.answers[0].get("error")), error
-    losses, norms = ([line[f"train/{name}"] for line in read_metrics(folder)] for name in ("batch_loss", "grad_norm"))
-    return Curve(losses, norms)
+    return Curve(*(of_steps(folder, f"train/{name}") for name in ("batch_loss", "grad_norm")))
 
 
 def sizes(pool: RankPool) -> list[int]:
@@ -198,7 +197,7 @@ def test_two_devices_share_the_vocabulary(tmp_path, tmp_path_factory, pool, unev
         assert engine in train.answers[0]["printed"]
     losses, norms = two.errors(one)
     assert losses < 5e-3 and norms < 5e-2
-    accuracies = [[line["train/batch_accuracy"] for line in read_metrics(tmp_path / run)] for run in ("one", "two")]
+    accuracies = [of_steps(tmp_path / run, "train/batch_accuracy") for run in ("one", "two")]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=2e-2)
 
 

@@ -255,3 +255,17 @@ def test_a_run_continues_where_nothing_was_compiled_ahead(tmp_path, capsys, smal
     assert re.search(
         "warning: step 1 was slow because its kernels were not compiled ahead: \\w+Error.*\nstep 2/2", output
     )
+
+
+def test_what_a_run_sets_for_its_process_ends_with_it(tmp_path, small_model):
+    """So the next run of the process has its own kernels: not all of them are deterministic."""
+
+    class Seen(Hooks):
+        def after_step(self, trainer):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    seen: list[bool] = []
+    options = f"{small_model} --training.steps 1 --validation.enable false --checkpoint.enable false".split()
+    for given in (["--training.deterministic"], []):
+        train_here(tmp_path / str(len(seen)), *options, *given, hooks=Seen())
+    assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()

@@ -4,7 +4,7 @@ from tidar.distributed.context_parallel import GatheredAttention, gathered_atten
 from tidar.distributed.one_device import OneDevice
 from tidar.distributed.parallelize import Sharded, compile_seconds, needs_fsdp, parallelize, reshards_after_forward
 from tidar.distributed.peer_copies import GATHER_BUFFERS, REDUCE_BUFFERS, buffer_bytes, exchanged_dtype
-from tidar.distributed.precision import compute_dtype, make_deterministic
+from tidar.distributed.precision import compute_dtype, determinism
 from tidar.distributed.tensor_parallel import tensor_shard
 from tidar.distributed.watchdog import Watchdog
 from tidar.distributed.world import (
@@ -32,12 +32,12 @@ __all__ = [
     "check_offload",
     "compile_seconds",
     "compute_dtype",
+    "determinism",
     "exchanged_dtype",
     "gathered_attention",
     "join_world",
     "leave_world",
     "logging_ranks",
-    "make_deterministic",
     "needs_fsdp",
     "parallelize",
     "rank_zero_first",

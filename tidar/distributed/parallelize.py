@@ -123,8 +123,8 @@ def apply_compile(model: Any, has_collectives: bool = False) -> None:
     from torch._inductor import config as inductor_config
 
     functorch_config.ban_recompute_materialized_backward = False
+    inductor_config.reorder_for_compute_comm_overlap = has_collectives
     if has_collectives:
-        inductor_config.reorder_for_compute_comm_overlap = True
         inductor_config.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)

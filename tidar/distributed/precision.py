@@ -1,6 +1,8 @@
 """The compute dtype, and determinism."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,10 +17,18 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def make_deterministic(config: Config) -> None:
-    """Seeds this process and, where training.deterministic asks for it, forbids kernels that do not repeat."""
+@contextmanager
+def determinism(config: Config) -> Iterator[None]:
+    """Seeds this process. Where training.deterministic asks for it, kernels that do not repeat are forbidden inside."""
     torch.manual_seed(config.training.seed)
-    if config.training.deterministic:
-        # cuBLAS reads it when its first handle is made
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    if not config.training.deterministic:
+        yield
+        return
+    # cuBLAS reads it when its first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)

@@ -21,8 +21,8 @@ from tidar.distributed import (
     Watchdog,
     World,
     compile_seconds,
+    determinism,
     join_world,
-    make_deterministic,
     shorten_timeout,
 )
 from tidar.evaluation.scores import validate
@@ -124,7 +124,7 @@ class Trainer:
             self.stops.listen()  # after the outcome has begun, so that a signal can end it
             self.stop_reason = None
 
-            make_deterministic(config)
+            resources.enter_context(determinism(config))
             self._read_inputs()
             self.model, self.parallel = build_model(self.plan, world)
             self.objective = build_objective(self.plan, world)

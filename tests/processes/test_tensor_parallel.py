@@ -84,7 +84,6 @@ def test_tied_embeddings_biases_and_exports(tmp_path, ranks, uneven_data):
     make_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "qwen2")
     options = f"{uneven_data} --model.hf_path {tmp_path / 'qwen2'} --training.seq_len 128 --training.steps 4"
     options += " --metrics.log_freq 1 --checkpoint.export_epochs 1 --optimizer.state_dtype bfloat16"
-    options += " --tidar.draft_targets model"
     found = []
     for size, extra in ((1, ""), (2, TP)):
         folder, weights = tmp_path / str(size), tmp_path / f"{size}.pt"

@@ -136,9 +136,9 @@ def test_findings(tmp_path, monkeypatch):
     results = {name: result(2.0, 300) for name in RUNS}
     results |= {"tidar-4": result(2.0, 250), "tidar-16": result(2.0, 350), "random-8": result(2.0, 270)}
     results |= {"random-8-seed-2": result(2.0, 290), "scratch-8": result(2.1, 310), "causal-more": result(1.99, 0)}
-    results |= {"own-text-8": result(2.009, 315), "own-targets-8": result(2.011, 330)}
+    results |= {"own-text-8": result(2.009, 315), "offset-8": result(2.011, 330)}
     assert [finding.row(results)[1] for finding in FINDINGS] == ["held"] * len(FINDINGS)
-    assert idea_row("own-text-8", results)[-1] == "yes" and idea_row("own-targets-8", results)[-1] == "no"
+    assert idea_row("own-text-8", results)[-1] == "yes" and idea_row("offset-8", results)[-1] == "no"
     main = results["tidar-8"]
     for number, worse in enumerate(
         (

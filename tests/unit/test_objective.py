@@ -1,6 +1,5 @@
 import math
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from tidar.kernels import Kernels
 from tidar.losses.objective import Objective, TokenScores
 from tidar.losses.sums import LossSums, target_weights
-from tidar.patterns import Targets, get_pattern
+from tidar.patterns import Targets
 
 POSITIONS, DIM, VOCAB = 40, 16, 500
 
@@ -53,33 +52,6 @@ def test_chunked_equals_unchunked(dtype, tolerance, loss_weights, counts):
             nll = F.cross_entropy(logits, target.labels, reduction="none")
             assert_close(scores[loss_name].nll, nll, tolerance)
             assert scores[loss_name].correct.equal(logits.argmax(dim=-1) == target.labels)
-
-
-@pytest.mark.parametrize("options", [{}, {"random_block_offset": True, "block_sizes": [2, 5]}])
-def test_drafts_learn_the_choices_of_the_model(options):
-    """Those of the autoregressive half at the position before, found here row by row; not where nothing is trained."""
-    pattern = get_pattern("tidar", block_size=5, mask_token_id=VOCAB - 1, **options)
-    tokens, ids = torch.randint(VOCAB - 1, (2, 20)), torch.tensor([[0] * 20, [0] * 3 + [1] * 9 + [2] * 8])
-    targets = pattern.layout(tokens, ids, (torch.rand(2, 20) < 0.8).float(), seeds=[3, 4]).targets
-    hidden = torch.randn(2, 40, DIM, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(VOCAB, DIM, dtype=torch.float64, requires_grad=True)
-    choices = (hidden @ weight.T).argmax(dim=-1)
-    labels = [choices[at // 40, at % 40 - 20 - 1] for at in targets["diffusion"].index.tolist()]
-    own = targets | {"diffusion": replace(targets["diffusion"], labels=torch.stack(labels))}
-    weights, denominators = {"ar": 1.0, "diffusion": 0.5}, dict.fromkeys(targets, torch.tensor(9.0))
-    objective = Objective(weights, 7, drafts_from_model=True)
-    (loss, scores), expected = (
-        objective(hidden, weight, targets, denominators),
-        unchunked(hidden, weight, own, denominators, weights),
-    )
-    assert_close(loss, expected, 1e-12)
-    found = torch.autograd.grad(loss, [hidden, weight])
-    for gradient, other in zip(found, torch.autograd.grad(expected, [hidden, weight])):
-        assert_close(gradient, other, 1e-12)
-    with torch.no_grad():
-        nll = objective(hidden, weight, targets, denominators)[1]["diffusion"].nll
-    plain = Objective(weights, 7)(hidden, weight, targets, denominators)[1]["diffusion"].nll
-    assert nll.equal(plain) and not nll.equal(scores["diffusion"].nll)
 
 
 def assert_close(found, expected, tolerance):

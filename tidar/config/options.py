@@ -73,11 +73,6 @@ class Tidar:
         "block; uniform in validation",
         minimum=0,
     )
-    draft_targets: Literal["text", "model"] = option(
-        "text",
-        "experiment: what masked positions learn: the tokens of the text, or those that the autoregressive half finds "
-        "most likely there (tidar.pattern = tidar); validation compares with the text",
-    )
     diffusion_share: float = option(
         1.0,
         "experiment: fraction of a row's tokens with a diffusion loss, as whole blocks drawn in every epoch; the other "

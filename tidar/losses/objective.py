@@ -35,17 +35,11 @@ class Objective:
         loss_weights: dict[str, float],
         chunk_size: int,
         kernels: Kernels = PLAIN,
-        drafts_from_model: bool = False,
         shard: TensorShard = WHOLE,
     ):
-        """chunk_size: target positions whose logits exist at a time. shard: this rank's part of the vocabulary.
-
-        drafts_from_model: where gradients are computed, the labels of the diffusion loss are the tokens that the model
-        finds most likely by its autoregressive half. Both losses must then have the same tokens as targets, in order.
-        """
+        """chunk_size: target positions whose logits exist at a time. shard: this rank's part of the vocabulary."""
         self.shard = shard
         self.loss_weights = loss_weights
-        self.drafts_from_model = drafts_from_model
         self.chunk_size = chunk_size
         self.kernels = kernels
         multiply = torch.matmul
@@ -73,10 +67,7 @@ class Objective:
             shares.append(target.weights.to(dtype) * (self.loss_weights[loss] / total_weight) / denominator)
         index = torch.cat([target.index for target in targets.values()])
         with_gradient = torch.is_grad_enabled()
-        labels_of = {loss: target.labels for loss, target in targets.items()}
-        if self.drafts_from_model and with_gradient:
-            labels_of["diffusion"] = self._choices(hidden, output_weight, targets["ar"].index)
-        labels, coefficients = torch.cat(list(labels_of.values())), torch.cat(shares)
+        labels, coefficients = torch.cat([target.labels for target in targets.values()]), torch.cat(shares)
         score, padding = self.by_logits, 0
         if with_gradient and self.kernels.loss_without_logits:
             from tidar.kernels import anchored_cross_entropy  # needs QuACK
@@ -96,17 +87,6 @@ class Objective:
         sizes = [len(target.labels) for target in targets.values()]
         parts = zip(nll.split([*sizes, padding]), correct.split([*sizes, padding]))
         return value, {loss: TokenScores(*part) for loss, part in zip(targets, parts)}
-
-    @torch.no_grad()
-    def _choices(self, hidden: Tensor, output_weight: Tensor, index: Tensor) -> Tensor:
-        """The most likely token at each of these positions, `[n]` int64."""
-        hidden = hidden.flatten(0, 1)
-        chunks = []
-        for part in index.split(self.chunk_size):
-            largest, token = F.linear(hidden[part], output_weight).max(dim=-1)
-            largest, token = map(self.shard.stacked, (largest, token + self.shard.rank * len(output_weight)))
-            chunks.append(token.gather(0, largest.argmax(dim=0, keepdim=True))[0])
-        return torch.cat(chunks)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -16,10 +16,7 @@ def build_model(plan: RunPlan, world: World) -> tuple[Decoder, Sharded | OneDevi
 
 
 def build_objective(plan: RunPlan, world: World) -> Objective:
-    options = plan.config
-    drafts_from_model = options.tidar.draft_targets == "model"
-    chunk_size, shard = options.training.loss_chunk_size, tensor_shard(world)
-    return Objective(plan.loss_weights, chunk_size, plan.kernels, drafts_from_model, shard)
+    return Objective(plan.loss_weights, plan.config.training.loss_chunk_size, plan.kernels, tensor_shard(world))
 
 
 def build_mask_builders(plan: RunPlan, world: World) -> tuple[MaskBuilder, MaskBuilder]:

@@ -9,7 +9,7 @@ from tidar.config import Config, UserError, resolve_global_batch_size, resolve_m
 from tidar.distributed import check_offload, compute_dtype, needs_fsdp, reshards_after_forward, resolve_degrees
 from tidar.kernels import Capability, Kernels, Sizes, choose_kernels
 from tidar.models import WHOLE, Decoder, DecoderConfig, TensorShard
-from tidar.patterns import DECODABLE, Pattern, RowSharding, Tidar, checked_pattern, configured_pattern, loss_weights
+from tidar.patterns import DECODABLE, Pattern, RowSharding, checked_pattern, configured_pattern, loss_weights
 from tidar.training.reporting.weights_and_biases import check_wandb
 
 
@@ -128,22 +128,6 @@ class RunPlan:
         return 4 * self.n_own_parameters if self.uses_fsdp and once else 0
 
 
-def check_draft_targets(config: Config, pattern: Pattern) -> None:
-    """Raises UserError where masked positions cannot learn the model's own tokens: each device must have both losses of
-    the same tokens.
-    """
-    if config.tidar.draft_targets == "text":
-        return
-    share, degree = config.tidar.diffusion_share, config.parallelism.context_parallel_degree
-    for option, wrong in (
-        (f"tidar.pattern = {config.tidar.pattern}", type(pattern) is not Tidar),
-        (f"tidar.diffusion_share = {share}", share < 1),
-        (f"parallelism.context_parallel_degree = {degree}", degree > 1),
-    ):
-        if wrong:
-            raise UserError(f"tidar.draft_targets = model: needs both losses of each token on a device; not {option}")
-
-
 def plan_run(
     config: Config,
     world_size: int,
@@ -180,7 +164,6 @@ def plan_run(
             f"validation.generate_prompts = {n_prompts}: tidar.pattern = {name} is not decoded; must be 0, or the "
             f"pattern one of {', '.join(DECODABLE)}"
         )
-    check_draft_targets(config, pattern)
     sizes, n_parameters, n_own_parameters = None, 0, 0
     if tensor_parallel > 1:
         _check_positions(config, tensor_parallel, [sharding or pattern, validation_sharding or validation_pattern])

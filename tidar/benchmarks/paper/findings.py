@@ -171,12 +171,8 @@ FINDINGS = (
 IDEAS = {
     "positions-8": MAIN,
     "positions-light-8": MAIN,
-    "accepted-8": MAIN,
-    "accepted-16": MAIN,
-    "accepted-8-seed-2": "tidar-8-seed-2",
-    "own-targets-8": MAIN,
-    "own-targets-light-8": MAIN,
     "own-text-8": "more-8",
+    "own-text-light-8": "more-8",
     "own-samples-8": "more-8",
     "offset-8": MAIN,
     "mixed-8": MAIN,

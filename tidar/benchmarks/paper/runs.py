@@ -20,10 +20,6 @@ CAUSAL, MAIN = "causal", "tidar-8"
 BY_SIZE = {"4": "tidar-4", "8": MAIN, "16": "tidar-16"}
 # of a block of 8 drafted tokens. The first is not used: the step has chosen that one itself
 POSITIONS = "--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6"
-# a draft is accepted only with all before it: each next one counts for 0.6 of the one before, about the share accepted
-ACCEPTED = "--tidar.place_weights 0 1 0.6 0.36 0.22 0.13 0.08 0.05"
-LIGHT = "--tidar.diffusion_loss_weight 0.8"
-OWN_TARGETS = "--tidar.draft_targets model"
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,18 @@ class Run:
     own_text: float | None = None
 
 
+def _continued(starts_from: str, steps: int, seed: int, name: str, about: str, options: str, own_text=None) -> Run:
+    own = f"--training.steps {steps} --training.seed {seed} --optimizer.lr 7.5e-4 {options}"
+    return Run(name, about, own.strip(), starts_from, own_text)
+
+
 def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run:
     """A run that continues the causal model, as the paper continues Qwen."""
-    own = f"--training.steps 600 --training.seed {seed} --optimizer.lr 7.5e-4 {options}"
-    return Run(name, about, own.strip(), CAUSAL)
+    return _continued(CAUSAL, 600, seed, name, about, options)
 
 
-def _from_tidar(name: str, about: str, own_text: float | None = None) -> Run:
-    return Run(name, about, "--training.steps 300 --training.seed 3 --optimizer.lr 7.5e-4", MAIN, own_text)
+def _from_tidar(name: str, about: str, own_text: float | None = None, options: str = "") -> Run:
+    return _continued(MAIN, 300, 3, name, about, options, own_text)
 
 
 # In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats
@@ -67,29 +67,18 @@ RUNS = {
         _from_causal(
             "positions-light-8",
             "the same, with a weight of the diffusion loss of 0.8",
-            f"{POSITIONS} {LIGHT}",
-        ),
-        _from_causal(
-            "accepted-8",
-            "diffusion loss weighted by what a draft adds to those accepted, with a weight of 0.8",
-            f"{ACCEPTED} {LIGHT}",
-        ),
-        _from_causal(
-            "accepted-16",
-            "accepted-8 with blocks of 16",
-            f"--tidar.block_size 16 {ACCEPTED} 0.03 0.02 0.01 0.006 0.004 0.002 0.001 0.0008 {LIGHT}",
-        ),
-        _from_causal("own-targets-8", "drafts learn the AR half's most likely tokens", OWN_TARGETS),
-        _from_causal(
-            "own-targets-light-8",
-            "the same, weighted as accepted-8 is",
-            f"{OWN_TARGETS} {ACCEPTED} {LIGHT}",
+            f"{POSITIONS} --tidar.diffusion_loss_weight 0.8",
         ),
         _from_tidar("more-8", "tidar-8 continued as it was"),
         _from_tidar("own-text-8", "tidar-8 continued, half of it on its own greedy text", own_text=0.0),
+        _from_tidar(
+            "own-text-light-8",
+            "the same, with a weight of the diffusion loss of 0.5",
+            own_text=0.0,
+            options="--tidar.diffusion_loss_weight 0.5",
+        ),
         _from_causal("random-8-seed-2", "random masking, second seed", "--tidar.pattern tidar_random", seed=2),
         _from_causal("tidar-8-seed-2", "blocks of 8, second seed", seed=2),
-        _from_causal("accepted-8-seed-2", "accepted-8, second seed", f"{ACCEPTED} {LIGHT}", seed=2),
         _from_causal("offset-8", "blocks begin anywhere", "--tidar.random_block_offset"),
         _from_causal("mixed-8", "rows of blocks of 4, 8 and 16", "--tidar.block_sizes 4 8 16"),
         _from_tidar("own-samples-8", "tidar-8 continued, half of it on its own text, temperature 1", own_text=1.0),

@@ -7,6 +7,7 @@ Train on the folder with data.source = "prepared" and data.paths = ["DIR"].
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from tidar.config import ArgumentParser, UserError, in_range, load_config, print_lines, user_errors_exit
 from tidar.data import Corpus, data_tokenizer, load_tokenizer, make_source, prepare
@@ -35,12 +36,14 @@ def main() -> None:
         source = make_source(config.data, tokenizer)
         paths = source.training_paths(config.data.paths)
         prepare(source, make_source, paths, arguments.output, arguments.processes, progress_printer())
-        print_lines(*summary(arguments.output, time.perf_counter() - started))
+        meta = Corpus.open(arguments.output, verify=False).meta
+        print_lines(*summary(arguments.output, meta, time.perf_counter() - started))
+        if not meta["documents"]:
+            raise UserError(f"data.paths = {', '.join(config.data.paths)}: hold no documents to train on")
 
 
-def summary(folder: Path, seconds: float) -> list[str]:
-    """What a prepared folder holds, and what was dropped."""
-    meta = Corpus.open(folder, verify=False).meta
+def summary(folder: Path, meta: dict[str, Any], seconds: float) -> list[str]:
+    """What a prepared folder holds, and what was dropped. meta: of its meta.json."""
     lines = [
         f"{folder}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['target_tokens']:,} of them "
         f"targets, ids {meta['smallest_id']} to {meta['largest_id']}, {meta['dtype']}, in {seconds:.1f} s"

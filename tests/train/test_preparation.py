@@ -113,6 +113,15 @@ def test_workers_end_with_a_killed_parent(tmp_path, call):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("content, dropped", [("", 0), ('{"text": ""}\n', 1)])
+def test_nothing_to_train_on_is_an_error(tmp_path, call, content, dropped):
+    (tmp_path / "a.jsonl").write_text(content)
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.paths", tmp_path / "a.jsonl"]
+    code, output, error = call(prepare_data.main, "--output", tmp_path / "out", *options)
+    assert code == 1 and ("dropped: 1 documents" in output) == bool(dropped)
+    assert error == f"error: data.paths = {tmp_path / 'a.jsonl'}: hold no documents to train on\n"
+
+
 def test_a_file_system_without_locks_costs_one_warning(tmp_path, monkeypatch, capfd):
     def fail(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

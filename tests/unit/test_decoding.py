@@ -162,11 +162,11 @@ def test_drafts_equal_the_slow_reference():
         engine = random_engine(rng, rng.randint(2, 8))
         prompt, n_new = [rng.randrange(22) for _ in range(rng.randint(1, 9))], 12
         _, drafts = slow_decode(engine, prompt, n_new, greedy)
-        forward = engine._forward(1, len(prompt) + n_new, "tidar", Sampling())
-        forward.prefill([0], [prompt], [0], padded=len(prompt) + rng.randint(0, 5))
-        for draft in drafts:
-            assert forward.state.draft[0].tolist() == draft
-            forward.step()
+        with engine._forward(1, len(prompt) + n_new, "tidar", Sampling()) as forward:
+            forward.prefill([0], [prompt], [0], padded=len(prompt) + rng.randint(0, 5))
+            for draft in drafts:
+                assert forward.state.draft[0].tolist() == draft
+                forward.step()
 
 
 def test_output_depends_on_seed_prompt_and_index_alone():
@@ -187,6 +187,19 @@ def test_output_depends_on_seed_prompt_and_index_alone():
             for completion, tokens in zip(engine.generate(prompts, 24, stop_token_ids=stops, **options), expected):
                 end = next((i for i, token in enumerate(tokens) if token in stops), 23)
                 assert completion.tokens == tokens[: end + 1] and sum(completion.accepted) == end + 1
+
+
+def test_streams_of_one_engine_do_not_meet():
+    """Two side by side, a third that is abandoned, and a call between their steps; at a temperature near 0."""
+    rng = random.Random(3)
+    engine = random_engine(rng, 4, torch.float32)
+    prompts = [[rng.randrange(22) for _ in range(9)] for _ in range(3)]
+    expected = [engine.generate([prompt], 20)[0].tokens for prompt in prompts]
+    streams = [engine.stream([prompt], 20) for prompt in prompts]
+    for stream in streams:
+        next(stream)
+    assert engine.generate(prompts[2:], 20, temperature=1e-310)[0].tokens == expected[2]
+    assert [list(stream)[-1].tokens for stream in streams[:2]] == expected[:2]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -244,7 +257,6 @@ def test_any_number_of_shapes_is_compiled(monkeypatch):
     torch._dynamo.reset()
     engine = random_engine(random.Random(0), 2, n_layers=1)
     for capacity in range(16, 34, 2):
-        forward = engine._forward(1, capacity, "tidar", Sampling())
-        with forward._compiled():
+        with engine._forward(1, capacity, "tidar", Sampling()) as forward, forward._compiled():
             forward._step()
     torch._dynamo.reset()

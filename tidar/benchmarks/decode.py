@@ -62,11 +62,11 @@ def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float
         engine = Engine(
             model, Method("tidar", block_size, 0), max_batch_size=batch, graph=False if options.eager else None
         )
-        forward = engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, Sampling())
         prompts = torch.randint(model.config.vocab_size, (batch, prefix)).tolist()
-        prefill = median_seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
-        fill(forward, prefix)
-        return prefill, median_seconds(forward.step, REPEATS)
+        with engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, Sampling()) as forward:
+            prefill = median_seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
+            fill(forward, prefix)
+            return prefill, median_seconds(forward.step, REPEATS)
 
     prefill, ar = timed("ar", 1)
     read = weight_bytes(model) + batch * prefix * cache_bytes(model)

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -123,7 +124,18 @@ class Engine:
     ) -> Iterator[Completion]:
         if not prompts:
             return
-        forward = self._forward(len(prompts), max(map(len, prompts)) + max_new_tokens, mode, sampling)
+        with self._forward(len(prompts), max(map(len, prompts)) + max_new_tokens, mode, sampling) as forward:
+            yield from self._steps(forward, prompts, keys, max_new_tokens, stop_token_ids, stop)
+
+    def _steps(
+        self,
+        forward: Forward,
+        prompts: Sequence[Sequence[int]],
+        keys: list[int],
+        max_new_tokens: int,
+        stop_token_ids: frozenset[int],
+        stop: Stop | None,
+    ) -> Iterator[Completion]:
         state = forward.state
         state.active.zero_()
         waiting = deque(enumerate(prompts))
@@ -175,8 +187,12 @@ class Engine:
             for first in range(0, len(group), size):
                 yield padded, group[first : first + size]
 
-    def _forward(self, n_prompts: int, length: int, mode: Mode, sampling: Sampling) -> Forward:
-        """Forward passes for `n_prompts` sequences of at most `length` tokens, kept for the same shapes."""
+    @contextmanager
+    def _forward(self, n_prompts: int, length: int, mode: Mode, sampling: Sampling) -> Iterator[Forward]:
+        """Forward passes for `n_prompts` sequences of at most `length` tokens, kept for the same shapes.
+
+        A stream that begins before another one has ended gets its own.
+        """
         method = self.method if mode == "tidar" else None
         block_size = method.block_size if method else 1
         # a step writes a whole block after the last token, and one more step may have been started
@@ -185,22 +201,23 @@ class Engine:
             capacity = _power_of_two(capacity, SMALLEST_CAPACITY)
             batch = min(_power_of_two(batch, 1), self.max_batch_size)
         key = (batch, capacity, mode, sampling)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees its cache before another one is allocated
+        forward = self._last[1] if self._last and self._last[0] == key else None
+        self._last = None  # frees its cache before another one is allocated
+        if forward is None:
             scratch = block_size**2 if method else 0
-            self._last = (
-                key,
-                Forward(
-                    self.model,
-                    self._allocate(batch, capacity, scratch),
-                    State.empty(batch, block_size, self.device),
-                    method.mask_token_id if method else 0,
-                    method is not None,
-                    sampling,
-                    self.graph,
-                ),
+            forward = Forward(
+                self.model,
+                self._allocate(batch, capacity, scratch),
+                State.empty(batch, block_size, self.device),
+                method.mask_token_id if method else 0,
+                method is not None,
+                sampling,
+                self.graph,
             )
-        return self._last[1]
+        try:
+            yield forward
+        finally:
+            self._last = key, forward
 
     def _allocate(self, batch: int, capacity: int, scratch: int) -> KeyValueCache:
         try:

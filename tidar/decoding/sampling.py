@@ -40,7 +40,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
     top_p keeps the fewest tokens whose probabilities sum to at least top_p; of equal ones those with the lower id.
     """
-    logits = logits.double() / sampling.temperature
+    logits = logits.double()
+    # the largest is 0, so that even a tiny temperature makes no infinite one
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     probabilities = logits.softmax(dim=-1)
     if not sampling.top_k and sampling.top_p == 1:
         return probabilities

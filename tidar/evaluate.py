@@ -7,6 +7,7 @@ tokens/s and the speed-up over autoregressive decoding on this machine. --prompt
 """
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,10 @@ def _run_config(run_folder: Path, model: Path) -> Config:
     config.model.hf_path, config.checkpoint.initial_load_path = str(assets_folder(model)), ""
     config.data.tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else ""
     if config.validation.steps != -1 and assets_folder(model) != model:
-        config.validation.steps *= read_manifest(model)["about"]["devices"]
+        about = read_manifest(model)["about"]
+        degrees = about.get("options", {}).get("parallelism", {})
+        shares = [degrees.get(f"{kind}_parallel_degree", 1) for kind in ("context", "tensor")]
+        config.validation.steps *= about["devices"] // math.prod(shares)
     return config
 
 

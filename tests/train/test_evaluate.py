@@ -68,6 +68,13 @@ def test_the_scores_are_those_of_the_runs_own_validation(run, capsys):
         assert found["dtype"] == "bfloat16" and decoded["prompts"] == 3 and decoded["tokens"] == 3 * 16
 
 
+def test_validation_takes_as_many_rows_as_on_the_devices_of_the_run(run, monkeypatch):
+    about = {"devices": 24, "options": {"parallelism": {"context_parallel_degree": 2, "tensor_parallel_degree": 3}}}
+    monkeypatch.setattr(evaluate, "read_manifest", lambda _: {"about": about})
+    config = evaluate._run_config(run.folder, run.folder / "checkpoint" / "step-4")
+    assert config.validation.steps == 2 * 24 // 6
+
+
 def test_decoding_prompts_does_not_disturb_training(run, options, tmp_path):
     """Without it: the same losses, weights and random state."""
     trainer = train_run([*options.options, "--job.dump_folder", str(tmp_path)])

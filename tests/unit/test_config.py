@@ -123,6 +123,8 @@ def test_bad_batch_folder_and_machine(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     config.job.dump_folder = str(tmp_path / "file" / "run")
     assert "cannot be written (Not a directory)" in refusal(lambda: make_dump_folder(config))
+    config.job.dump_folder = str(tmp_path / "\udcff")
+    assert "cannot be written" in refusal(lambda: make_dump_folder(config)) and len(list(tmp_path.iterdir())) == 1
     config.job.dump_folder = "nul\0"
     assert "cannot be written" in refusal(lambda: make_dump_folder(config))
     config.job.dump_folder = "/proc/run"

@@ -88,6 +88,7 @@ def make_dump_folder(config: Config) -> Path:
     """Creates job.dump_folder. Raises UserError where nothing can be written there."""
     folder = Path(config.job.dump_folder)
     try:
+        str(folder).encode()  # files name it in UTF-8
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"a disk may be full")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,8 +126,10 @@ class CheckpointWriter:
     def _create_empty(self, partial: Path) -> None:
         remove_tree(partial)
         partial.mkdir(parents=True)
-        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+        for folder in (self.folder, self.folder.parent):
             flush_folder(folder)
+        with suppress(OSError):  # the folder that holds the run's may be one that only others can read
+            flush_folder(self.folder.parent.parent)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"step-{step}.partial"

@@ -24,6 +24,7 @@ from torture import difference, end_of
 from tidar.config import UserError, load_config
 from tidar.data import make_loader
 from tidar.distributed import leave_world
+from tidar.models.huggingface.manifest import read_manifest, saved_steps
 from tidar.patterns import get_pattern
 from tidar.training.hooks import Hooks
 from tidar.training.trainer import Trainer
@@ -176,7 +177,7 @@ class SignalAt(Hooks):
 
 
 def train_interrupted(folder: Path, model_and_data: str, hooks: Hooks | None = None) -> Trainer:
-    return train_run([*model_and_data.split(), *INTERRUPTED, "--job.dump_folder", str(folder)], hooks)
+    return train_run([*INTERRUPTED, *model_and_data.split(), "--job.dump_folder", str(folder)], hooks)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,28 @@ def test_what_a_stop_interrupts_is_done_after_the_resume(tmp_path, small_model, 
     assert outcome(tmp_path)["outcome"] == "finished"
     assert difference(end_of(tmp_path, 6)[:2], left_alone[0]) == ""
     assert files_of(tmp_path / "export") == left_alone[1]
+
+
+def test_a_stop_in_an_export_keeps_the_validation_before_it(tmp_path, small_model, monkeypatch):
+    """Of the same step: its line of metrics.jsonl, and the loss by which checkpoint.save_best keeps the best."""
+    options = f"{small_model} --validation.freq 5 --training.steps 8 --optimizer.lr 10 --checkpoint.interval 5"
+    options += " --checkpoint.save_best --checkpoint.keep_latest_k 1"
+    ends, export = [], Trainer.export_epoch
+
+    def export_signalled(trainer: Trainer, number: int) -> None:
+        SignalAt("export").send(trainer)
+        export(trainer, number)
+
+    for name in ("alone", "stopped"):
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                patch.setattr(Trainer, "export_epoch", export_signalled)
+                assert train_interrupted(tmp_path / name, options).step == 5
+        train_interrupted(tmp_path / name, options)
+        losses = [line.get("val/loss") for line in read_metrics(tmp_path / name)]
+        kept = {step: read_manifest(path)["about"]["val_loss"] for step, path in saved_steps(tmp_path / name).items()}
+        ends.append((losses, kept))
+    assert ends[0] == ends[1] and list(ends[0][1]) == [5, 8]
 
 
 @pytest.mark.long

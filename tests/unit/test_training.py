@@ -4,11 +4,13 @@ import resource
 
 import torch
 
+from tidar.config import load_config
 from tidar.evaluation.scores import accepted_prefixes
 from tidar.models import size_config
 from tidar.models.flops import useful_flops
 from tidar.models.huggingface import decoder_config
 from tidar.patterns import Targets
+from tidar.training.progress import Progress
 from tidar.training.reporting.metrics import MetricWriter
 
 
@@ -28,6 +30,12 @@ def test_accepted_prefixes_equal_the_loops():
         index = torch.arange(n_blocks * block_size)[is_target.flatten()]
         targets = Targets(index, index, index.float(), index % block_size)
         assert accepted_prefixes(targets, correct.flatten()[index], block_size).tolist() == expected
+
+
+def test_steps_of_epochs_are_those_of_exact_fractions():
+    for epochs, rows, size, steps in (("1.1", 700, 10, 77), ("0.1", 30, 3, 1), ("2", 31, 12, 6), ("1.01", 700, 10, 71)):
+        progress = Progress(rows, 0, torch.device("cpu"))
+        assert progress.steps_of(load_config(["--training.epochs", epochs]).training, size) == steps
 
 
 def test_useful_flops_by_hand():

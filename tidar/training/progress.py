@@ -60,6 +60,11 @@ class Progress:
         """Whether a validation or an export was due after the last step, and a stop has interrupted it."""
         return bool(self.state["interrupted"].any())
 
+    @property
+    def validates_again(self) -> bool:
+        """Whether it was the validation that was interrupted."""
+        return bool(self.state["interrupted"][0])
+
     def interrupt(self, validates: bool, epoch: int) -> None:
         """Notes what is due after the step: a validation, and the export of an epoch (0 for none)."""
         self.state["interrupted"].copy_(torch.tensor([validates, epoch]))
@@ -74,7 +79,8 @@ class Progress:
         if not training.epochs:
             return training.steps
         samples_left = training.epochs * self.n_rows - self.samples
-        return self.step + max(0, math.ceil(samples_left / global_batch_size))
+        # without the rounding of a number of epochs like 1.1
+        return self.step + max(0, math.ceil(round(samples_left / global_batch_size, 6)))
 
     def is_due(self, every: int, last: int, ahead: int = 0) -> bool:
         """Whether something is due now that happens every `every` steps (0: never) and after step `last`.

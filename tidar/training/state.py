@@ -11,6 +11,7 @@ from tidar.config.files import write_atomically
 from tidar.distributed import OneDevice, Sharded, World, rank_zero_first
 from tidar.models import Decoder
 from tidar.models.huggingface import ModelSpec
+from tidar.models.huggingface.manifest import read_manifest
 from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options, rate_jump
 from tidar.training.first_weights import check_first_weights, set_first_weights
@@ -106,6 +107,8 @@ class RunState:
             )
         for difference in found:
             self.log(f"warning: resumes with other options: {difference}")
+        about = read_manifest(checkpoint)["about"]
+        self.val_losses[self.progress.step] = about.get("val_loss")  # for a save of this step that repeats
         self.updates.skipped.restart_count()
         done, skipped = self.progress.step, self.updates.skipped.total
         for warning in rate_jump(checkpoint, self.config, self._steps(), done, skipped):

@@ -1,8 +1,8 @@
 """Runs at fault. Most often rank 1 is, in its third step, once.
 
-It hangs, or is stopped or killed by a signal. Two are not: "slow", where each of that step's micro-batches takes a
-second more, and rank 0's export too long for the others; and "slow_commit", where a checkpoint takes a minute to get
-its name.
+It hangs, is stopped or killed by a signal, or has an error. Two are not: "slow", where each of that step's
+micro-batches takes a second more, and rank 0's export too long for the others; and "slow_commit", where a checkpoint
+takes a minute to get its name.
 """
 
 import os
@@ -17,6 +17,7 @@ import uneven  # noqa: F401  (registers the source)
 
 from tidar import prepare_data, train
 from tidar.benchmarks import train_step
+from tidar.config import UserError
 from tidar.data import source, text
 from tidar.models.huggingface import ModelSpec
 from tidar.models.sizes import SIZES
@@ -41,6 +42,8 @@ class Faulty(Hooks):
             if self.fault == "slow":
                 time.sleep(1)
                 return loss
+            if self.fault == "error":
+                raise UserError("what only this rank knows", "on the second line")
             if self.fault == "hang":
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSTOP if self.fault == "stop" else signal.SIGKILL)
@@ -54,7 +57,7 @@ def write_slowly(write, spec: ModelSpec, folder: Path, *arguments) -> None:
 
 
 def train_with(fault: str, options: list[str]) -> None:
-    """tidar.train with these options and fault: "hang", "stop", "kill", "slow", "slow_commit" or "none"."""
+    """tidar.train with these options and fault: hang, stop, kill, error, slow, slow_commit or none."""
     if fault == "slow_commit":
         Checkpointer._commit = lambda *_: time.sleep(60)
     if fault == "slow":

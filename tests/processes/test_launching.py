@@ -104,6 +104,12 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-1", "step-2"]
 
 
+def test_the_error_of_one_rank_is_shown(tmp_path):
+    _, output, _ = train_with("error", tmp_path / "run", restarts=0)
+    assert "\nerror: rank 1: what only this rank knows\non the second line\n" in output, output
+    assert '"reason": "rank 1: what only this rank knows' in (tmp_path / "run" / "outcome.json").read_text()
+
+
 def test_a_rank_that_dies_is_brought_back(tmp_path):
     """From the last checkpoint, with the curve of a run that was not disturbed."""
     code, output, _ = train_with("kill", tmp_path / "killed", restarts=1)

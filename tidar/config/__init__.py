@@ -1,6 +1,15 @@
 """The options: one dataclass per TOML section, loading, checking."""
 
-from tidar.config.errors import UserError, aligned, first_line, named_error, print_lines, printable, user_errors_exit
+from tidar.config.errors import (
+    UserError,
+    aligned,
+    first_line,
+    named_error,
+    print_first_error,
+    print_lines,
+    printable,
+    user_errors_exit,
+)
 from tidar.config.loading import (
     ArgumentParser,
     in_range,
@@ -25,6 +34,7 @@ __all__ = [
     "load_config",
     "make_dump_folder",
     "named_error",
+    "print_first_error",
     "print_lines",
     "printable",
     "resolve_global_batch_size",

@@ -60,6 +60,16 @@ def user_errors_exit() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _is_first_of_machine():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def print_first_error(error: BaseException) -> None:
+    """Prints a UserError that this rank has had before all others, and maybe alone, unless `user_errors_exit` will."""
+    if isinstance(error, UserError) and not _is_first_of_machine():
+        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr, flush=True)
+
+
+def _is_first_of_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

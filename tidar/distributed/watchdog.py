@@ -32,7 +32,7 @@ class Watchdog:
     Timeouts of collectives would end the run too, but cannot say whose fault it is.
     """
 
-    def __init__(self, world: World, abort: Callable[[str], None]):
+    def __init__(self, world: World, abort: Callable[[str], object]):
         """abort: gets the reason before this process ends; called by the watching thread."""
         self.abort = abort
         self.rank, self.size = world.rank, world.size

@@ -27,8 +27,8 @@ class Outcome:
         """Writes "running". progress: further items for the file."""
         self._write("running", progress)
 
-    def end(self, outcome: str, **progress: Any) -> None:
-        """Writes an end. Any rank and thread may call it; the first call counts."""
+    def end(self, outcome: str, **progress: Any) -> bool:
+        """Writes an end. Any rank and thread may call it; the first call counts. Returns whether it is this one."""
         try:
             with open_regular(self.path) as file:
                 is_first = parse_json(file.read())["outcome"] == "running"
@@ -36,6 +36,7 @@ class Outcome:
             is_first = True
         if is_first:
             self._write(outcome, progress)
+        return is_first
 
     def _write(self, outcome: str, progress: dict[str, Any]) -> None:
         content = {"outcome": outcome, **progress, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}

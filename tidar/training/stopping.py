@@ -33,7 +33,7 @@ class StopRequests:
     checkpoint.max_wall_minutes is a request too, and callers can add others.
     """
 
-    def __init__(self, world: World, group: dist.ProcessGroup, deadline: float, abort: Callable[[str], None]):
+    def __init__(self, world: World, group: dist.ProcessGroup, deadline: float, abort: Callable[[str], object]):
         """Signals are caught from here on, and acted on after `listen`.
 
         group: of all ranks, on the CPU. deadline: of time.monotonic(). abort: gets the reason before the

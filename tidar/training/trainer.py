@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tidar.config import Config, UserError, make_dump_folder, print_lines
+from tidar.config import Config, UserError, make_dump_folder, print_first_error, print_lines
 from tidar.data import Batch
 from tidar.distributed import (
     OneDevice,
@@ -189,7 +189,7 @@ class Trainer:
         self.checkpointer.reserve()
         self.state.write_options()
         with ExitStack() as stack:
-            stack.enter_context(self.reports.metrics.opened(first_step, validates_again=self.progress.is_interrupted))
+            stack.enter_context(self.reports.metrics.opened(first_step, validates_again=self.progress.validates_again))
             collect_garbage = stack.enter_context(scheduled_gc(config.training.gc_freq))
             stack.enter_context(self.watchdog.watching(self.timeout))
             traces = stack.enter_context(StepTraces(config.profiling, self.folder, self.world.rank, self.step))
@@ -362,14 +362,14 @@ class Trainer:
             progress = {"step": self.step, "steps": self.steps, "checkpoint": saved and str(saved)}
             self.outcome.end(outcome, reason=reason, **progress)
 
-    def record_failure(self, reason: str) -> None:
-        """Writes the outcome of a run that failed. Any rank and thread may call it."""
+    def record_failure(self, reason: str) -> bool:
+        """Writes the outcome of a run that failed. Any rank and thread may call it. Returns whether it is the first."""
         step = self.step if "progress" in vars(self) else None
-        self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
+        return self.outcome.end("failed", reason=f"rank {self.world.rank}: {reason}", step=step)
 
     def _record_error(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error:
-            self.record_failure(str(error) or type(error).__name__)
+        if error and self.record_failure(str(error) or type(error).__name__):
+            print_first_error(error)
 
     @property
     def step(self) -> int:

@@ -137,6 +137,39 @@ def test_a_file_system_without_locks_costs_one_warning(tmp_path, monkeypatch, ca
     assert "cannot be locked" in line and "waits" not in line
 
 
+def test_a_run_prepares_its_data_again_until_a_checkpoint_is_saved(tmp_path):
+    """And later only where changes are allowed."""
+    options = ["--data.source", "text", "--data.tokenizer", "bytes", "--job.dump_folder", str(tmp_path / "run")]
+
+    def load(name: str, text: str, *more: str) -> bytes:
+        (tmp_path / name).write_text(text)
+        data = load_data(load_config([*options, "--data.paths", str(tmp_path / name), *more]), load_tokenizer("bytes"))
+        return bytes(token for token in data.training[0].tokens.tolist() if token < 256)
+
+    with pytest.raises(UserError, match="holds no documents to train on"):
+        load("empty.txt", "")
+    assert load("a.txt", "in the beginning") == b"in the beginning"
+    (tmp_path / "run" / "checkpoint" / "step-1").mkdir(parents=True)
+    assert load("a.txt", "in the beginning", "--checkpoint.allow_changes") == b"in the beginning"
+    with pytest.raises(UserError, match=r"was prepared from other inputs \(paths, files\); remove it"):
+        load("b.txt", "and then")
+    assert load("b.txt", "and then", "--checkpoint.allow_changes") == b"and then"
+
+
+def test_prepared_folders_of_two_tokenizers_do_not_train_together(tmp_path, call):
+    (tmp_path / "a.txt").write_text("in the beginning")
+    write_tokenizer(tmp_path / "words")
+    folders = []
+    for tokenizer in ("bytes", str(tmp_path / "words")):
+        folders.append(str(tmp_path / f"out{len(folders)}"))
+        options = ["--data.source", "text", "--data.tokenizer", tokenizer, "--data.paths", tmp_path / "a.txt"]
+        assert call(prepare_data.main, "--output", folders[-1], *options)[0] == 0
+    for places in (["--data.paths", *folders], ["--data.paths", folders[0], "--validation.paths", folders[1]]):
+        config = load_config(["--data.source", "prepared", *places])
+        with pytest.raises(UserError, match=r"out1: was prepared .* that of .*out0 is bytes \(257 ids\): prepare it"):
+            load_data(config, None)
+
+
 def test_a_lock_that_is_a_folder_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("in the beginning")
     (tmp_path / "run" / "data" / "training" / ".tidar-lock").mkdir(parents=True)

@@ -192,6 +192,7 @@ def test_two_runs_are_not_mixed_in_one_folder(tmp_path, small_model):
     for change, words in (
         (["--checkpoint.enable", "false"], "checkpoint.enable = false: .* holds the checkpoints of another run"),
         (["--training.steps", "2", "--training.seq_len", "16"], "training.seq_len: 32 -> 16; rows of data: "),
+        (["--training.steps", "2", "--validation.enable", "true"], "validation.enable: False -> True; rows of data: "),
         (["--training.steps", "2", "--training.seed", "7"], "training.seed: 0 -> 7; data, or options of packing"),
     ):
         with pytest.raises(UserError, match=words):

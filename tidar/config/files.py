@@ -53,3 +53,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def file_stamp(file: str) -> list[int]:
+    """Size and time of modification, which tell that a file has changed; empty where it cannot be read."""
+    try:
+        stat = os.stat(file)
+        return [stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        return []  # reading it raises the error

@@ -86,18 +86,20 @@ def load_data(
         training, validation = (
             [Corpus.open(Path(path), verify=prepares) for path in paths] for paths in (options.paths, validation_paths)
         )
-        for path, corpus in zip([*options.paths, *validation_paths], training + validation):
-            _check_tokenizer(path, corpus, tokenizer)
+        _check_tokenizers([*options.paths, *validation_paths], training + validation, tokenizer)
     else:
         source = make_source(options, tokenizer, vocab_size)
         folder = Path(config.job.dump_folder) / "data"
         paths = {"training": source.training_paths(options.paths), "validation": validation_paths}
         if prepares:
+            # a run that nothing is saved of has no other data than those that its options name now
+            is_new = not any(folder.parent.glob("checkpoint/step-*"))
+            replaces = is_new or config.checkpoint.allow_changes
             # reading bytes takes less time than starting a process
             processes = 1 if isinstance(tokenizer, BytesTokenizer) else os.cpu_count() or 1
             for name in paths:
                 if paths[name]:
-                    prepare(source, make_source, paths[name], folder / name, processes, progress_printer())
+                    prepare(source, make_source, paths[name], folder / name, processes, progress_printer(), replaces)
         training, validation = ([Corpus.open(folder / name, verify=prepares)] if paths[name] else [] for name in paths)
     if not any(len(corpus.tokens) for corpus in training):
         raise UserError(f"data.source = {options.source}: holds no documents to train on")
@@ -212,13 +214,15 @@ def progress_printer() -> Callable[[Progress], None]:
     return show
 
 
-def _check_tokenizer(path: str, corpus: Corpus, tokenizer: Tokenizer | None) -> None:
-    made_with = corpus.meta.get("tokenizer")
-    if made_with and tokenizer and made_with["sha256"] != tokenizer.digest:
-        raise UserError(
-            f"{path}: was prepared with the tokenizer {made_with['name']} ({made_with['size']} ids), "
-            f"and this run's is {tokenizer.name} ({tokenizer.size} ids): prepare it again"
-        )
+def _check_tokenizers(paths: list[str], corpora: list[Corpus], tokenizer: Tokenizer | None) -> None:
+    """Raises UserError where prepared folders were made with another tokenizer than the run's, or than each other."""
+    known = tokenizer and (tokenizer.digest, f"this run's is {tokenizer.name} ({tokenizer.size} ids)")
+    for path, corpus in zip(paths, corpora):
+        if made_with := corpus.meta.get("tokenizer"):
+            name = f"{made_with['name']} ({made_with['size']} ids)"
+            if known and made_with["sha256"] != known[0]:
+                raise UserError(f"{path}: was prepared with the tokenizer {name}, and {known[1]}: prepare it again")
+            known = known or (made_with["sha256"], f"that of {path} is {name}")
 
 
 def _weights_by_document_group(options: Data, corpora: list[Corpus]) -> list[tuple[np.ndarray, np.ndarray]] | None:

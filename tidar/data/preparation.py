@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tidar.config import UserError, print_lines, printable
-from tidar.config.files import create_file, open_regular, parse_json, write_atomically
+from tidar.config.files import create_file, file_stamp, open_regular, parse_json, write_atomically
 from tidar.config.locks import FileLock
 from tidar.config.options import Data
 from tidar.data.chat import Chat
@@ -70,18 +70,9 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     }
 
 
-def file_stamp(file: str) -> list[int]:
-    """Size and time of modification, which tell that a file has changed; empty where it cannot be read."""
-    try:
-        stat = os.stat(file)
-        return [stat.st_size, stat.st_mtime_ns]
-    except OSError:
-        return []  # reading it raises the error
-
-
-def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
-    """Whether `folder` is complete and has this plan. Raises UserError if it has another plan, or if documents were
-    dropped and data.on_error = fail.
+def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str, replaces: bool) -> bool:
+    """Whether `folder` is complete and has this plan. Raises UserError if it has another plan, unless that is replaced,
+    or if documents were dropped and data.on_error = fail.
     """
     try:
         with open_regular(folder / "meta.json") as file:
@@ -91,12 +82,17 @@ def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str) -> bool:
         meta = check_meta(meta)
     except (OSError, ValueError):
         return False
+    different = [name for name in wanted if meta["plan"].get(name) != wanted[name]]
+    if different and replaces:
+        print_lines(f"{folder}: was prepared from other inputs ({', '.join(different)}), and is prepared again")
+        (folder / "meta.json").unlink()  # first: without it the folder is one that is being prepared
+        (folder / "dropped.txt").unlink(missing_ok=True)
+        return False
     if meta["bad_documents"] and on_error == "fail":
         raise UserError(
             f"{folder}: was prepared without {meta['bad_documents']} bad documents, listed in dropped.txt; "
             "data.on_error = skip accepts that"
         )
-    different = [name for name in wanted if meta["plan"].get(name) != wanted[name]]
     if different:
         raise UserError(
             f"{folder}: was prepared from other inputs ({', '.join(different)}); remove it, or choose another folder"
@@ -111,10 +107,12 @@ def prepare(
     folder: Path,
     processes: int,
     report: Callable[[Progress], None],
+    replaces: bool = False,
 ) -> None:
     """Prepares `folder` from the documents at `paths`. Parts that an earlier call finished are reused.
 
     make_source: makes `source` in another process. Where another process prepares the folder, this one waits for it.
+    replaces: a folder that was prepared from other inputs.
     Raises UserError for a bad document if data.on_error is "fail", for a folder with other content, and if the folder
     cannot be written.
     """
@@ -129,11 +127,11 @@ def prepare(
                 lock.acquire(wait=True)
             if lock.warning:
                 print_lines(lock.warning, file=sys.stderr)
-            if not _is_prepared(folder, wanted, source.options.on_error):
+            if not _is_prepared(folder, wanted, source.options.on_error, replaces):
                 _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
                 _join_parts(folder, source, parts, wanted)
                 # reused parts may have dropped documents, under data.on_error = skip
-                _is_prepared(folder, wanted, source.options.on_error)
+                _is_prepared(folder, wanted, source.options.on_error, replaces)
             shutil.rmtree(folder / PARTS, ignore_errors=True)
     except zipfile.BadZipFile:
         raise UserError(f"{folder / PARTS}: is damaged; remove it and start again") from None

@@ -13,7 +13,14 @@ from tidar.models import Decoder
 from tidar.models.huggingface import ModelSpec
 from tidar.models.huggingface.manifest import read_manifest
 from tidar.training.checkpoint.checkpointer import Checkpointer
-from tidar.training.checkpoint.resume import about_checkpoint, check_model, check_options, compared_options, rate_jump
+from tidar.training.checkpoint.resume import (
+    about_checkpoint,
+    changed_data_options,
+    check_model,
+    check_options,
+    compared_options,
+    rate_jump,
+)
 from tidar.training.first_weights import check_first_weights, set_first_weights
 from tidar.training.optim.updates import Updates
 from tidar.training.plan import RunPlan
@@ -99,7 +106,8 @@ class RunState:
         check_model(self.folder, checkpoint, self.spec.decoder, self.spec.mask_token_id)
         found = check_options(checkpoint, compared_options(self.config, self.plan.global_batch_size))
         self.checkpointer.load(checkpoint)
-        found += self.progress.differences()
+        if differences := self.progress.differences():
+            found += changed_data_options(checkpoint, self.config) + differences
         if found and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"{self.folder} was trained with other options: {'; '.join(found)}",

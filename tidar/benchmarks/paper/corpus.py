@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError, load_config, print_lines
-from tidar.config.files import parse_json, write_atomically
+from tidar.config.files import file_stamp, parse_json, write_atomically
 from tidar.data import Corpus, load_tokenizer, make_source, prepare
 from tidar.data.dataset import progress_printer
-from tidar.data.preparation import file_stamp
 from tidar.data.python_source import SKIPPED_FOLDERS
 from tidar.data.source import visible
 

@@ -62,6 +62,17 @@ def check_options(checkpoint: Path, now: dict[str, Any]) -> list[str]:
     return [f"{name}: {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]]
 
 
+def changed_data_options(checkpoint: Path, config: Config) -> list[str]:
+    """The options of the documents to train on that differ from a checkpoint's, each as "name: before -> now"."""
+    before, found = read_manifest(checkpoint)["about"].get("options", {}), []
+    for section, names in (("data", [*vars(config.data)]), ("validation", ["enable", "share", "paths"])):
+        for name in names:
+            now = getattr(getattr(config, section), name)
+            if (old := before.get(section, {}).get(name, now)) != now:
+                found.append(f"{section}.{name}: {old} -> {now}")
+    return found
+
+
 def check_model(folder: Path, checkpoint: Path, decoder: DecoderConfig, mask_token_id: int) -> None:
     """Raises UserError where the checkpoint is of another model, or of one with other tokens. folder: of the run.
 

@@ -21,6 +21,8 @@ MASK_TOKEN = 1
 
 
 def show(arguments: argparse.Namespace, pattern: Pattern, name: str, lengths: list[int]) -> None:
+    if arguments.command == "plot":
+        picture.check_size(pattern.model_positions(sum(lengths)))  # before a mask of so many is made
     show_mask(arguments, make_row_mask(pattern, name, lengths, arguments.seed, MASK_TOKEN))
 
 

@@ -16,6 +16,12 @@ OF_TOKEN, OF_MASK = (46, 98, 170), (222, 120, 48)
 LINES = {BLOCK: (255, 255, 255), DOCUMENT: (120, 124, 132), PART: INK}
 
 
+def check_size(positions: int) -> None:
+    """Raises UserError for more model positions than a picture has room for."""
+    if positions > MOST:
+        raise UserError(f"masks plot: {positions} model positions: must be at most {MOST}")
+
+
 def save_picture(row_mask: RowMask, path: Path) -> None:
     """Writes the mask to `path`: queries from top to bottom, keys from left to right. Allowed pairs are blue, or orange
     where the input of the query is the mask token.
@@ -28,8 +34,7 @@ def save_picture(row_mask: RowMask, path: Path) -> None:
     except ImportError:
         raise UserError(f"masks plot: needs Pillow: {install('plot')}") from None
     positions = len(row_mask.mask)
-    if positions > MOST:
-        raise UserError(f"masks plot: {positions} model positions: must be at most {MOST}")
+    check_size(positions)
     cell = min(LARGEST_CELL, -(-SIDE // positions))
     side = positions * cell
     title, small = ImageFont.load_default(14), ImageFont.load_default(11)

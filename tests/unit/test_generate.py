@@ -91,7 +91,11 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
     generate.main(command)
     assert output.read_text() == whole
-    capsys.readouterr()
+    prompts.write_text(prompts.read_text().replace("in 3", "in three"))
+    with pytest.raises(SystemExit):
+        generate.main(command)
+    assert "holds an answer to another prompt 3 than --prompts has now" in capsys.readouterr().err
+    assert output.read_text() == whole
 
 
 @pytest.mark.parametrize(
@@ -113,14 +117,18 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         ),
         ("--prompts {bad} --output /no/such/y", "--output /no/such/y: must be a file in a folder that can be written"),
         ("--prompts {bad} --output {folder}", ": must be a file in a folder that can be written to"),
+        ("--prompt a --tokenizer {large}", " ids, and the vocabulary of {folder} "),
         ("--prompt a --tokenizer /no/such", "--tokenizer /no/such: does not exist, and is no id of the hub"),
     ],
 )
 def test_bad_input(folder, arguments, message, capsys, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'\n{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    places = {"bad": bad, "folder": folder, "strict": tmp_path / "strict"}
+    places = {"bad": bad, "folder": folder, "strict": tmp_path / "strict", "large": tmp_path / "large"}
     write_tokenizer(places["strict"])
+    write_tokenizer(places["large"])
+    vocabulary = json.loads((places["large"] / "vocab.json").read_text()) | {f"w{i}": 1000 + i for i in range(600)}
+    (places["large"] / "vocab.json").write_text(json.dumps(vocabulary))
     (places["strict"] / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
     with pytest.raises(SystemExit) as ended:
         generate.main(["--model", str(folder), *arguments.format(**places).split()])

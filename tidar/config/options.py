@@ -48,7 +48,7 @@ class Tidar:
     clean_ratio: float = option(0.5, "tidar_split: fraction of a document's tokens that stays clean", above=0, below=1)
     mask_token_id: int = option(
         -1,
-        "mask token id (-1: the first id after the tokenizer's last; the vocabulary grows if needed)",
+        "mask token id (-1: the first id after those of the model's tokenizer; the vocabulary grows if needed)",
         minimum=0,
         also=-1,
     )

@@ -1,5 +1,6 @@
 """Answers to a file of chats, in the model's own words: what `data.source = chat` trains on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +21,17 @@ def write_answers(
     prompts: Iterator[tuple[int, list[dict[str, Any]], list[int]]],
     output: Path,
     decode: Callable[[list[int]], str],
-    done: set[int],
+    done: dict[int, str],
     **options,
 ) -> tuple[int, int, int]:
     """Appends a chat for each prompt that is not done: one JSON line with `index` and `messages`.
 
-    prompts: index, messages and tokens of each. done: indices to skip, see `read_done`. options: of
-    `Engine.generate`. Several processes may write to one file. Returns how many answers, new tokens and forward passes.
+    prompts: index, messages and tokens of each. done: what to skip, see `read_done`. options: of `Engine.generate`.
+    Several processes may write to one file. Returns how many answers, new tokens and forward passes.
+    Raises UserError for a prompt that is not the one that was answered.
     """
     n_answers = n_tokens = n_forwards = 0
-    todo = (prompt for prompt in prompts if prompt[0] not in done)
+    todo = _without(done, prompts, output)
     while chunk := list(islice(todo, CHUNK)):
         indices, chats, tokens = zip(*chunk)
         completions = engine.generate(tokens, indices=indices, **options)
@@ -43,9 +45,26 @@ def write_answers(
     return n_answers, n_tokens, n_forwards
 
 
-def read_done(output: Path) -> set[int]:
-    """Indices of the answers that a file already holds. A last line that is not whole is removed from it."""
-    done: set[int] = set()
+def _without(done: dict[int, str], prompts: Iterator, output: Path) -> Iterator:
+    for index, messages, tokens in prompts:
+        if index not in done:
+            yield index, messages, tokens
+        elif done[index] != _digest(messages):
+            raise UserError(
+                f"--output {output}: holds an answer to another prompt {index} than --prompts has now: must be a new "
+                "file, or the answers of the same prompts"
+            )
+
+
+def _digest(messages: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+
+
+def read_done(output: Path) -> dict[int, str]:
+    """Indices of the answers that a file already holds, each with a digest of its prompt. A last line that is not whole
+    is removed from the file.
+    """
+    done: dict[int, str] = {}
     if not output.exists():
         return done
     whole = 0
@@ -56,7 +75,8 @@ def read_done(output: Path) -> set[int]:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    done.add(int(json.loads(line)["index"]))
+                    answered = json.loads(line)
+                    done[int(answered["index"])] = _digest(answered["messages"][:-1])
                 except (ValueError, TypeError, KeyError):
                     raise UserError(f"--output {output}: line {number} is no answer of this command") from None
                 whole += len(line)

@@ -18,13 +18,18 @@ from tidar.models.huggingface import assets_folder
 def model_tokenizer(model: Path, name: str | None, vocab_size: int) -> Tokenizer:
     """The tokenizer called `name`, see `load_tokenizer`, or else that in the model's folder, or else bytes.
 
-    Raises UserError where the vocabulary of a model without a tokenizer is not one of bytes.
+    Raises UserError where a model without a tokenizer has no vocabulary of bytes, and where the tokenizer that is named
+    has more ids than the vocabulary.
     """
     folder = assets_folder(local_folder(model))
     chosen = name or (str(folder) if holds_tokenizer(folder) else "bytes")
     tokenizer = load_tokenizer(chosen, "--tokenizer")
     if chosen == "bytes" and not name and vocab_size > 512:
         raise UserError(f"{folder}: holds no tokenizer; name one with --tokenizer")
+    if name and tokenizer.size > vocab_size:
+        raise UserError(
+            f"--tokenizer {tokenizer.name}: has {tokenizer.size} ids, and the vocabulary of {folder} {vocab_size}"
+        )
     return tokenizer
 
 

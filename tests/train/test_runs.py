@@ -263,10 +263,13 @@ def test_what_a_run_sets_for_its_process_ends_with_it(tmp_path, small_model):
 
     class Seen(Hooks):
         def after_step(self, trainer):
-            seen.append(torch.are_deterministic_algorithms_enabled())
+            seen.append(modes())
 
-    seen: list[bool] = []
+    def modes() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic
+
+    seen: list[tuple[bool, bool]] = []
     options = f"{small_model} --training.steps 1 --validation.enable false --checkpoint.enable false".split()
     for given in (["--training.deterministic"], []):
         train_here(tmp_path / str(len(seen)), *options, *given, hooks=Seen())
-    assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()
+    assert [is_on for is_on, _ in seen] == [True, False] and seen[1] == modes() == (False, False)

@@ -26,9 +26,10 @@ def determinism(config: Config) -> Iterator[None]:
         return
     # cuBLAS reads it when its first handle is made
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.get_deterministic_debug_mode()
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        # it sets Inductor's option too, as set_deterministic_debug_mode does not (torch 2.13)
+        torch.use_deterministic_algorithms(before, warn_only=warns)

@@ -43,8 +43,7 @@ def compiled_sources(monkeypatch, layer: DecoderLayer, mask) -> list[str]:
     model.layers, model.norm = nn.ModuleList([layer]), nn.Identity()
     x = torch.randn(1, 24 // layer.shard.size, 64, requires_grad=True)
     angles = [torch.randn(1, 1, 24, 16) for _ in range(2)]
-    fresh = {"pattern_matcher": False, "force_disable_caches": True}  # code of another process may lie in the cache
-    with torch._inductor.config.patch(reorder_for_compute_comm_overlap=False, **fresh):
+    with torch._inductor.config.patch(reorder_for_compute_comm_overlap=False, pattern_matcher=False):
         apply_compile(model, has_collectives=True)
         _, sources = run_and_get_code(lambda: model.layers[0](x, *angles, mask).sum().backward())
     return [source.split("def call(")[1] for source in sources]

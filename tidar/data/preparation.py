@@ -70,7 +70,7 @@ def plan(source: Source, parts: list[Part], paths: list[str]) -> dict[str, Any]:
     }
 
 
-def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str, replaces: bool) -> bool:
+def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str, replaces: bool = False) -> bool:
     """Whether `folder` is complete and has this plan. Raises UserError if it has another plan, unless that is replaced,
     or if documents were dropped and data.on_error = fail.
     """
@@ -85,8 +85,6 @@ def _is_prepared(folder: Path, wanted: dict[str, Any], on_error: str, replaces: 
     different = [name for name in wanted if meta["plan"].get(name) != wanted[name]]
     if different and replaces:
         print_lines(f"{folder}: was prepared from other inputs ({', '.join(different)}), and is prepared again")
-        (folder / "meta.json").unlink()  # first: without it the folder is one that is being prepared
-        (folder / "dropped.txt").unlink(missing_ok=True)
         return False
     if meta["bad_documents"] and on_error == "fail":
         raise UserError(
@@ -128,10 +126,12 @@ def prepare(
             if lock.warning:
                 print_lines(lock.warning, file=sys.stderr)
             if not _is_prepared(folder, wanted, source.options.on_error, replaces):
+                for name in ("meta.json", "dropped.txt"):  # the first one says that the folder is whole
+                    (folder / name).unlink(missing_ok=True)
                 _prepare_parts(source, make_source, parts, wanted, folder / PARTS, processes, report)
                 _join_parts(folder, source, parts, wanted)
                 # reused parts may have dropped documents, under data.on_error = skip
-                _is_prepared(folder, wanted, source.options.on_error, replaces)
+                _is_prepared(folder, wanted, source.options.on_error)
             shutil.rmtree(folder / PARTS, ignore_errors=True)
     except zipfile.BadZipFile:
         raise UserError(f"{folder / PARTS}: is damaged; remove it and start again") from None

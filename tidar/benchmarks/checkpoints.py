@@ -2,8 +2,8 @@
 
 Trains with each checkpoint.async_mode, saving twice on the way, and then resumes from the last checkpoint. Further
 arguments are options of tidar.train; --model.name, --training.seq_len and --training.local_batch_size matter most. With
---ngpu it trains on several devices of this machine; rates are per device. Needs room for two checkpoints: 12 bytes a
-parameter each.
+--ngpu it trains on several devices of this machine; rates are per device. Needs room for two checkpoints, 12 bytes a
+parameter each, where TMPDIR says: a slow disk is measured too.
 """
 
 import json
@@ -69,18 +69,16 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=60, help="steps between saves, long enough to write one [60]")
     with user_errors_exit():
         arguments, options = parser.parse_known_args()
-    rows = []
+    header = ("checkpoint.async_mode", "tokens/s", "while writing", "stalls of saves, s", "GiB")
+    print("{:<22} {:>10} {:>13} {:<20} {:>7}".format(*header), flush=True)
     for mode in arguments.modes:
         folder = Path(tempfile.mkdtemp(prefix="tidar-checkpoints-"))
         try:
-            rows.append(measure(arguments.ngpu, mode, arguments.interval, folder, options))
+            print(measure(arguments.ngpu, mode, arguments.interval, folder, options), flush=True)
             if mode == arguments.modes[-1]:
-                rows.append(measure_restart(arguments.ngpu, arguments.interval, folder, options))
+                print(measure_restart(arguments.ngpu, arguments.interval, folder, options))
         finally:
             shutil.rmtree(folder)
-    header = ("checkpoint.async_mode", "tokens/s", "while writing", "stalls of saves, s", "GiB")
-    print("{:<22} {:>10} {:>13} {:<20} {:>7}".format(*header))
-    print("\n".join(rows))
 
 
 if __name__ == "__main__":

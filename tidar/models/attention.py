@@ -125,7 +125,8 @@ def attention(
         k, v = mask.attended(k, v)
         mask = mask.mask
     if isinstance(mask, BlockMask):
-        # FlexAttention is fused only when compiled
+        # FlexAttention is fused only when compiled. Below 128 queries "AUTO" takes its decoding kernel, for which torch
+        # 2.11 finds no configuration where the queries of all heads that share a key are more than a tile
         attend: Any = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return attend(
             q,
@@ -133,7 +134,7 @@ def attention(
             v,
             block_mask=mask,
             enable_gqa=q.shape[1] != k.shape[1],
-            kernel_options={"BACKEND": "FLASH"} if flash else None,
+            kernel_options={"BACKEND": "FLASH" if flash else "TRITON"},
         )
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

@@ -89,7 +89,7 @@ def make_parser() -> ArgumentParser:
         if name == "show":
             command.add_argument("--format", choices=["text", "csv"], default="text", help="csv: only 0 and 1 [text]")
         if name == "plot":
-            command.add_argument("--output", type=Path, required=True, help="file to write: mask.png")
+            command.add_argument("--output", type=_png, required=True, help="file to write: mask.png")
         if name in ("stats", "bench"):
             command.add_argument("--heads", type=_at_least(1), default=12, help="query heads [12, Qwen2.5-1.5B's]")
             command.add_argument("--head_dim", type=_at_least(1), default=128, help="[128]")
@@ -106,6 +106,12 @@ def _at_least(minimum: int):
         return int(text)
 
     return integer
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: must end with .png")
+    return Path(text)
 
 
 def document_lengths(documents: str | None, seq_len: int | None, default: int) -> list[int]:

@@ -122,6 +122,7 @@ REFUSED = {
     "show --wide": "unknown option wide",
     "plot": "the following arguments are required: --output",
     "plot --output /no/such/mask.png": "--output /no/such/mask.png: cannot be written (No such file or directory)",
+    "plot --output mask.jpg": "argument --output: mask.jpg: must end with .png",
     "plot --output mask.png --seq_len 2000": "4000 model positions: must be at most 2048",
     "plot --output mask.png --seq_len 2000000": "4000000 model positions: must be at most 2048",
     "bench": "masks bench: needs a CUDA GPU",

@@ -17,10 +17,12 @@ import torch
 from tidar.config import ArgumentParser, UserError, print_lines, printable, user_errors_exit
 from tidar.config.files import check_output
 from tidar.config.hub import local_folder
-from tidar.data import Tokenizer
+from tidar.data import BadDocument, Tokenizer
+from tidar.data.chat_records import Conversation, Messages
+from tidar.data.chat_template import prompt_encoder
 from tidar.decoding import Completion, Engine, load
 from tidar.decoding.answers import read_done, write_answers
-from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts, render
+from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts, with_template
 from tidar.decoding.text import TextStream
 
 # colours of consecutive steps, for --show_drafts
@@ -28,8 +30,12 @@ COLOURS, RESET = ("\x1b[36m", "\x1b[33m"), "\x1b[0m"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    with user_errors_exit():
-        run(_parser().parse_args(arguments))
+    try:
+        with user_errors_exit():
+            run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> ArgumentParser:
@@ -111,10 +117,15 @@ class Session:
 
     def chat(self) -> None:
         """Turns are lines of standard input, until it ends."""
-        messages: list[dict[str, Any]] = []
+        encode = prompt_encoder(with_template(self.tokenizer))
+        messages: Messages = []
         while line := self._read_turn():
             messages.append({"role": "user", "content": line.rstrip("\n")})
-            messages.append({"role": "assistant", "content": self._print(render(self.tokenizer, messages))})
+            try:
+                tokens = encode(Conversation(messages))
+            except BadDocument as error:
+                raise UserError(f"tokenizer {self.tokenizer.name}: {error}") from None
+            messages.append({"role": "assistant", "content": self._print(tokens)})
             print(flush=True)
             self._report()
 

@@ -9,6 +9,11 @@ import pytest
 from small_models import make_model, write_tokenizer
 
 from tidar import generate
+from tidar.data import load_tokenizer
+from tidar.data.chat_records import Conversation, conversation
+from tidar.data.chat_template import encode_chats, template_variables
+from tidar.decoding import Engine
+from tidar.decoding.prompts import read_prompts
 from tidar.decoding.text import TextStream
 
 
@@ -91,11 +96,90 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))
     generate.main(command)
     assert output.read_text() == whole
+    output.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "stream", until_finished(3))
+        with pytest.raises(SystemExit) as ended:
+            generate.main(command)
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    assert len(output.read_text().splitlines()) == 3
+    generate.main(command)
+    assert sorted(output.read_text().splitlines()) == sorted(whole.splitlines())
+    output.write_text(whole)
     prompts.write_text(prompts.read_text().replace("in 3", "in three"))
     with pytest.raises(SystemExit):
         generate.main(command)
     assert "holds an answer to another prompt 3 than --prompts has now" in capsys.readouterr().err
     assert output.read_text() == whole
+
+
+def until_finished(n: int):
+    """`Engine.stream` that Ctrl-C interrupts when n texts are finished."""
+    stream = Engine.stream
+
+    def interrupted(*arguments, **options):
+        finished = 0
+        for completion in stream(*arguments, **options):
+            yield completion
+            finished += completion.finished
+            if finished == n:
+                raise KeyboardInterrupt
+
+    return interrupted
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {"a": 1}}}]}
+ASKED, SAID = {"role": "user", "content": "in"}, {"role": "assistant", "content": "the"}
+RECORDS = [
+    {"prompt": "do", "input": "more", "system": "be nice", "response": "the"},
+    {"instruction": "do", "context": "more", "output": "the"},
+    {"prompt": [ASKED, SAID, ASKED], "response": "the"},
+    {"messages": [ASKED, SAID], "tools": TOOLS},
+    {"messages": [ASKED, SAID], "chat_template_kwargs": {"style": "short"}},
+    {"messages": [ASKED, CALL, {"role": "tool", "content": "sun"}, SAID], "style": "long"},
+    {"conversations": [{"from": "human", "value": "in"}, {"from": "gpt", "value": "a", "weight": 0}, ASKED, SAID]},
+]
+
+
+def trained_turns(chat: Conversation) -> list[int]:
+    turns = enumerate(zip(chat.messages, chat.is_target, strict=True))
+    return [turn for turn, (message, is_target) in turns if is_target and message["role"] == "assistant"]
+
+
+def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_has(folder, tmp_path, capsys):
+    tokenizer_folder = tmp_path / "tokenizer"
+    write_tokenizer(tokenizer_folder)
+    (tokenizer_folder / "chat_template.jinja").write_text(
+        "{{ style }}{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.tool_calls | "
+        "tojson if m.tool_calls }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = load_tokenizer(str(tokenizer_folder), "--tokenizer")
+    variables = template_variables(tokenizer.backend)
+    chats = [conversation(record, variables=variables) for record in RECORDS]
+    expected = []
+    for tokens, is_target in encode_chats(tokenizer.backend, chats):
+        end = len(tokens) - is_target[::-1].index(False)  # of the prompt: the last answer ends the text
+        expected.append(tokens[:end])
+    without = []
+    for record in RECORDS:
+        kept = {name: value for name, value in record.items() if name not in ("response", "output")}
+        without.append({name: v[:-1] if name in ("messages", "conversations") else v for name, v in kept.items()})
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    for records in (RECORDS, without):
+        prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert [tokens for _, _, tokens in read_prompts(prompts, tokenizer)] == expected
+    command = ["--model", str(folder), "--tokenizer", str(tokenizer_folder), "--prompts", str(prompts)]
+    command += ["--output", str(output), "--max_new_tokens", "2"]
+    generate.main(command)
+    for line, chat in zip(output.read_text().splitlines(), chats, strict=True):
+        answered = conversation(json.loads(line), variables=variables)
+        assert answered.messages[:-1] == chat.messages[:-1] and answered.variables == chat.variables
+        assert trained_turns(answered) == trained_turns(chat)
+    prompts.write_text(prompts.read_text().replace("weather", "tides"))
+    with pytest.raises(SystemExit):
+        generate.main(command)
+    assert "holds an answer to another prompt 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,7 +197,7 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),
         (
             "--prompts {bad} --output y --tokenizer {strict}",
-            "line 2: the chat template of {strict} cannot be rendered (no",
+            "line 2: the chat template cannot be rendered (no",
         ),
         ("--prompts {bad} --output /no/such/y", "--output /no/such/y: must be a file in a folder that can be written"),
         ("--prompts {bad} --output {folder}", ": must be a file in a folder that can be written to"),

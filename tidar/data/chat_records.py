@@ -59,20 +59,29 @@ class Conversation:
 
 
 def conversation(
-    record: Any, prompt_field: str = "", response_field: str = "", variables: Collection[str] = TEMPLATE_DATA
+    record: Any,
+    prompt_field: str = "",
+    response_field: str = "",
+    variables: Collection[str] = TEMPLATE_DATA,
+    has_answer: bool = True,
 ) -> Conversation:
-    """The chat of a parsed record, with at least one turn of the assistant.
+    """The chat of a parsed record, with at least one turn of the assistant unless `has_answer` is false.
 
     Read are `messages` and `conversations` (turns with role or from, content or value) and a prompt with its response,
     each a text or a list of turns: the fields named here, which come before all else, or one of PROMPT_AND_RESPONSE.
     A prompt's `input` or `context` follows it on a new line; `system` or `system_prompt` becomes the first turn.
-    variables: names of the template's variables. Raises BadDocument for anything else.
+    variables: names of the template's variables. has_answer: false for a chat that is to be answered; then a prompt
+    needs no response. Raises BadDocument for anything else.
     """
     if not isinstance(record, dict):
         raise BadDocument(f"{_shown(record)}: must be a JSON object")
     pairs = list(dict.fromkeys((prompt_field or p, response_field or r) for p, r in PROMPT_AND_RESPONSE))
     present = [pair for pair in pairs if all(name in record for name in pair)]
     pair = next((pair for pair in present if all(record[name] is not None for name in pair)), (*present, None)[0])
+    if not has_answer and pair is None:
+        pair = next(((prompt, "") for prompt, _ in pairs if record.get(prompt) is not None), None)
+    elif not has_answer and pair and record[pair[1]] is None:
+        pair = pair[0], ""
     named = bool(prompt_field or response_field)
     turns = next((name for name in TURNS if not named and record.get(name) is not None), None)
     if turns:
@@ -82,7 +91,7 @@ def conversation(
         read = {*pair, *INPUT}
         messages, is_target = _read_prompt_and_response(record, *pair)
     else:
-        fields = " or ".join(f"{prompt} and {response}" for prompt, response in pairs)
+        fields = " or ".join(f"{prompt} and {response}" if has_answer else prompt for prompt, response in pairs)
         raise BadDocument(
             f"fields = {_shown(list(record))}: must have {fields if named else f'messages, conversations, or {fields}'}"
         )
@@ -94,7 +103,7 @@ def conversation(
         if any(message["role"] == "system" for message in messages):
             raise BadDocument(f"{name} = {_shown(record[name])}: must not be given together with a turn of the system")
         messages, is_target = [{"role": "system", "content": _text(record, name)}, *messages], [False, *is_target]
-    if all(message["role"] != "assistant" for message in messages):
+    if has_answer and all(message["role"] != "assistant" for message in messages):
         raise BadDocument(f"roles = {_shown([m['role'] for m in messages])}: must have a turn of the assistant")
     return Conversation(messages, is_target, _read_variables(record, read.union(SYSTEM), variables))
 
@@ -130,9 +139,10 @@ def _read_variables(record: dict, read: set[str], variables: Collection[str]) ->
 
 
 def _read_prompt_and_response(record: dict, prompt: str, response: str) -> tuple[Messages, list[bool]]:
+    """response: "" where there is none."""
     messages: Messages = []
     is_target: list[bool] = []
-    for name, role in ((prompt, "user"), (response, "assistant")):
+    for name, role in ((prompt, "user"), *([(response, "assistant")] if response else [])):
         if isinstance(record[name], list):
             turns, targets = _read_turns(record, name)
         else:

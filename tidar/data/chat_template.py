@@ -7,6 +7,7 @@ in a turn's place, and all but that turn stays. Text is never searched for marke
 import inspect
 import json
 import re
+from collections.abc import Callable
 from functools import cached_property
 from itertools import count, pairwise
 from typing import Any
@@ -50,6 +51,7 @@ def encode_chats(tokenizer: Any, conversations: list[Conversation]) -> list[tupl
     pieces in another way than the whole.
     """
     template = _Template(tokenizer)
+    template.check_pieces()
     encoded: list[Any] = []
     pieces: list[str] = []
     for chat in conversations:
@@ -67,6 +69,21 @@ def encode_chats(tokenizer: Any, conversations: list[Conversation]) -> list[tupl
             end_of_turn, is_target = chat
             encoded[i] = _join([next(tokens) for _ in range(2 * len(is_target) + 1)], end_of_turn, is_target)
     return encoded
+
+
+def prompt_encoder(tokenizer: Any) -> Callable[[Conversation], list[int]]:
+    """Tokens of a chat up to the answer that the assistant is to give, rendered as in training.
+
+    tokenizer: of transformers. Raises UserError for one without a chat template; the result raises BadDocument for a
+    chat that the template cannot render.
+    """
+    template = _Template(tokenizer)
+
+    def encode(chat: Conversation) -> list[int]:
+        messages = template.readable(chat.messages)
+        return _encode(tokenizer, [template.render(messages, chat.variables, add_generation_prompt=True)])[0]
+
+    return encode
 
 
 def _join(
@@ -89,18 +106,21 @@ class _Template:
     """A tokenizer's chat template, and where in its text the assistant speaks."""
 
     def __init__(self, tokenizer: Any):
-        name = f"data.tokenizer = {tokenizer.name_or_path}"
+        self.tokenizer = tokenizer
+        self.name = f"data.tokenizer = {tokenizer.name_or_path}"
         try:
             tokenizer.get_chat_template()
         except ValueError:
-            raise UserError(f"{name}: must have a chat template") from None
-        whole, *pieces = _encode(tokenizer, ["\na", "\n", "a"])
-        if whole != sum(pieces, []):
-            raise UserError(f"{name}: must not change the beginning of a text, as chats are tokenised in pieces")
-        self.tokenizer = tokenizer
+            raise UserError(f"{self.name}: must have a chat template") from None
         self.added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_token = re.compile(rf"\s*({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def check_pieces(self) -> None:
+        """Raises UserError for a tokenizer that tokenises pieces of a text in another way than the whole."""
+        whole, *pieces = _encode(self.tokenizer, ["\na", "\n", "a"])
+        if whole != sum(pieces, []):
+            raise UserError(f"{self.name}: must not change the beginning of a text, as chats are tokenised in pieces")
 
     @cached_property
     def keeps_json(self) -> bool:
@@ -120,7 +140,7 @@ class _Template:
         Raises BadDocument where the template cannot be rendered, rewrites a turn, does not render what a turn or the
         record has, or does not end a turn with a token.
         """
-        messages = chat.messages if self.keeps_json_of(chat.messages) else [_parse_arguments(m) for m in chat.messages]
+        messages = self.readable(chat.messages)
         trial = _Trial(self, messages, chat.variables)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         around = [trial.render_around(turn) for turn in turns]
@@ -144,8 +164,10 @@ class _Template:
         trial.check_context()
         return trial.text, spans, self.added[token[1]]
 
-    def keeps_json_of(self, messages: Messages) -> bool:
-        return not any(name in message for message in messages for name in CALLS) or self.keeps_json
+    def readable(self, messages: Messages) -> Messages:
+        """With arguments of calls as the template takes them: their JSON, or objects."""
+        has_calls = any(name in message for message in messages for name in CALLS)
+        return [_parse_arguments(m) for m in messages] if has_calls and not self.keeps_json else messages
 
     def render(self, messages: Messages, variables: dict[str, Any], **options: Any) -> str:
         try:

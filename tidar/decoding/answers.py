@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,63 @@ from tidar.config import UserError
 from tidar.config.locks import lock_file
 from tidar.decoding.engine import Engine
 
-# prompts that are decoded before their answers are written
-CHUNK = 256
+# prompts that the engine is given at a time, and seconds between writes of their answers
+CHUNK, SECONDS = 256, 1.0
 
 
 def write_answers(
     engine: Engine,
-    prompts: Iterator[tuple[int, list[dict[str, Any]], list[int]]],
+    prompts: Iterator[tuple[int, dict[str, Any], list[int]]],
     output: Path,
     decode: Callable[[list[int]], str],
     done: dict[int, str],
     **options,
 ) -> tuple[int, int, int]:
-    """Appends a chat for each prompt that is not done: one JSON line with `index` and `messages`.
+    """Appends a chat for each prompt that is not done: one JSON line with `index`, and its record with the answer.
 
-    prompts: index, messages and tokens of each. done: what to skip, see `read_done`. options: of `Engine.generate`.
-    Several processes may write to one file. Returns how many answers, new tokens and forward passes.
+    prompts: see `read_prompts`. done: what to skip, see `read_done`. options: of `Engine.stream`. Answers are written
+    in the order of the prompts while others are decoded; an interruption writes those that are finished. Several
+    processes may write to one file. Returns how many answers, new tokens and forward passes.
     Raises UserError for a prompt that is not the one that was answered.
     """
     n_answers = n_tokens = n_forwards = 0
     todo = _without(done, prompts, output)
     while chunk := list(islice(todo, CHUNK)):
         indices, chats, tokens = zip(*chunk)
-        completions = engine.generate(tokens, indices=indices, **options)
-        lines = []
-        for index, messages, completion in zip(indices, chats, completions):
-            answer = {"role": "assistant", "content": decode(completion.tokens)}
-            lines.append(json.dumps({"index": index, "messages": [*messages, answer]}, ensure_ascii=False) + "\n")
-            n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
-        _append(output, "".join(lines))
-        n_answers += len(chunk)
+        lines: dict[int, str] = {}  # that are not written, by their number in the chunk
+        following, written_at = 0, time.monotonic()
+        try:
+            for completion in engine.stream(tokens, indices=indices, **options):
+                if not completion.finished:
+                    continue
+                chat = chats[completion.index]
+                answer = {"role": "assistant", "content": decode(completion.tokens)}
+                line = {"index": indices[completion.index], **chat, "messages": [*chat["messages"], answer]}
+                lines[completion.index] = json.dumps(line, ensure_ascii=False) + "\n"
+                n_answers += 1
+                n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
+                if time.monotonic() - written_at >= SECONDS:
+                    ready = list(takewhile(lines.__contains__, count(following)))
+                    _append(output, "".join(lines.pop(number) for number in ready))
+                    following, written_at = following + len(ready), time.monotonic()
+        finally:
+            _append(output, "".join(lines[number] for number in sorted(lines)))
     return n_answers, n_tokens, n_forwards
 
 
 def _without(done: dict[int, str], prompts: Iterator, output: Path) -> Iterator:
-    for index, messages, tokens in prompts:
+    for index, chat, tokens in prompts:
         if index not in done:
-            yield index, messages, tokens
-        elif done[index] != _digest(messages):
+            yield index, chat, tokens
+        elif done[index] != _digest(chat):
             raise UserError(
                 f"--output {output}: holds an answer to another prompt {index} than --prompts has now: must be a new "
                 "file, or the answers of the same prompts"
             )
 
 
-def _digest(messages: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+def _digest(chat: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).hexdigest()
 
 
 def read_done(output: Path) -> dict[int, str]:
@@ -76,8 +88,9 @@ def read_done(output: Path) -> dict[int, str]:
                     break
                 try:
                     answered = json.loads(line)
-                    done[int(answered["index"])] = _digest(answered["messages"][:-1])
-                except (ValueError, TypeError, KeyError):
+                    index, messages = int(answered.pop("index")), answered.pop("messages")[:-1]
+                    done[index] = _digest({"messages": messages, **answered})
+                except (ValueError, TypeError, KeyError, AttributeError):
                     raise UserError(f"--output {output}: line {number} is no answer of this command") from None
                 whole += len(line)
             file.truncate(whole)
@@ -95,9 +108,3 @@ def _append(output: Path, text: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-
-
-def without_answer(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A chat up to the last turn of the user, which the model answers."""
-    last = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
-    return list(messages[: last + 1])

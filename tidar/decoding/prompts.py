@@ -1,16 +1,17 @@
 """Prompts of a file, as tokens, and the tokenizer of a model."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tidar.config import UserError, first_line
+from tidar.config import UserError
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
-from tidar.data.chat_records import conversation
+from tidar.data.chat_records import Conversation, conversation
+from tidar.data.chat_template import prompt_encoder, template_variables
 from tidar.data.source import parse_json
 from tidar.data.tokenizer import BytesTokenizer
-from tidar.decoding.answers import without_answer
 from tidar.decoding.engine import Engine
 from tidar.models.huggingface import assets_folder
 
@@ -39,49 +40,62 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
     return [end for end in dict.fromkeys(ends) if end is not None]
 
 
-def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], where: str = "") -> list[int]:
-    """Tokens of a chat up to the model's answer. where: file and line of the chat, for messages.
-
-    Raises UserError for a tokenizer without a template, and for a chat that the template refuses.
-    """
+def with_template(tokenizer: Tokenizer) -> Any:
+    """The tokenizer of transformers. Raises UserError for one without a chat template."""
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
         raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which --chat and --prompts need")
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    try:
-        return tokenizer.backend.apply_chat_template(messages, **options)
-    except Exception as error:  # the template is a program, and raises what it likes
-        reason = first_line(error)
-        raise UserError(f"{where}the chat template of {tokenizer.name} cannot be rendered ({reason})") from None
+    return tokenizer.backend
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, list[dict[str, Any]], list[int]]]:
-    """Index, messages and tokens of each line but blank ones: a chat without its last answer, or a `prompt`.
+def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
+    """Index, chat and tokens of each line but blank ones.
 
-    Raises UserError, with the line, for what is neither.
+    The chat is a record as `data.source = "chat"` reads it, up to what the model answers: `messages`, and the variables
+    of the template that the line has. Raises UserError, with the line, for what is no chat to answer.
     """
+    records = _records(path)
+    if (first := next(records, None)) is None:
+        return
+    backend = with_template(tokenizer)
+    encode, variables = prompt_encoder(backend), template_variables(backend)
+    for index, record in chain([first], records):
+        try:
+            if isinstance(record, BadDocument):
+                raise record
+            chat = without_answer(conversation(record, variables=variables, has_answer=False))
+            tokens = encode(chat)
+        except BadDocument as error:
+            raise UserError(f"{path}: line {index + 1}: {error}") from None
+        yield index, _as_record(chat), tokens
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Index and record of each line but blank ones, a BadDocument for one that cannot be parsed."""
     try:
         with open(path, "rb") as file:
             for index, line in enumerate(file):
-                record = parse_json(line)
-                if record is None:
-                    continue
-                where = f"{path}: line {index + 1}: "
-                try:
-                    messages = _messages(record)
-                except BadDocument as error:
-                    raise UserError(f"{where}{error}") from None
-                yield index, messages, render(tokenizer, messages, where)
+                if (record := parse_json(line)) is not None:
+                    yield index, record
     except OSError as error:
         raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
 
 
-def _messages(record: Any) -> list[dict[str, Any]]:
-    """The turns of a record that the model answers. Raises BadDocument where there are none."""
-    if isinstance(record, BadDocument):
-        raise record
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}]
-    messages = without_answer(conversation(record).messages)
-    if not messages:
+def without_answer(chat: Conversation) -> Conversation:
+    """A chat without its last turns of the assistant, which the model is to give.
+
+    Raises BadDocument where no turn of the user is left.
+    """
+    n = max((number for number, turn in enumerate(chat.messages, 1) if turn["role"] != "assistant"), default=0)
+    if all(turn["role"] != "user" for turn in chat.messages[:n]):
         raise BadDocument("has no turn of the user")
-    return messages
+    return Conversation(chat.messages[:n], chat.is_target and chat.is_target[:n], chat.variables)
+
+
+def _as_record(chat: Conversation) -> dict[str, Any]:
+    """What `conversation` reads as this chat."""
+    is_target = chat.is_target or [True] * len(chat.messages)
+    messages = [
+        message if trained or message["role"] != "assistant" else message | {"weight": 0}
+        for message, trained in zip(chat.messages, is_target)
+    ]
+    return {"messages": messages, **chat.variables}

@@ -106,6 +106,10 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     generate.main(command)
     assert sorted(output.read_text().splitlines()) == sorted(whole.splitlines())
     output.write_text(whole)
+    unwritten = tmp_path / "unwritten"
+    with pytest.raises(SystemExit):
+        generate.main([*command, "--output", str(unwritten), "--top_p", "0"])
+    assert not unwritten.exists()
     prompts.write_text(prompts.read_text().replace("in 3", "in three"))
     with pytest.raises(SystemExit):
         generate.main(command)

@@ -53,7 +53,8 @@ def write_answers(
                     _append(output, "".join(lines.pop(number) for number in ready))
                     following, written_at = following + len(ready), time.monotonic()
         finally:
-            _append(output, "".join(lines[number] for number in sorted(lines)))
+            if lines:
+                _append(output, "".join(lines[number] for number in sorted(lines)))
     return n_answers, n_tokens, n_forwards
 
 

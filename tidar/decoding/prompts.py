@@ -62,7 +62,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[s
         try:
             if isinstance(record, BadDocument):
                 raise record
-            chat = without_answer(conversation(record, variables=variables, has_answer=False))
+            chat = _without_answer(conversation(record, variables=variables, has_answer=False))
             tokens = encode(chat)
         except BadDocument as error:
             raise UserError(f"{path}: line {index + 1}: {error}") from None
@@ -80,7 +80,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
 
 
-def without_answer(chat: Conversation) -> Conversation:
+def _without_answer(chat: Conversation) -> Conversation:
     """A chat without its last turns of the assistant, which the model is to give.
 
     Raises BadDocument where no turn of the user is left.

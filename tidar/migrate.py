@@ -231,7 +231,8 @@ def convert_precision(deepspeed: Keys, recipe: Recipe) -> None:
         recipe.carry(fp16, "hysteresis", int, "loss_scale.hysteresis", 2, spent)
         recipe.carry(fp16, "min_loss_scale", float, "loss_scale.minimum", 1.0)
         # overflows in a row until the scale has fallen from its start to its minimum
-        falls = math.ceil(math.log2(start / recipe.config.loss_scale.minimum)) + recipe.config.loss_scale.hysteresis
+        falls = math.ceil(math.log2(start) - math.log2(recipe.config.loss_scale.minimum))
+        falls += recipe.config.loss_scale.hysteresis
         if falls >= recipe.config.training.max_steps_skipped:
             recipe.set("training.max_steps_skipped", falls, "DeepSpeed stops once the scale cannot be halved again")
 

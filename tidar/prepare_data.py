@@ -30,6 +30,8 @@ def main() -> None:
             raise UserError(f"--processes {arguments.processes}: must be integer {in_range(1, None)}")
         if config.data.source == "prepared":
             raise UserError("data.source = prepared: is prepared already")
+        if config.data.weights:
+            print_lines("warning: data.weights: not used: a prepared folder is one path, which a run gives a weight")
         started = time.perf_counter()
         folder = read_model(config).tokenizer
         tokenizer = data_tokenizer(config.data, load_tokenizer(folder) if folder else None)

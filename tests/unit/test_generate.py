@@ -199,6 +199,7 @@ def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_ha
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
         ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),
+        ("--prompts {other} --output y", "must have messages, conversations, or prompt or question or instruction\n"),
         (
             "--prompts {bad} --output y --tokenizer {strict}",
             "line 2: the chat template cannot be rendered (no",
@@ -212,7 +213,9 @@ def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_ha
 def test_bad_input(folder, arguments, message, capsys, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'\n{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    places = {"bad": bad, "folder": folder, "strict": tmp_path / "strict", "large": tmp_path / "large"}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "a"}\n')
+    places = {"bad": bad, "other": other, "folder": folder, "strict": tmp_path / "strict", "large": tmp_path / "large"}
     write_tokenizer(places["strict"])
     write_tokenizer(places["large"])
     vocabulary = json.loads((places["large"] / "vocab.json").read_text()) | {f"w{i}": 1000 + i for i in range(600)}

@@ -91,7 +91,8 @@ def conversation(
         read = {*pair, *INPUT}
         messages, is_target = _read_prompt_and_response(record, *pair)
     else:
-        fields = " or ".join(f"{prompt} and {response}" if has_answer else prompt for prompt, response in pairs)
+        asked = [f"{prompt} and {response}" if has_answer else prompt for prompt, response in pairs]
+        fields = " or ".join(dict.fromkeys(asked))
         raise BadDocument(
             f"fields = {_shown(list(record))}: must have {fields if named else f'messages, conversations, or {fields}'}"
         )

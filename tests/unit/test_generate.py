@@ -91,6 +91,10 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     for answer, chat in zip(answers, chats):
         asked = chat["messages"][:1] if "messages" in chat else [{"role": "user", "content": "the"}]
         assert answer["messages"][:-1] == asked and answer["messages"][-1]["role"] == "assistant"
+        assert answer["finish_reason"] == "length"
+    generate.main([*command, "--output", str(tmp_path / "stopped"), "--stop", *"abcdefghijklmnopqrstuvwxyz ", "\n"])
+    stopped = [json.loads(line) for line in (tmp_path / "stopped").read_text().splitlines()]
+    assert "stop" in {answer["finish_reason"] for answer in stopped}
     # killed in the middle of a line, on a file system without locks
     output.write_text(whole[: whole.index("\n", len(whole) // 2) - 5])
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOSYS, "not implemented")))

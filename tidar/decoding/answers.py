@@ -25,7 +25,8 @@ def write_answers(
     done: dict[int, str],
     **options,
 ) -> tuple[int, int, int]:
-    """Appends a chat for each prompt that is not done: one JSON line with `index`, and its record with the answer.
+    """Appends a chat for each prompt that is not done: one JSON line with `index`, its record with the answer, and
+    `finish_reason`: stop, or length for an answer that is cut off.
 
     prompts: see `read_prompts`. done: what to skip, see `read_done`. options: of `Engine.stream`. Answers are written
     in the order of the prompts while others are decoded; an interruption writes those that are finished. Several
@@ -45,6 +46,7 @@ def write_answers(
                 chat = chats[completion.index]
                 answer = {"role": "assistant", "content": decode(completion.tokens)}
                 line = {"index": indices[completion.index], **chat, "messages": [*chat["messages"], answer]}
+                line["finish_reason"] = "length" if completion.cut_off else "stop"
                 lines[completion.index] = json.dumps(line, ensure_ascii=False) + "\n"
                 n_answers += 1
                 n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
@@ -90,6 +92,7 @@ def read_done(output: Path) -> dict[int, str]:
                 try:
                     answered = json.loads(line)
                     index, messages = int(answered.pop("index")), answered.pop("messages")[:-1]
+                    answered.pop("finish_reason", None)
                     done[index] = _digest({"messages": messages, **answered})
                 except (ValueError, TypeError, KeyError, AttributeError):
                     raise UserError(f"--output {output}: line {number} is no answer of this command") from None

@@ -32,7 +32,7 @@ class Completion:
 
     `index`: of the prompt. `tokens`: the new ones, with the end token. `n_forwards`: forward passes, with the prefill.
     `accepted`: how many tokens each step committed; their sum is the number of tokens. `finished`: False while the
-    engine still extends it.
+    engine still extends it. `cut_off`: finished by max_new_tokens alone.
     """
 
     index: int
@@ -40,6 +40,7 @@ class Completion:
     n_forwards: int = 1
     accepted: list[int] = field(default_factory=list)
     finished: bool = False
+    cut_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,11 +279,9 @@ def _extend(
     before = len(completion.tokens)
     for token in tokens:
         completion.tokens.append(token)
-        completion.finished = (
-            token in stop_token_ids
-            or len(completion.tokens) == max_new_tokens
-            or bool(stop and stop(completion.index, completion.tokens))
-        )
+        ended = token in stop_token_ids or bool(stop and stop(completion.index, completion.tokens))
+        completion.finished = ended or len(completion.tokens) == max_new_tokens
+        completion.cut_off = completion.finished and not ended
         if completion.finished:
             break
     completion.accepted.append(len(completion.tokens) - before)

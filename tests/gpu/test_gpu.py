@@ -66,8 +66,7 @@ def test_flex_equals_the_dense_loops(dtype, rounding, name):
         pattern = random_pattern(name, rng, rng.randint(1, 20))
         documents = pattern.documents(ids_of(lengths), [seq_len])
         dense = expected_mask(name, pattern, documents, 0, lengths)[None, None].to(CUDA)
-        shape = dense.shape[-1], 32
-        q, k, v = (torch.randn(1, heads, *shape, device=CUDA, dtype=dtype) for heads in (n_heads, 2, 2))
+        q, k, v = (torch.randn(1, n, dense.shape[-1], 32, device=CUDA, dtype=dtype) for n in (n_heads, 2, 2))
         block_mask = MaskBuilder(pattern, "flex")(on_cuda(documents)).attention
         expected = output_and_gradients((q, k, v), dense, torch.float64)
         for pair in zip(output_and_gradients((q, k, v), block_mask, dtype), expected):

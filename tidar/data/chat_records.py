@@ -76,12 +76,11 @@ def conversation(
     if not isinstance(record, dict):
         raise BadDocument(f"{_shown(record)}: must be a JSON object")
     pairs = list(dict.fromkeys((prompt_field or p, response_field or r) for p, r in PROMPT_AND_RESPONSE))
-    present = [pair for pair in pairs if all(name in record for name in pair)]
-    pair = next((pair for pair in present if all(record[name] is not None for name in pair)), (*present, None)[0])
-    if not has_answer and pair is None:
-        pair = next(((prompt, "") for prompt, _ in pairs if record.get(prompt) is not None), None)
-    elif not has_answer and pair and record[pair[1]] is None:
-        pair = pair[0], ""
+    if not has_answer:
+        pairs += dict.fromkeys((prompt, "") for prompt, _ in pairs)
+    present = [pair for pair in pairs if all(name in record for name in pair if name)]
+    whole = (pair for pair in present if all(record[name] is not None for name in pair if name))
+    pair = next(whole, (*present, None)[0])
     named = bool(prompt_field or response_field)
     turns = next((name for name in TURNS if not named and record.get(name) is not None), None)
     if turns:

@@ -72,7 +72,7 @@ def encode_chats(tokenizer: Any, conversations: list[Conversation]) -> list[tupl
 
 
 def prompt_encoder(tokenizer: Any) -> Callable[[Conversation], list[int]]:
-    """Tokens of a chat up to the answer that the assistant is to give, rendered as in training.
+    """Tokens of a chat with the template's generation prompt, its turns rendered as in training.
 
     tokenizer: of transformers. Raises UserError for one without a chat template; the result raises BadDocument for a
     chat that the template cannot render.

@@ -43,11 +43,8 @@ def write_answers(
             for completion in engine.stream(tokens, indices=indices, **options):
                 if not completion.finished:
                     continue
-                chat = chats[completion.index]
-                answer = {"role": "assistant", "content": decode(completion.tokens)}
-                line = {"index": indices[completion.index], **chat, "messages": [*chat["messages"], answer]}
-                line["finish_reason"] = "length" if completion.cut_off else "stop"
-                lines[completion.index] = json.dumps(line, ensure_ascii=False) + "\n"
+                number = completion.index
+                lines[number] = _line(indices[number], chats[number], decode(completion.tokens), completion.cut_off)
                 n_answers += 1
                 n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
                 if time.monotonic() - written_at >= SECONDS:
@@ -58,6 +55,12 @@ def write_answers(
             if lines:
                 _append(output, "".join(lines[number] for number in sorted(lines)))
     return n_answers, n_tokens, n_forwards
+
+
+def _line(index: int, chat: dict[str, Any], text: str, cut_off: bool) -> str:
+    messages = [*chat["messages"], {"role": "assistant", "content": text}]
+    answered = {"index": index, **chat, "messages": messages, "finish_reason": "length" if cut_off else "stop"}
+    return json.dumps(answered, ensure_ascii=False) + "\n"
 
 
 def _without(done: dict[int, str], prompts: Iterator, output: Path) -> Iterator:

@@ -63,6 +63,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
+    parser.add_argument(
+        "--lookup", type=int, default=0,
+        help="draft what followed the last tokens where LOOKUP or more of them occurred before; 0: nowhere [0]",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at a time [32]")
     parser.add_argument("--tasks", help="lm-eval's tasks, groups and tags, separated by commas: gsm8k,arc_easy")
     parser.add_argument("--limit", type=float, help="examples of each task; below 1: a share of them (default: all)")
@@ -110,7 +114,7 @@ def run(options: Namespace) -> None:
     n_new = options.max_new_tokens
     if n_new is None:
         n_new = n_new_tokens(config.training.seq_len) if config and prompts is None else MOST_NEW_TOKENS
-    engine.check(prompts or [], n_new, Sampling(options.temperature), options.mode)
+    engine.check(prompts or [], n_new, Sampling(options.temperature, lookup=options.lookup), options.mode)
     held_out = HeldOut(config, engine) if config else None
     try:
         if held_out and held_out.n_rows:
@@ -241,11 +245,12 @@ def _decode(
         source, prompts = "held-out data", held_out.prompts(options.n_prompts)
         if not options.tokenizer:
             tokenizer = held_out.inputs.tokenizer  # the data may have none
-    settings = {"max_new_tokens": n_new, "temperature": options.temperature, "seed": options.seed}
+    settings = {name: getattr(options, name) for name in ("temperature", "seed", "lookup")} | {"max_new_tokens": n_new}
     measured = measure_speed(engine, prompts, options.mode, stop_token_ids=end_tokens(engine, tokenizer), **settings)
     results: dict[str, Any] = {"prompts_of": source, **settings, "batch_size": options.batch_size}
     results |= {mode: decoded.report() for mode, decoded in measured.items()} | {"speed_up": speed_up(measured)}
     how = "greedy" if options.temperature == 0 else f"temperature {options.temperature}"
+    how += f", lookup {options.lookup}" if options.lookup else ""
     title = (
         f"{len(prompts)} prompts of {source}, at most {n_new} new tokens each, {how}, {options.batch_size} at a time"
     )

@@ -59,6 +59,10 @@ def _parser() -> ArgumentParser:
         "--draft_mix", type=float, default=1.0,
         help="share of the autoregressive logits, mixed with those of the diffusion half; only 1 is lossless [1]",
     )  # fmt: skip
+    parser.add_argument(
+        "--lookup", type=int, default=0,
+        help="draft what followed the last tokens where LOOKUP or more of them occurred before; 0: nowhere [0]",
+    )  # fmt: skip
     parser.add_argument("--show_drafts", action="store_true", help="colour what was accepted in one step")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at a time [32]")
     return parser
@@ -103,7 +107,7 @@ class Session:
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.settings: dict[str, Any] = {
             name: getattr(options, name)
-            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "draft_mix", "mode")
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "draft_mix", "mode", "lookup")
         }
         self.settings["stop_token_ids"] = end_tokens(engine, tokenizer)
         self.tokens = self.forwards = 0

@@ -77,15 +77,15 @@ def random_decoder(rng: random.Random, dtype: torch.dtype) -> Decoder:
 @pytest.mark.parametrize("block_size", [2, 8])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_graphs_and_eager_steps_choose_the_tokens_of_the_cpu(temperature, block_size):
-    """In float32, in both modes, more prompts than rows; of the groups all are projected, or one."""
+    """In float32, in both modes and with lookup, more prompts than rows; of the groups all are projected, or one."""
     rng = random.Random(block_size)
     model = random_decoder(rng, torch.float32)
-    prompts = [[rng.randrange(22) for _ in range(rng.randint(1, 40))] for _ in range(7)]
-    for mode in ("tidar", "ar"):
+    prompts = [[rng.randrange(rng.choice([4, 22])) for _ in range(rng.randint(1, 40))] for _ in range(7)]
+    for asked in (dict(), dict(lookup=2), dict(mode="ar")):
         outputs = []
         for device, graph, batch in (("cpu", False, 3), ("cuda", False, 4), ("cuda", True, 4), ("cuda", True, 7)):
             engine = Engine(model.to(device), Method("tidar", block_size, 22), max_batch_size=batch, graph=graph)
-            found = engine.generate(prompts, 30, temperature=temperature, seed=1, mode=mode)
+            found = engine.generate(prompts, 30, temperature=temperature, seed=1, **asked)
             outputs.append([(completion.tokens, completion.accepted) for completion in found])
         assert all(output == outputs[0] for output in outputs[1:])
 

@@ -22,6 +22,7 @@ from tidar.benchmarks.paper.decoding import (
     LEAST_LOOP,
     LEAST_REPEATS,
     LONGEST_PERIOD,
+    LOOKED_UP,
     SAMPLED,
     counts,
     loop_start,
@@ -123,7 +124,7 @@ def result(ar_loss: float, tokens: int) -> Result:
     """Of a run that decodes two prompts with so many tokens in 100 forward passes."""
     decoded = {"tokens_per_forward": tokens / 100, "error": 0.1, "whole_texts": 1.0, "looped": 0.0}
     decoded["by_text"] = [(tokens // 2, 40), (tokens - tokens // 2, 60)]
-    hows = [*GREEDY, *SAMPLED]
+    hows = [*GREEDY, *SAMPLED, *LOOKED_UP]
     evaluation = {"decoding": dict.fromkeys(hows, decoded), "judged": dict.fromkeys(SAMPLED, 1.0), "seconds": 1.0}
     evaluation |= {"equal": 0.5, "equal_float32": 1.0, "exact_prompts": 16, "speed": {"ar": 1.0, "tidar": 2.0}}
     training = {"steps": 9, "seconds": 1.0, "tokens_per_second": 1.0, "val/ar_loss": ar_loss}

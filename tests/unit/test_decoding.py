@@ -12,6 +12,7 @@ from small_models import make_model
 
 from tidar import masks
 from tidar.decoding import Engine, Method, load
+from tidar.decoding.lookup import look_up
 from tidar.decoding.sampling import Sampling
 from tidar.models import Decoder, DecoderConfig, initialize
 
@@ -41,7 +42,26 @@ def random_engine(rng: random.Random, block_size: int, dtype: torch.dtype = torc
     return Engine(model.eval(), Method("tidar", block_size, MASK), max_batch_size=rng.choice([1, 2, 4]))
 
 
-def slow_decode(engine: Engine, prompt: list[int], n_new: int, choose) -> tuple[list[list[int]], list[list[int]]]:
+def slow_lookup(known: list[int], shortest: int, count: int) -> list[int] | None:
+    """What followed the longest earlier copy of the end of `known`, the newest of equal ones; None without a copy."""
+    best, newest = 0, 0
+    for end in range(1, len(known)):
+        length = 0
+        while length < min(end, max(8, shortest)) and known[end - 1 - length] == known[-1 - length]:
+            length += 1
+        if length >= max(best, shortest):
+            best, newest = length, end
+    if not best:
+        return None
+    text = list(known)
+    for _ in range(count):
+        text.append(text[newest + len(text) - len(known)])
+    return text[len(known) :]
+
+
+def slow_decode(
+    engine: Engine, prompt: list[int], n_new: int, choose, lookup: int = 0
+) -> tuple[list[list[int]], list[list[int]]]:
     """Decoding without a cache: the whole sequence in each pass. Returns the tokens and the draft of each step.
 
     choose: (logits, position) -> token. Group k of a step with L committed tokens stands at L+k … L+k+B-1.
@@ -69,7 +89,8 @@ def slow_decode(engine: Engine, prompt: list[int], n_new: int, choose) -> tuple[
             return model(ids, position_ids, torch.tensor(mask)[None, None])[0]
 
     def drafted(logits: torch.Tensor, first: int, token: int) -> list[int]:
-        return [token] + [int(logits[first + j].argmax()) for j in range(1, block)]
+        copied = slow_lookup([*committed, token], lookup, block - 1) if lookup else None
+        return [token, *(copied or [int(logits[first + j].argmax()) for j in range(1, block)])]
 
     committed, steps, drafts = list(prompt), [], []
     logits = forward(committed, [], [0])
@@ -155,14 +176,15 @@ def test_sampled_equals_the_slow_reference():
             assert completion.n_forwards == 1 + len(steps)
 
 
-def test_drafts_equal_the_slow_reference():
-    """The drafts themselves, that are rejected too."""
+@pytest.mark.parametrize("lookup", [0, 2])
+def test_drafts_equal_the_slow_reference(lookup):
+    """The drafts themselves, that are rejected too; of the prompts some repeat themselves."""
     rng = random.Random(1)
-    for _ in range(5):
+    for _ in range(5 if lookup == 0 else 3):
         engine = random_engine(rng, rng.randint(2, 8))
-        prompt, n_new = [rng.randrange(22) for _ in range(rng.randint(1, 9))], 12
-        _, drafts = slow_decode(engine, prompt, n_new, greedy)
-        with engine._forward(1, len(prompt) + n_new, "tidar", Sampling()) as forward:
+        prompt, n_new = [rng.randrange(rng.choice([3, 22])) for _ in range(rng.randint(1, 9))] * rng.randint(1, 4), 12
+        _, drafts = slow_decode(engine, prompt, n_new, greedy, lookup)
+        with engine._forward(1, len(prompt) + n_new, "tidar", Sampling(lookup=lookup)) as forward:
             forward.prefill([0], [prompt], [0], padded=len(prompt) + rng.randint(0, 5))
             for draft in drafts:
                 assert forward.state.draft[0].tolist() == draft
@@ -187,6 +209,42 @@ def test_output_depends_on_seed_prompt_and_index_alone():
             for completion, tokens in zip(engine.generate(prompts, 24, stop_token_ids=stops, **options), expected):
                 end = next((i for i, token in enumerate(tokens) if token in stops), 23)
                 assert completion.tokens == tokens[: end + 1] and sum(completion.accepted) == end + 1
+
+
+def test_look_up_equals_the_slow_reference():
+    """Rows of few different tokens, with any tokens after the known ones."""
+    rng, found = random.Random(5), set()
+    for _ in range(100):
+        capacity, shortest, count = rng.randint(1, 60), rng.choice([1, 2, 3, 9]), rng.randint(0, 7)
+        rows = [[rng.randrange(n_tokens) for _ in range(capacity)] for n_tokens in (2, 3, 9)]
+        n_known = [rng.randint(1, capacity) for _ in rows]
+        are_found, following = look_up(torch.tensor(rows), torch.tensor(n_known), shortest, count)
+        assert following.shape == (3, count)
+        for row, n, is_found, tokens in zip(rows, n_known, are_found.tolist(), following.tolist()):
+            expected = slow_lookup(row[:n], shortest, count)
+            assert is_found == (expected is not None) and (not is_found or tokens == expected)
+            found.add(is_found)
+    assert found == {True, False}
+
+
+def test_lookup_changes_no_token():
+    """Greedy and sampled, with more prompts than rows, whose texts must not meet; and it saves forward passes."""
+    rng, passes = random.Random(4), [0, 0]
+    for _ in range(3):
+        engine = random_engine(rng, rng.randint(2, 8), torch.float32)
+        prompts = [[rng.randrange(5) for _ in range(rng.randint(1, 30))] for _ in range(7)]
+        for options in (dict(), dict(temperature=0.8, seed=1)):
+            plain = engine.generate(prompts, 24, **options)
+            for lookup in (1, 3, 50):
+                found = engine.generate(prompts, 24, lookup=lookup, **options)
+                assert [one.tokens for one in found] == [one.tokens for one in plain]
+                single = engine.generate([prompts[6]], 24, lookup=lookup, indices=[6], **options)[0]
+                assert single.accepted == found[6].accepted
+                if lookup == 50:  # no text has as many tokens twice
+                    assert [one.accepted for one in found] == [one.accepted for one in plain]
+                if lookup == 1 and not options:
+                    passes = [n + sum(one.n_forwards for one in ones) for n, ones in zip(passes, (plain, found))]
+    assert passes[1] < 0.9 * passes[0]
 
 
 def test_streams_of_one_engine_do_not_meet():

@@ -96,19 +96,21 @@ class Engine:
         mode: Mode = "tidar",
         stop: Stop | None = None,
         indices: Sequence[int] | None = None,
+        lookup: int = 0,
     ) -> Iterator[Completion]:
         """Completes prompts, lists of token ids: any number of them, of any lengths. Yields a `Completion` after each
         step that has extended it; its last `accepted[-1]` tokens are new.
 
         max_new_tokens: new tokens of each, unless a stop token or `stop` ends it before. temperature 0: greedy. top_k 0
         and top_p 1: no limit. seed: a drawn token is a function of the model, the seed, the index of its prompt and
-        its position alone. draft_mix: see `Sampling`; only 1 is lossless. stop: see `Stop`.
+        its position alone. draft_mix, lookup: see `Sampling`; of draft_mix only 1 is lossless, lookup always is. stop:
+        see `Stop`.
         indices: numbers of the prompts, of which their draws are a function (default: 0, 1, 2 …).
 
         Raises UserError, before the first forward pass, for arguments out of range and for a prompt that is empty,
         holds an id outside the vocabulary, or with max_new_tokens is longer than the context.
         """
-        sampling = Sampling(temperature, top_k, top_p, draft_mix)
+        sampling = Sampling(temperature, top_k, top_p, draft_mix, lookup)
         self.check(prompts, max_new_tokens, sampling, mode)
         keys = [prompt_key(seed, index) for index in (range(len(prompts)) if indices is None else indices)]
         return self._stream(prompts, keys, max_new_tokens, sampling, frozenset(stop_token_ids), mode, stop)
@@ -209,7 +211,7 @@ class Engine:
             forward = Forward(
                 self.model,
                 self._allocate(batch, capacity, scratch),
-                State.empty(batch, block_size, self.device),
+                State.empty(batch, block_size, capacity, self.device),
                 method.mask_token_id if method else 0,
                 method is not None,
                 sampling,
@@ -238,11 +240,14 @@ class Engine:
             ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
             ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
             ("draft_mix", sampling.draft_mix, 0 <= sampling.draft_mix <= 1, "from 0 to 1"),
+            ("lookup", sampling.lookup, sampling.lookup >= 0, "at least 0"),
         ):
             if not right:
                 raise UserError(f"{name} = {value}: must be {allowed}")
-        if mode == "ar" and sampling.draft_mix != 1:
-            raise UserError(f'draft_mix = {sampling.draft_mix}: must be 1 with mode = "ar", which has no drafts')
+        if mode == "ar":
+            for name, given, only in (("draft_mix", sampling.draft_mix, 1), ("lookup", sampling.lookup, 0)):
+                if given != only:
+                    raise UserError(f'{name} = {given}: must be {only} with mode = "ar", which has no drafts')
         if mode == "tidar":
             self._check_method()
         vocab_size = self.model.config.vocab_size

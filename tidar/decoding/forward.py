@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tidar.decoding.cache import KeyValueCache
 from tidar.decoding.layout import Layout, prefill_layout, step_layout
+from tidar.decoding.lookup import look_up
 from tidar.decoding.sampling import Sampling, choose
 from tidar.models import CachedAttention, Decoder
 
@@ -23,20 +24,23 @@ class State:
     """The sequences of a batch, on the device. Forward passes update it in place.
 
     `lengths`: committed tokens `[batch]`. `draft`: the next tokens `[batch, block_size]`, the first one certain.
-    `keys`: random keys `[batch]`. `active`: rows that hold a sequence; the others do not advance.
+    `keys`: random keys `[batch]`. `active`: rows that hold a sequence; the others do not advance. `tokens`: the known
+    ones `[batch, capacity]`, which are the committed ones and the first of the draft; kept for `Sampling.lookup` alone.
     """
 
     lengths: Tensor
     draft: Tensor
     keys: Tensor
     active: Tensor
+    tokens: Tensor
 
     @staticmethod
-    def empty(batch: int, block_size: int, device: torch.device) -> "State":
+    def empty(batch: int, block_size: int, capacity: int, device: torch.device) -> "State":
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return State(zeros(batch), zeros(batch, block_size), zeros(batch), zeros(batch, dtype=torch.bool))
+        active = zeros(batch, dtype=torch.bool)
+        return State(zeros(batch), zeros(batch, block_size), zeros(batch), active, zeros(batch, capacity))
 
 
 class Forward:
@@ -89,7 +93,12 @@ class Forward:
             return torch.cat([token, F.linear(hidden[:, padded + 1 :], weight).argmax(dim=-1)], dim=1)
 
         attention = self.cache.for_prefill(at, padded, layout.mask)
-        state.draft[at] = self._run(tokens, layout, attention, head)
+        draft = self._run(tokens, layout, attention, head)
+        if self.sampling.lookup:
+            state.tokens[at, :padded] = tokens
+            state.tokens[at, lengths] = draft[:, 0]
+            draft = self._looked_up(state.tokens[at], lengths + 1, draft)
+        state.draft[at] = draft
         state.lengths[at], state.keys[at], state.active[at] = lengths, new_keys, True
 
     def step(self) -> None:
@@ -107,6 +116,12 @@ class Forward:
         accepted, draft = self._run(state.draft, layout, attention, self._verify)
         self.verified.copy_(state.draft)
         self.accepted.copy_(accepted)
+        if self.sampling.lookup:
+            in_block = torch.arange(self.block_size, device=draft.device)
+            n_known = state.lengths + accepted
+            state.tokens.scatter_(1, state.lengths[:, None] + in_block, state.draft)
+            state.tokens.scatter_(1, n_known[:, None], draft[:, :1])
+            draft = self._looked_up(state.tokens, n_known + 1, draft)
         state.lengths += accepted * state.active
         state.draft.copy_(draft.where(state.active[:, None], state.draft))
 
@@ -142,6 +157,11 @@ class Forward:
             rows = masked.gather(1, group[..., None].expand(-1, 1, block - 1, dim))[:, 0]
             draft = F.linear(rows, weight).argmax(dim=-1)
         return accepted, torch.cat([certain, draft], dim=1)
+
+    def _looked_up(self, tokens: Tensor, n_known: Tensor, draft: Tensor) -> Tensor:
+        """A draft `[batch, block_size]`, replaced after its first token in the rows where `look_up` finds something."""
+        found, following = look_up(tokens, n_known, self.sampling.lookup, self.block_size - 1)
+        return torch.cat([draft[:, :1], following.where(found[:, None], draft[:, 1:])], dim=1)
 
     def _run(self, clean: Tensor, layout: Layout, attention: list[CachedAttention], head: Callable) -> Any:
         """One pass over clean tokens `[batch, n]` and the masks that the layout has after them."""

@@ -10,15 +10,18 @@ from tidar.kernels.counter_random import mix, uniforms
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. temperature 0: the arg-max. top_k 0, top_p 1: no limit.
+    """How tokens are chosen, and drafted. temperature 0: the arg-max. top_k 0, top_p 1: no limit.
 
     draft_mix: beta in `beta * AR logits + (1 - beta) * logits of the mask at the same position`.
+    lookup: where at least so many last tokens occurred before, what followed them is the draft (see `look_up`),
+    elsewhere the most likely tokens of the masks; 0: the latter everywhere.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     draft_mix: float = 1.0
+    lookup: int = 0
 
 
 def choose(logits: Tensor, sampling: Sampling, keys: Tensor, positions: Tensor) -> Tensor:

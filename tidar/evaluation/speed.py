@@ -73,16 +73,18 @@ def decode(
 
 
 def measure_speed(engine: Engine, prompts: Sequence[Sequence[int]], mode: str, **options: Any) -> dict[str, Decoded]:
-    """Decodes prompts in `mode` and autoregressively, and measures both. options: of `Engine.stream`.
+    """Decodes prompts in `mode` and autoregressively, and measures both. options: of `Engine.stream`; autoregressive
+    decoding has no drafts, so no `lookup`.
 
     Raises UserError as `Engine.stream` does.
     """
     measured = {}
     longest = sorted(prompts, key=len)[-engine.max_batch_size :]
     for name in dict.fromkeys([mode, "ar"]):
+        asked = options | {"lookup": 0} if name == "ar" != mode else options
         # compiles and captures what will be measured: as many sequences of the same length, one token of each
-        decode(engine, longest, mode=name, **options | {"stop": lambda *_: True})
+        decode(engine, longest, mode=name, **asked | {"stop": lambda *_: True})
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
-        measured[name], _ = decode(engine, prompts, mode=name, **options)
+        measured[name], _ = decode(engine, prompts, mode=name, **asked)
     return measured

@@ -39,6 +39,11 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "temperature 1": {"temperature": 1.0},
     "temperature 1, trust diffusion": {"temperature": 1.0, "draft_mix": 0.0},
 }
+LOOKUP = 2  # tokens; see `Sampling`
+LOOKED_UP: dict[str, dict[str, Any]] = {
+    "greedy, lookup": {"lookup": LOOKUP},
+    "temperature 1, lookup": {"temperature": 1.0, "lookup": LOOKUP},
+}
 EXACT_PROMPTS, EXACT_TOKENS = 16, 128  # decoded in float32, in which rounding should hardly ever change a greedy token
 SPEED_PROMPTS = 8  # decoded one at a time
 JUDGED_AT_ONCE = 8  # texts whose logits exist at one time
@@ -117,7 +122,8 @@ def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
     # texts: step by step, without a graph, whose capture would take longer than they do
     engine = load(step, dtype=compute_dtype(config, device), device=device, max_batch_size=scale.prompts, graph=False)
     options: dict[str, Any] = {"stop_token_ids": end_tokens(engine, inputs.tokenizer), "max_new_tokens": n_new}
-    wanted = {how: asked for how, asked in (GREEDY | SAMPLED).items() if decodable or asked.get("mode") == "ar"}
+    ways = GREEDY | SAMPLED | LOOKED_UP
+    wanted = {how: asked for how, asked in ways.items() if decodable or asked.get("mode") == "ar"}
     completions = {how: engine.generate(prompts, **options, **asked) for how, asked in wanted.items()}
     result["decoding"] = {how: counts(found) for how, found in completions.items()}
     result["texts"] = {
@@ -134,13 +140,17 @@ def evaluate(config: Config, folder: Path, name: str, scale: Scale) -> None:
             result["speed"] = {mode: decoded.tokens_per_second for mode, decoded in speeds.items()}
         exact = load(step, dtype=torch.float32, device=device, graph=False)
         options["max_new_tokens"] = min(n_new, EXACT_TOKENS)
-        pairs = [exact.generate(prompts[:EXACT_PROMPTS], **options | asked) for asked in ({}, {"mode": "ar"})]
-        result["exact_prompts"], result["equal_float32"] = len(pairs[0]), _share_equal(*pairs)
+        found = [
+            exact.generate(prompts[:EXACT_PROMPTS], **options | ways[how]) for how in ("ar", "greedy", "greedy, lookup")
+        ]
+        result["exact_prompts"], result["equal_float32"] = len(found[0]), _share_equal(*found)
     _write(folder, name, result | {"seconds": time.monotonic() - started})
 
 
-def _share_equal(some: list[Completion], others: list[Completion]) -> float:
-    return sum(one.tokens == other.tokens for one, other in zip(some, others, strict=True)) / len(some)
+def _share_equal(*decoded: list[Completion]) -> float:
+    """Share of the prompts whose texts are the same in all decodings."""
+    texts = [[completion.tokens for completion in completions] for completions in decoded]
+    return sum(all(text == others[0] for text in others) for others in zip(*texts, strict=True)) / len(texts[0])
 
 
 def _scores(config: Config, engine: Engine, inputs: Any) -> dict[str, float]:
@@ -215,7 +225,7 @@ def write_own_text(folder: Path, run: Run, temperature: float, config: Config, s
     """Completions of beginnings of training documents by the run that `run` continues, prepared, if they are not there.
 
     config: of `run`, with the corpus as its only data. Returns the prepared folder, and how often an epoch repeats it
-    so that it has as many tokens as the corpus. A text ends where it begins to loop.
+    so that `run.own_share` of the tokens are of it. A text ends where it begins to loop.
     """
     name = run.starts_from
     prepared = folder / "own_text" / f"{name}-{temperature:g}"
@@ -234,4 +244,4 @@ def write_own_text(folder: Path, run: Run, temperature: float, config: Config, s
         write_atomically(texts, "".join(json.dumps({"text": text}) + "\n" for text in own))
     n_own = prepare_texts(folder, texts, prepared, "none")  # most texts stop before their end
     n_corpus = Corpus.open(folder / "data" / "training", verify=False).meta["tokens"]
-    return prepared, n_corpus / n_own
+    return prepared, n_corpus / n_own * run.own_share / (1 - run.own_share)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidar.benchmarks.paper.decoding import ratio_error, read_evaluation
+from tidar.benchmarks.paper.decoding import LOOKUP, ratio_error, read_evaluation
 from tidar.benchmarks.paper.runs import MAIN, RUNS, is_finished, trained
 
 # an idea is worth it from this gain in tokens per forward on, at an autoregressive loss that is at most so much higher
@@ -28,9 +28,12 @@ class Result:
     def decoded(self, how: str, name: str = "tokens_per_forward") -> float | None:
         return self.evaluation["decoding"].get(how, {}).get(name)
 
-    def gain(self, base: "Result", how: str) -> tuple[float, float]:
-        """Relative gain in tokens per forward pass over another run, and its standard error over their prompts."""
-        decoded = [one.evaluation["decoding"][how] for one in (base, self)]
+    def gain(self, base: "Result", how: str, own: str | None = None) -> tuple[float, float]:
+        """Relative gain in tokens per forward pass over another run, and its standard error over their prompts.
+
+        how: how both are decoded; own: how this one is, where that differs.
+        """
+        decoded = [base.evaluation["decoding"][how], self.evaluation["decoding"][own or how]]
         ratio = decoded[1]["tokens_per_forward"] / decoded[0]["tokens_per_forward"]
         return ratio - 1, ratio_error(*(one["by_text"] for one in decoded))
 
@@ -173,11 +176,23 @@ IDEAS = {
     "positions-light-8": MAIN,
     "own-text-8": "more-8",
     "own-text-light-8": "more-8",
+    "own-text-quarter-8": "more-8",
     "own-samples-8": "more-8",
     "offset-8": MAIN,
     "mixed-8": MAIN,
     "share-8": MAIN,
 }
+
+
+def lookup_row(results: Results) -> list[str]:
+    """About drafts from the text itself, which change decoding alone."""
+    title = f"`{MAIN}` with `lookup` {LOOKUP}: where the text repeats itself, drafts are what followed before"
+    other = "the same without"
+    if MAIN not in results:
+        return [title, other, "", "", "", f"not measured: needs {MAIN}"]
+    main = results[MAIN]
+    gains = [main.gain(main, how, f"{how}, lookup") for how in ("greedy", "temperature 1")]
+    return [title, other, *(_percent(*gain) for gain in gains), "the same", "yes" if gains[0][0] >= GAIN else "no"]
 
 
 def idea_row(name: str, results: Results) -> list[str]:

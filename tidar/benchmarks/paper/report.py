@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tidar.benchmarks.cases import device_name
-from tidar.benchmarks.paper.findings import FINDINGS, GAIN, IDEAS, SAME_LOSS, Result, idea_row, read_results
+from tidar.benchmarks.paper.findings import FINDINGS, GAIN, IDEAS, SAME_LOSS, Result, idea_row, lookup_row, read_results
 from tidar.benchmarks.paper.picture import line_chart
 from tidar.benchmarks.paper.runs import BY_SIZE, MAIN, RUNS, SMOKE, Scale
 from tidar.config.files import write_atomically
@@ -19,8 +19,8 @@ LOSSES = (
 )  # fmt: skip
 DECODING = (
     "run", "tokens/forward, greedy", "of whole texts", "looped", "temperature 1",
-    "trust diffusion: greedy, temperature 1", "judged: AR, TiDAR, trust diffusion", "equal to AR",
-    "tokens/s, speed-up",
+    "trust diffusion: greedy, temperature 1", "lookup: greedy, temperature 1", "judged: AR, TiDAR, trust diffusion",
+    "equal to AR", "tokens/s, speed-up",
 )  # fmt: skip
 LOSSES_LEGEND = """\
 Losses of held-out packages, each position masked (block diffusion: its own loss). Minutes of training include its
@@ -28,9 +28,10 @@ start; those of evaluation are decoding and scores."""
 DECODING_LEGEND = """\
 tokens/forward: tokens per forward pass of held-out prompts up to the end of each text or where it begins to loop,
 prefill counted, ± standard error over prompts; "of whole texts" counts loops too, "looped" is their share of the
-tokens. trust diffusion: the first mask of a group decides a token (`draft_mix` 0). judged: mean loss of texts sampled
-at temperature 1 under the causal model, by autoregressive decoding, TiDAR, and TiDAR that trusts diffusion. equal to
-AR: share of greedy texts, in the run's dtype; in float32. tokens/s: greedy, one prompt at a time, and the ratio to
+tokens. trust diffusion: the first mask of a group decides a token (`draft_mix` 0). lookup: the draft is what followed
+the last tokens where they occurred before, if they did (`lookup`). judged: mean loss of texts sampled at temperature 1
+under the causal model, by autoregressive decoding, TiDAR, and TiDAR that trusts diffusion. equal to AR: share of greedy
+texts, in the run's dtype; in float32, lookup included. tokens/s: greedy, one prompt at a time, and the ratio to
 autoregressive decoding of the same model; measured for one run of each block size."""
 
 
@@ -58,7 +59,7 @@ def write_report(folder: Path, corpus: dict[str, Any], scale: Scale, seconds: fl
         "",
     ]
     columns = ("idea", "compared with", "greedy", "temperature 1", "AR loss", "worth it")
-    lines += _table(columns, [idea_row(name, results) for name in IDEAS])
+    lines += _table(columns, [*(idea_row(name, results) for name in IDEAS), lookup_row(results)])
     lines += ["", "## Losses", "", *_table(LOSSES, [_losses(name, one) for name, one in results.items()])]
     decoded = {name: one for name, one in results.items() if one.evaluation["decoding"]}
     lines += ["", LOSSES_LEGEND, "", "## Decoding", ""]
@@ -127,7 +128,10 @@ def _losses(name: str, one: Result) -> list[str]:
 def _decoding(name: str, one: Result) -> list[str]:
     evaluation = one.evaluation
     greedy, sampled = one.decoded("greedy"), one.decoded("temperature 1")
-    trusting = [one.decoded(f"{how}, trust diffusion") for how in ("greedy", "temperature 1")]
+    trusting, looked_up = (
+        [one.decoded(f"{how}, {other}") for how in ("greedy", "temperature 1")]
+        for other in ("trust diffusion", "lookup")
+    )
     judged = ("ar, temperature 1", "temperature 1", "temperature 1, trust diffusion")
     speed = evaluation.get("speed")
     return [
@@ -136,7 +140,7 @@ def _decoding(name: str, one: Result) -> list[str]:
         _number(one.decoded("greedy", "whole_texts"), 3),
         f"{one.decoded('greedy' if greedy else 'ar', 'looped') or 0:.1%}",
         f"{sampled:.3f} ± {one.decoded('temperature 1', 'error'):.3f}" if sampled else "",
-        ", ".join(_number(value, 2) for value in trusting if value),
+        *(", ".join(_number(value, 2) for value in values if value) for values in (trusting, looked_up)),
         ", ".join(_number(one.judged(how), 3) for how in judged if one.judged(how)),
         f"{evaluation['equal']:.0%}, {evaluation['equal_float32']:.0%}" if "equal" in evaluation else "",
         f"{speed['tidar']:,.0f}, {speed['tidar'] / speed['ar']:.2f}" if speed else "",

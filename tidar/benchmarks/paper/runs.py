@@ -26,7 +26,8 @@ POSITIONS = "--tidar.place_weights 0 2 1.6 1.3 1.0 0.8 0.7 0.6"
 class Run:
     """A run by its name. options: that differ from the TOML file. starts_from: the run whose last weights it continues.
 
-    own_text: half of its tokens are text sampled from that run at this temperature; None: there is no such text.
+    own_text: some of its tokens are text sampled from that run at this temperature; None: there is no such text.
+    own_share: how many of them.
     """
 
     name: str
@@ -34,11 +35,12 @@ class Run:
     options: str = ""
     starts_from: str = ""
     own_text: float | None = None
+    own_share: float = 0.5
 
 
-def _continued(starts_from: str, steps: int, seed: int, name: str, about: str, options: str, own_text=None) -> Run:
+def _continued(starts_from: str, steps: int, seed: int, name: str, about: str, options: str, **own_text: float) -> Run:
     own = f"--training.steps {steps} --training.seed {seed} --optimizer.lr 7.5e-4 {options}"
-    return Run(name, about, own.strip(), starts_from, own_text)
+    return Run(name, about, own.strip(), starts_from, **own_text)
 
 
 def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run:
@@ -46,8 +48,8 @@ def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run
     return _continued(CAUSAL, 600, seed, name, about, options)
 
 
-def _from_tidar(name: str, about: str, own_text: float | None = None, options: str = "") -> Run:
-    return _continued(MAIN, 300, 3, name, about, options, own_text)
+def _from_tidar(name: str, about: str, options: str = "", **own_text: float) -> Run:
+    return _continued(MAIN, 300, 3, name, about, options, **own_text)
 
 
 # In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats
@@ -73,9 +75,16 @@ RUNS = {
         _from_tidar("own-text-8", "tidar-8 continued, half of it on its own greedy text", own_text=0.0),
         _from_tidar(
             "own-text-light-8",
-            "the same, with a weight of the diffusion loss of 0.5",
+            "the same, with a weight of the diffusion loss of 0.4",
+            "--tidar.diffusion_loss_weight 0.4",
             own_text=0.0,
-            options="--tidar.diffusion_loss_weight 0.5",
+        ),
+        _from_tidar(
+            "own-text-quarter-8",
+            "a quarter of it own greedy text, with a weight of the diffusion loss of 0.6",
+            "--tidar.diffusion_loss_weight 0.6",
+            own_text=0.0,
+            own_share=0.25,
         ),
         _from_causal("random-8-seed-2", "random masking, second seed", "--tidar.pattern tidar_random", seed=2),
         _from_causal("tidar-8-seed-2", "blocks of 8, second seed", seed=2),

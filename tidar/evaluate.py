@@ -51,7 +51,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--tokenizer", help="tokenizer's folder or hub id, or bytes (default: the tokenizer in the model's folder)"
     )
-    parser.add_argument("--prompts", help="JSON lines: chats or prompts to decode (default: the run's held-out data)")
+    parser.add_argument(
+        "--prompts", help="JSON lines: chats, prompts or texts to decode (default: the run's held-out data)"
+    )
     parser.add_argument(
         "--n_prompts", type=int,
         help=f"held-out prompts to decode [validation.generate_prompts of the run, or {N_PROMPTS}]",

@@ -121,6 +121,32 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
     assert output.read_text() == whole
 
 
+def test_texts_are_continued_and_resumed(folder, tmp_path, capsys):
+    """As --prompt continues them, without a chat template; a chat may have a field `text`. Whole texts train."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    texts = ["the in", "a…🙂 b"]
+    lines = [{"text": texts[0], "id": 7}, {"text": texts[1], "messages": None}, {"prompt": "the", "text": "x"}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--model", str(folder), "--prompts", str(prompts), "--output", str(output), "--max_new_tokens", "6"]
+    generate.main(command)
+    whole = output.read_text()
+    answers = [json.loads(line) for line in whole.splitlines()]
+    for index, (answer, text) in enumerate(zip(answers, texts)):
+        capsys.readouterr()
+        generate.main(["--model", str(folder), "--prompt", text, "--max_new_tokens", "6"])
+        assert capsys.readouterr().out == generate.safe_text(answer["text"]) + "\n"
+        assert answer["text"][: answer["prompt_characters"]] == text
+        assert (answer["index"], answer["finish_reason"]) == (index, "length")
+    assert [message["role"] for message in answers[2]["messages"]] == ["user", "assistant"]
+    output.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    generate.main(command)
+    assert sorted(output.read_text().splitlines()) == sorted(whole.splitlines())
+    prompts.write_text(prompts.read_text().replace("the in", "the on"))
+    with pytest.raises(SystemExit):
+        generate.main(command)
+    assert "holds an answer to another prompt 0" in capsys.readouterr().err
+
+
 def until_finished(n: int):
     """`Engine.stream` that Ctrl-C interrupts when n texts are finished."""
     stream = Engine.stream
@@ -205,6 +231,8 @@ def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_ha
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
         ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),
+        ("--prompts {empty} --output y", 'empty.jsonl: line 1: text = "": must be a text, and not empty'),
+        ("--prompts {bad} --output y --tokenizer bytes", "bytes: has no chat template, which chats need"),
         ("--prompts {other} --output y", "must have messages, conversations, or prompt or question or instruction\n"),
         (
             "--prompts {bad} --output y --tokenizer {strict}",
@@ -220,8 +248,17 @@ def test_bad_input(folder, arguments, message, capsys, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'\n{"prompt": "a"}\n{"prompt": "\xff"}\n')
     other = tmp_path / "other.jsonl"
-    other.write_text('{"text": "a"}\n')
-    places = {"bad": bad, "other": other, "folder": folder, "strict": tmp_path / "strict", "large": tmp_path / "large"}
+    other.write_text('{"id": "a"}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    places = {
+        "bad": bad,
+        "other": other,
+        "empty": empty,
+        "folder": folder,
+        "strict": tmp_path / "strict",
+        "large": tmp_path / "large",
+    }
     write_tokenizer(places["strict"])
     write_tokenizer(places["large"])
     vocabulary = json.loads((places["large"] / "vocab.json").read_text()) | {f"w{i}": 1000 + i for i in range(600)}

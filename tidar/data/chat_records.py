@@ -58,6 +58,11 @@ class Conversation:
     variables: dict[str, Any] = field(default_factory=dict)
 
 
+def is_chat(record: dict) -> bool:
+    """Whether a record has a field that a chat begins with."""
+    return any(record.get(name) is not None for name in (*TURNS, *(prompt for prompt, _ in PROMPT_AND_RESPONSE)))
+
+
 def conversation(
     record: Any,
     prompt_field: str = "",

@@ -1,4 +1,4 @@
-"""Answers to a file of chats, in the model's own words: what `data.source = chat` trains on."""
+"""Answers to a file of chats or texts, in the model's own words: what `data.source` chat and text train on."""
 
 import hashlib
 import json
@@ -25,8 +25,8 @@ def write_answers(
     done: dict[int, str],
     **options,
 ) -> tuple[int, int, int]:
-    """Appends a chat for each prompt that is not done: one JSON line with `index`, its record with the answer, and
-    `finish_reason`: stop, or length for an answer that is cut off.
+    """Appends a line for each prompt that is not done: JSON with `index`, its record with the answer, and
+    `finish_reason`: stop, or length for an answer that is cut off. Of a text, `prompt_characters` were the prompt.
 
     prompts: see `read_prompts`. done: what to skip, see `read_done`. options: of `Engine.stream`. Answers are written
     in the order of the prompts while others are decoded; an interruption writes those that are finished. Several
@@ -36,7 +36,7 @@ def write_answers(
     n_answers = n_tokens = n_forwards = 0
     todo = _without(done, prompts, output)
     while chunk := list(islice(todo, CHUNK)):
-        indices, chats, tokens = zip(*chunk)
+        indices, records, tokens = zip(*chunk)
         lines: dict[int, str] = {}  # that are not written, by their number in the chunk
         following, written_at = 0, time.monotonic()
         try:
@@ -44,7 +44,7 @@ def write_answers(
                 if not completion.finished:
                     continue
                 number = completion.index
-                lines[number] = _line(indices[number], chats[number], decode(completion.tokens), completion.cut_off)
+                lines[number] = _line(indices[number], records[number], decode(completion.tokens), completion.cut_off)
                 n_answers += 1
                 n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
                 if time.monotonic() - written_at >= SECONDS:
@@ -57,25 +57,41 @@ def write_answers(
     return n_answers, n_tokens, n_forwards
 
 
-def _line(index: int, chat: dict[str, Any], text: str, cut_off: bool) -> str:
-    messages = [*chat["messages"], {"role": "assistant", "content": text}]
-    answered = {"index": index, **chat, "messages": messages, "finish_reason": "length" if cut_off else "stop"}
+def _line(index: int, record: dict[str, Any], answer: str, cut_off: bool) -> str:
+    whole: dict[str, Any]
+    if "messages" in record:
+        whole = {"messages": [*record["messages"], {"role": "assistant", "content": answer}]}
+    else:
+        whole = {"text": record["text"] + answer, "prompt_characters": len(record["text"])}
+    answered = {"index": index, **record, **whole, "finish_reason": "length" if cut_off else "stop"}
     return json.dumps(answered, ensure_ascii=False) + "\n"
 
 
+def _without_answer(answered: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The index and the record that `_line` has got. Raises LookupError, ValueError, TypeError or AttributeError for
+    what is no such line.
+    """
+    index = int(answered.pop("index"))
+    answered.pop("finish_reason", None)
+    if "messages" in answered:
+        return index, answered | {"messages": answered["messages"][:-1]}
+    end = answered.pop("prompt_characters")
+    return index, answered | {"text": answered["text"][:end]}
+
+
 def _without(done: dict[int, str], prompts: Iterator, output: Path) -> Iterator:
-    for index, chat, tokens in prompts:
+    for index, record, tokens in prompts:
         if index not in done:
-            yield index, chat, tokens
-        elif done[index] != _digest(chat):
+            yield index, record, tokens
+        elif done[index] != _digest(record):
             raise UserError(
                 f"--output {output}: holds an answer to another prompt {index} than --prompts has now: must be a new "
                 "file, or the answers of the same prompts"
             )
 
 
-def _digest(chat: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).hexdigest()
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_done(output: Path) -> dict[int, str]:
@@ -93,10 +109,8 @@ def read_done(output: Path) -> dict[int, str]:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    answered = json.loads(line)
-                    index, messages = int(answered.pop("index")), answered.pop("messages")[:-1]
-                    answered.pop("finish_reason", None)
-                    done[index] = _digest({"messages": messages, **answered})
+                    index, record = _without_answer(json.loads(line))
+                    done[index] = _digest(record)
                 except (ValueError, TypeError, KeyError, AttributeError):
                     raise UserError(f"--output {output}: line {number} is no answer of this command") from None
                 whole += len(line)

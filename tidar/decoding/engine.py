@@ -111,8 +111,9 @@ class Engine:
         holds an id outside the vocabulary, or with max_new_tokens is longer than the context.
         """
         sampling = Sampling(temperature, top_k, top_p, draft_mix, lookup)
-        self.check(prompts, max_new_tokens, sampling, mode)
-        keys = [prompt_key(seed, index) for index in (range(len(prompts)) if indices is None else indices)]
+        indices = range(len(prompts)) if indices is None else indices
+        self.check(prompts, max_new_tokens, sampling, mode, indices)
+        keys = [prompt_key(seed, index) for index in indices]
         return self._stream(prompts, keys, max_new_tokens, sampling, frozenset(stop_token_ids), mode, stop)
 
     def _stream(
@@ -231,7 +232,14 @@ class Engine:
                 "fewer prompts at a time (max_batch_size) or shorter ones need less",
             ) from None
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, mode: str) -> None:
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        mode: str,
+        indices: Sequence[int] | None = None,
+    ) -> None:
         """Raises UserError for what `stream` cannot decode."""
         for name, value, right, allowed in (
             ("mode", mode, mode in get_args(Mode), "tidar or ar"),
@@ -251,7 +259,7 @@ class Engine:
         if mode == "tidar":
             self._check_method()
         vocab_size = self.model.config.vocab_size
-        for index, prompt in enumerate(prompts):
+        for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index}: is empty: must hold at least one token")
             if not (0 <= min(prompt) and max(prompt) < vocab_size):

@@ -1,14 +1,14 @@
 """Prompts of a file, as tokens, and the tokenizer of a model."""
 
-from collections.abc import Iterator
-from itertools import chain
+import json
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tidar.config import UserError
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
-from tidar.data.chat_records import Conversation, conversation
+from tidar.data.chat_records import Conversation, conversation, is_chat
 from tidar.data.chat_template import prompt_encoder, template_variables
 from tidar.data.source import parse_json
 from tidar.data.tokenizer import BytesTokenizer
@@ -43,30 +43,40 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
 def with_template(tokenizer: Tokenizer) -> Any:
     """The tokenizer of transformers. Raises UserError for one without a chat template."""
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
-        raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which --chat and --prompts need")
+        raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which chats need")
     return tokenizer.backend
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
-    """Index, chat and tokens of each line but blank ones.
+    """Index, record and tokens of each line but blank ones.
 
-    The chat is a record as `data.source = "chat"` reads it, up to what the model answers: `messages`, and the variables
-    of the template that the line has. Raises UserError, with the line, for what is no chat to answer.
+    A chat is a record as `data.source = "chat"` reads it, up to what the model answers: `messages`, and the variables
+    of the template that the line has. A record with `text` and without a chat is `{"text": …}`, to be continued.
+    Raises UserError, with the line, for anything else, and for a chat where the tokenizer has no chat template.
     """
-    records = _records(path)
-    if (first := next(records, None)) is None:
-        return
-    backend = with_template(tokenizer)
-    encode, variables = prompt_encoder(backend), template_variables(backend)
-    for index, record in chain([first], records):
+    encode: Callable[[Conversation], list[int]] | None = None
+    variables: Collection[str] = ()
+    for index, record in _records(path):
         try:
             if isinstance(record, BadDocument):
                 raise record
+            if isinstance(record, dict) and "text" in record and not is_chat(record):
+                yield index, *_text_prompt(record["text"], tokenizer)
+                continue
+            if encode is None:
+                backend = with_template(tokenizer)
+                encode, variables = prompt_encoder(backend), template_variables(backend)
             chat = _without_answer(conversation(record, variables=variables, has_answer=False))
-            tokens = encode(chat)
+            yield index, _as_record(chat), encode(chat)
         except BadDocument as error:
             raise UserError(f"{path}: line {index + 1}: {error}") from None
-        yield index, _as_record(chat), tokens
+
+
+def _text_prompt(text: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+    """Raises BadDocument for what is no text, or an empty one."""
+    if not isinstance(text, str) or not text:
+        raise BadDocument(f"text = {json.dumps(text)[:60]}: must be a text, and not empty")
+    return {"text": text}, [int(token) for token in tokenizer.encode([text])[0]]
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

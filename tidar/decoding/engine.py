@@ -44,6 +44,17 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What a stream has to complete. keys: random keys of the prompts, see `prompt_key`. The rest is as of `stream`."""
+
+    prompts: Sequence[Sequence[int]]
+    keys: list[int]
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    stop: Stop | None
+
+
+@dataclass(frozen=True)
 class Method:
     """How a TiDAR model was trained: the `tidar` section of its config.json."""
 
@@ -114,35 +125,20 @@ class Engine:
         indices = range(len(prompts)) if indices is None else indices
         self.check(prompts, max_new_tokens, sampling, mode, indices)
         keys = [prompt_key(seed, index) for index in indices]
-        return self._stream(prompts, keys, max_new_tokens, sampling, frozenset(stop_token_ids), mode, stop)
-
-    def _stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: list[int],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_token_ids: frozenset[int],
-        mode: Mode,
-        stop: Stop | None,
-    ) -> Iterator[Completion]:
         if not prompts:
-            return
-        with self._forward(len(prompts), max(map(len, prompts)) + max_new_tokens, mode, sampling) as forward:
-            yield from self._steps(forward, prompts, keys, max_new_tokens, stop_token_ids, stop)
+            return iter(())
+        task = _Task(prompts, keys, max_new_tokens, frozenset(stop_token_ids), stop)
+        return self._stream(task, mode, sampling)
 
-    def _steps(
-        self,
-        forward: Forward,
-        prompts: Sequence[Sequence[int]],
-        keys: list[int],
-        max_new_tokens: int,
-        stop_token_ids: frozenset[int],
-        stop: Stop | None,
-    ) -> Iterator[Completion]:
+    def _stream(self, task: _Task, mode: Mode, sampling: Sampling) -> Iterator[Completion]:
+        length = max(map(len, task.prompts)) + task.max_new_tokens
+        with self._forward(len(task.prompts), length, mode, sampling) as forward:
+            yield from self._steps(forward, task)
+
+    def _steps(self, forward: Forward, task: _Task) -> Iterator[Completion]:
         state = forward.state
         state.active.zero_()
-        waiting = deque(enumerate(prompts))
+        waiting = deque(enumerate(task.prompts))
         rows: list[Completion | None] = [None] * len(state.lengths)
         running: tuple[list[Completion | None], Callable] | None = None
         while True:
@@ -156,7 +152,7 @@ class Engine:
                 forward.prefill(
                     [row for row, _, _ in group],
                     [list(prompt) for _, _, prompt in group],
-                    [keys[index] for _, index, _ in group],
+                    [task.keys[index] for _, index, _ in group],
                     padded,
                 )
             for row, index, _ in admitted:
@@ -175,7 +171,7 @@ class Engine:
             for completion, draft, accepted in zip(started[0], *started[1]()):
                 # a sequence that finished in the previous step was still part of this one
                 if completion is not None and not completion.finished:
-                    yield _extend(completion, draft[:accepted], max_new_tokens, stop_token_ids, stop)
+                    yield _extend(completion, draft[:accepted], task)
 
     def _by_length(self, admitted: list[tuple[int, int, Sequence[int]]]) -> Iterator[tuple[int, list]]:
         """Groups (row, index, prompt) into prefills: the length that their prompts are padded to, and the group."""
@@ -284,16 +280,14 @@ class Engine:
             )
 
 
-def _extend(
-    completion: Completion, tokens: list[int], max_new_tokens: int, stop_token_ids: frozenset[int], stop: Stop | None
-) -> Completion:
+def _extend(completion: Completion, tokens: list[int], task: _Task) -> Completion:
     """Adds the tokens of a step one by one, up to the first that ends the sequence."""
     completion.n_forwards += 1
     before = len(completion.tokens)
     for token in tokens:
         completion.tokens.append(token)
-        ended = token in stop_token_ids or bool(stop and stop(completion.index, completion.tokens))
-        completion.finished = ended or len(completion.tokens) == max_new_tokens
+        ended = token in task.stop_token_ids or bool(task.stop and task.stop(completion.index, completion.tokens))
+        completion.finished = ended or len(completion.tokens) == task.max_new_tokens
         completion.cut_off = completion.finished and not ended
         if completion.finished:
             break

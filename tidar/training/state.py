@@ -16,8 +16,8 @@ from tidar.training.checkpoint.checkpointer import Checkpointer
 from tidar.training.checkpoint.resume import (
     about_checkpoint,
     changed_data_options,
+    changed_options,
     check_model,
-    check_options,
     compared_options,
     rate_jump,
 )
@@ -104,10 +104,11 @@ class RunState:
 
     def _restore(self, checkpoint: Path) -> None:
         check_model(self.folder, checkpoint, self.spec.decoder, self.spec.mask_token_id)
-        found = check_options(checkpoint, compared_options(self.config, self.plan.global_batch_size))
+        about = read_manifest(checkpoint)["about"]
+        found = changed_options(about, compared_options(self.config, self.plan.global_batch_size))
         self.checkpointer.load(checkpoint)
         if differences := self.progress.differences():
-            found += changed_data_options(checkpoint, self.config) + differences
+            found += changed_data_options(about, self.config) + differences
         if found and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"{self.folder} was trained with other options: {'; '.join(found)}",
@@ -115,11 +116,10 @@ class RunState:
             )
         for difference in found:
             self.log(f"warning: resumes with other options: {difference}")
-        about = read_manifest(checkpoint)["about"]
         self.val_losses[self.progress.step] = about.get("val_loss")  # for a save of this step that repeats
         self.updates.skipped.restart_count()
         done, skipped = self.progress.step, self.updates.skipped.total
-        for warning in rate_jump(checkpoint, self.config, self._steps(), done, skipped):
+        for warning in rate_jump(about, self.config, self._steps(), done, skipped):
             self.log(warning)
 
     def save(self) -> None:

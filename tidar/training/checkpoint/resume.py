@@ -12,7 +12,6 @@ from tidar import __version__
 from tidar.config import Config, UserError, set_option
 from tidar.models import DecoderConfig
 from tidar.models.huggingface import model_differences, recorded_model
-from tidar.models.huggingface.manifest import read_manifest
 from tidar.patterns import EXPERIMENTS
 from tidar.training.optim.schedule import learning_rate
 
@@ -56,15 +55,15 @@ def about_checkpoint(
     }
 
 
-def check_options(checkpoint: Path, now: dict[str, Any]) -> list[str]:
-    """The options that differ from those of a whole checkpoint, each as "name: before -> now"."""
-    before = read_manifest(checkpoint)["about"].get("compared", {})
+def changed_options(about: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The options that differ from a checkpoint's, each as "name: before -> now". about: see `about_checkpoint`."""
+    before = about.get("compared", {})
     return [f"{name}: {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]]
 
 
-def changed_data_options(checkpoint: Path, config: Config) -> list[str]:
+def changed_data_options(about: dict[str, Any], config: Config) -> list[str]:
     """The options of the documents to train on that differ from a checkpoint's, each as "name: before -> now"."""
-    before, found = read_manifest(checkpoint)["about"].get("options", {}), []
+    before, found = about.get("options", {}), []
     for section, names in (("data", [*vars(config.data)]), ("validation", ["enable", "share", "paths"])):
         for name in names:
             now = getattr(getattr(config, section), name)
@@ -89,12 +88,12 @@ def check_model(folder: Path, checkpoint: Path, decoder: DecoderConfig, mask_tok
         )
 
 
-def rate_jump(checkpoint: Path, config: Config, steps: int, step: int, skipped: int) -> list[str]:
+def rate_jump(about: dict[str, Any], config: Config, steps: int, step: int, skipped: int) -> list[str]:
     """A warning where the next step has another learning rate than it would have had in the run that was saved.
 
     steps: of the whole run. step, skipped: steps done, and how many of them were skipped.
     """
-    about, before = read_manifest(checkpoint)["about"], Config()
+    before = Config()
     schedule = [f"lr_scheduler.{field.name}" for field in dataclasses.fields(config.lr_scheduler)]
     changes = []
     try:

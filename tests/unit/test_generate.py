@@ -227,7 +227,7 @@ def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_ha
         ("--prompt a --top_p 0", "top_p = 0.0: must be above 0 and at most 1"),
         ("--prompt a --mode ar --draft_mix 0.5", "draft_mix = 0.5: must be 1"),
         ("--prompt a --mode ar --lookup 2", "lookup = 2: must be 0"),
-        ("--prompt a --lookup -1", "lookup = -1: must be at least 0"),
+        ("--prompt a --lookup -1", "lookup = -1: must be a whole number from 0 to 8"),
         ("--prompt a --max_new_tokens 9000", "exceed the context"),
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
         ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),

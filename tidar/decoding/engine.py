@@ -13,6 +13,7 @@ from torch import Tensor
 from tidar.config import UserError
 from tidar.decoding.cache import KeyValueCache
 from tidar.decoding.forward import Forward, State
+from tidar.decoding.lookup import LONGEST
 from tidar.decoding.sampling import Sampling, prompt_key
 from tidar.models import Decoder
 from tidar.patterns import DECODABLE
@@ -244,7 +245,7 @@ class Engine:
             ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
             ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
             ("draft_mix", sampling.draft_mix, 0 <= sampling.draft_mix <= 1, "from 0 to 1"),
-            ("lookup", sampling.lookup, sampling.lookup >= 0, "at least 0"),
+            ("lookup", sampling.lookup, sampling.lookup in range(LONGEST + 1), f"a whole number from 0 to {LONGEST}"),
         ):
             if not right:
                 raise UserError(f"{name} = {value}: must be {allowed}")
@@ -255,7 +256,7 @@ class Engine:
         if mode == "tidar":
             self._check_method()
         vocab_size = self.model.config.vocab_size
-        for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts):
+        for index, prompt in zip(range(len(prompts)) if indices is None else indices, prompts, strict=True):
             if len(prompt) == 0:
                 raise UserError(f"prompt {index}: is empty: must hold at least one token")
             if not (0 <= min(prompt) and max(prompt) < vocab_size):

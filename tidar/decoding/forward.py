@@ -25,7 +25,8 @@ class State:
 
     `lengths`: committed tokens `[batch]`. `draft`: the next tokens `[batch, block_size]`, the first one certain.
     `keys`: random keys `[batch]`. `active`: rows that hold a sequence; the others do not advance. `tokens`: the known
-    ones `[batch, capacity]`, which are the committed ones and the first of the draft; kept for `Sampling.lookup` alone.
+    ones, which are the committed ones and the first of the draft, `[batch, capacity + block_size]`: rows that have
+    ended still write; kept for `Sampling.lookup` alone.
     """
 
     lengths: Tensor
@@ -40,7 +41,7 @@ class State:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         active = zeros(batch, dtype=torch.bool)
-        return State(zeros(batch), zeros(batch, block_size), zeros(batch), active, zeros(batch, capacity))
+        return State(zeros(batch), zeros(batch, block_size), zeros(batch), active, zeros(batch, capacity + block_size))
 
 
 class Forward:
@@ -118,10 +119,10 @@ class Forward:
         self.accepted.copy_(accepted)
         if self.sampling.lookup:
             in_block = torch.arange(self.block_size, device=draft.device)
-            n_known = state.lengths + accepted
+            committed = state.lengths + accepted
             state.tokens.scatter_(1, state.lengths[:, None] + in_block, state.draft)
-            state.tokens.scatter_(1, n_known[:, None], draft[:, :1])
-            draft = self._looked_up(state.tokens, n_known + 1, draft)
+            state.tokens.scatter_(1, committed[:, None], draft[:, :1])
+            draft = self._looked_up(state.tokens, committed + 1, draft)
         state.lengths += accepted * state.active
         state.draft.copy_(draft.where(state.active[:, None], state.draft))
 

@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LONGEST = 8  # of a copy, tokens that are compared
+LONGEST = 8  # tokens of a copy that are compared
 
 
 def look_up(tokens: Tensor, n_known: Tensor, shortest: int, count: int) -> tuple[Tensor, Tensor]:
     """The tokens that followed the longest earlier copy of the last tokens of each row; the newest of equal ones.
 
-    tokens: `[batch, capacity]` int64, of which the first `n_known` `[batch]` of a row are known. shortest: length of a
-    copy, in tokens; those above LONGEST count as equal, unless `shortest` is above it too. Returns whether there is a
-    copy `[batch]`, and the `count` tokens after it `[batch, count]`. Where those reach beyond what is known, they
-    continue as if the text repeated itself from the copy on.
+    tokens: `[batch, capacity]` int64, of which the first `n_known` `[batch]` of a row are known. shortest: tokens that
+    a copy has at least, from 1 to LONGEST; longer ones than LONGEST count as equal. Returns whether there is a copy
+    `[batch]`, and the `count` tokens after it `[batch, count]`. Where those reach beyond what is known, they continue
+    as if the text repeated itself from the copy on.
     """
-    longest, (_, capacity), device = max(shortest, LONGEST), tokens.shape, tokens.device
+    (_, capacity), device = tokens.shape, tokens.device
     last = n_known[:, None] - 1
-    # index by index backwards from the end: of the known tokens `[batch, longest]`, and of a copy that ends anywhere
-    key = tokens.gather(1, (last - torch.arange(longest, device=device)).clamp(min=0))
-    copies = F.pad(tokens, (longest - 1, 0), value=-1).unfold(1, longest, 1).flip(-1)
-    lengths = (copies == key[:, None]).long().cumprod(dim=-1).sum(dim=-1)
+    # index by index backwards from the end: of the known tokens `[batch, LONGEST]`, and of a copy that ends anywhere
+    key = tokens.gather(1, (last - torch.arange(LONGEST, device=device)).clamp(min=0))
+    copies = F.pad(tokens, (LONGEST - 1, 0), value=-1).unfold(1, LONGEST, 1).flip(-1)
+    lengths = (copies == key[:, None]).cumprod(dim=-1, dtype=torch.uint8).sum(dim=-1)
     ends = torch.arange(capacity, device=device)
     lengths = lengths.where((lengths >= shortest) & (ends < last), 0)
     best = (lengths * capacity + ends).argmax(dim=1, keepdim=True)

@@ -131,7 +131,7 @@ def run(options: Namespace) -> None:
         elif not tasks:
             raise UserError(f"{run_folder}: holds out no data (validation.enable = false); give --prompts or --tasks")
         if tasks and texts:
-            results["lm_eval"] = tasks.run(engine, texts, options.mode, options.seed)
+            results["lm_eval"] = tasks.run(engine, texts, mode=options.mode, seed=options.seed, lookup=options.lookup)
             lines += table(task_rows(results["lm_eval"]))
     finally:
         leave_world()

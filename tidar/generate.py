@@ -121,7 +121,7 @@ class Session:
 
     def chat(self) -> None:
         """Turns are lines of standard input, until it ends."""
-        encode = prompt_encoder(with_template(self.tokenizer))
+        encode = prompt_encoder(with_template(self.tokenizer, "--chat"))
         messages: Messages = []
         while line := self._read_turn():
             messages.append({"role": "user", "content": line.rstrip("\n")})

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -28,10 +29,11 @@ from tidar.benchmarks.paper.decoding import (
     loop_start,
     ratio_error,
 )
-from tidar.benchmarks.paper.findings import FINDINGS, IDEAS, Result, idea_row
+from tidar.benchmarks.paper.findings import FINDINGS, IDEAS, Result, idea_row, lookup_row
 from tidar.benchmarks.paper.report import write_report
 from tidar.benchmarks.paper.runs import RUNS, run_config, select
-from tidar.config import UserError
+from tidar.config import UserError, load_config
+from tidar.data import Corpus
 
 
 def test_loops():
@@ -124,8 +126,10 @@ def result(ar_loss: float, tokens: int) -> Result:
     """Of a run that decodes two prompts with so many tokens in 100 forward passes."""
     decoded = {"tokens_per_forward": tokens / 100, "error": 0.1, "whole_texts": 1.0, "looped": 0.0}
     decoded["by_text"] = [(tokens // 2, 40), (tokens - tokens // 2, 60)]
-    hows = [*GREEDY, *SAMPLED, *LOOKED_UP]
-    evaluation = {"decoding": dict.fromkeys(hows, decoded), "judged": dict.fromkeys(SAMPLED, 1.0), "seconds": 1.0}
+    looked_up = decoded | {"by_text": [(3 * n // 2, passes) for n, passes in decoded["by_text"]]}
+    looked_up["tokens_per_forward"] = 1.5 * decoded["tokens_per_forward"]
+    decoding = dict.fromkeys([*GREEDY, *SAMPLED], decoded) | dict.fromkeys(LOOKED_UP, looked_up)
+    evaluation = {"decoding": decoding, "judged": dict.fromkeys(SAMPLED, 1.0), "seconds": 1.0}
     evaluation |= {"equal": 0.5, "equal_float32": 1.0, "exact_prompts": 16, "speed": {"ar": 1.0, "tidar": 2.0}}
     training = {"steps": 9, "seconds": 1.0, "tokens_per_second": 1.0, "val/ar_loss": ar_loss}
     training |= {f"val/{name}_at/{k}": 1.02 * ar_loss for name in ("diffusion_loss", "accuracy_diff") for k in range(8)}
@@ -140,7 +144,11 @@ def test_findings(tmp_path, monkeypatch):
     results |= {"own-text-8": result(2.009, 315), "offset-8": result(2.011, 330)}
     assert [finding.row(results)[1] for finding in FINDINGS] == ["held"] * len(FINDINGS)
     assert idea_row("own-text-8", results)[-1] == "yes" and idea_row("offset-8", results)[-1] == "no"
+    assert [cell[:6] for cell in lookup_row(results)[2:]] == ["+50.0%", "+50.0%", "the sa", "yes"]
     main = results["tidar-8"]
+    before = {how: one for how, one in main.evaluation["decoding"].items() if how not in LOOKED_UP}
+    older = {"tidar-8": dataclasses.replace(main, evaluation=main.evaluation | {"decoding": before})}
+    assert lookup_row(older)[-1] == lookup_row({})[-1] == "not measured: needs tidar-8"
     for number, worse in enumerate(
         (
             {"tidar-16": result(2.0, 299)},
@@ -190,15 +198,22 @@ def folder(tmp_path_factory):
 
 def test_the_reduced_form_trains_decodes_and_reports(folder, monkeypatch, capsys):
     """Three runs, one of which starts from another one's weights and text; then the same call does nothing."""
-    arguments = ["--output", str(folder), "--only", "smoke", "causal", "own-text-8"]
+    arguments = ["--output", str(folder), "--only", "smoke", "causal", "own-text-quarter-8"]
     paper.main([*arguments, "--time_limit", "0.00001"])
     assert "stopped at causal" in capsys.readouterr().out and not (folder / "runs").exists()
     paper.main(arguments)
     report = (folder / "report.md").read_text()
+    names = ["tidar-8", "own-text-quarter-8"]
     losses, decoding = report.split("## Losses")[1].split("## Decoding")
-    assert re.findall(r"^\| `(.*?)` \| \d\.\d{4} \|", losses, re.MULTILINE) == ["causal", "tidar-8", "own-text-8"]
-    assert re.findall(r"^\| `(.*?)` \| \d\.\d{3} ±", decoding, re.MULTILINE) == ["tidar-8", "own-text-8"]
-    for name in ("tidar-8", "own-text-8"):
+    assert re.findall(r"^\| `(.*?)` \| \d\.\d{4} \|", losses, re.MULTILINE) == ["causal", *names]
+    assert re.findall(r"^\| `(.*?)` \| \d\.\d{3} ±", decoding, re.MULTILINE) == names
+    config = load_config(["--job.config_file", str(folder / "runs" / "own-text-quarter-8" / "config.toml")])
+    tokens = [
+        weight * Corpus.open(Path(path), verify=False).meta["tokens"]
+        for path, weight in zip(config.data.paths, config.data.weights)
+    ]
+    assert tokens[1] / sum(tokens) == pytest.approx(0.25, rel=1e-4)
+    for name in names:
         found = json.loads((folder / "runs" / name / "evaluation.json").read_text())
         assert found["equal_float32"] == found["equal"] == 1
         assert found["judged"]["ar, temperature 1"] == found["judged"]["temperature 1"] > 0

@@ -176,13 +176,14 @@ def test_sampled_equals_the_slow_reference():
             assert completion.n_forwards == 1 + len(steps)
 
 
-@pytest.mark.parametrize("lookup", [0, 2])
+@pytest.mark.parametrize("lookup", [0, 1, 2])
 def test_drafts_equal_the_slow_reference(lookup):
-    """The drafts themselves, that are rejected too; of the prompts some repeat themselves."""
+    """The drafts themselves, that are rejected too; of the prompts some repeat themselves, or have every token."""
     rng = random.Random(1)
     for _ in range(5 if lookup == 0 else 3):
         engine = random_engine(rng, rng.randint(2, 8))
         prompt, n_new = [rng.randrange(rng.choice([3, 22])) for _ in range(rng.randint(1, 9))] * rng.randint(1, 4), 12
+        prompt = prompt if lookup != 1 else rng.sample(range(23), 23)
         _, drafts = slow_decode(engine, prompt, n_new, greedy, lookup)
         with engine._forward(1, len(prompt) + n_new, "tidar", Sampling(lookup=lookup)) as forward:
             forward.prefill([0], [prompt], [0], padded=len(prompt) + rng.randint(0, 5))
@@ -243,6 +244,17 @@ def test_lookup_changes_no_token():
                 if lookup == 1 and not options:
                     passes = [n + sum(one.n_forwards for one in ones) for n, ones in zip(passes, (plain, found))]
     assert passes[1] < 0.9 * passes[0]
+
+
+def test_rows_that_have_ended_write_within_their_bounds():
+    """On a GPU such a row is part of two more steps, as far behind its end as drafts reach."""
+    for block_size in (1, 8):
+        engine = random_engine(random.Random(0), block_size)
+        with engine._forward(2, 9, "tidar", Sampling(lookup=1)) as forward:
+            forward.prefill([0, 1], [[1, 2, 1], [3]], [0, 0], padded=3)
+            forward.state.lengths.fill_(forward.cache.capacity - 1)
+            forward.state.active.fill_(False)
+            forward.step()
 
 
 def test_streams_of_one_engine_do_not_meet():

@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 from unittest.mock import Mock
 
 import pytest
@@ -68,6 +69,14 @@ def test_modes_print_the_same_text(folder, capsys):
         assert out.startswith("the in") and "24 tokens in" in err and "tokens per forward" in err
         texts.append(out)
     assert texts[0] == texts[1]
+    passes = []
+    for lookup in "01":
+        words = ["--prompt", "the in the in", "--max_new_tokens", "60", "--lookup", lookup]
+        generate.main(["--model", str(folder), *words])
+        out, err = capsys.readouterr()
+        texts.append(out)
+        passes.append(int(re.search(r"in (\d+) forward", err)[1]))
+    assert texts[2] == texts[3] and passes[1] < passes[0]
     generate.main(["--model", str(folder), "--prompt", "the in", "--max_new_tokens", "24", "--show_drafts"])
     coloured = capsys.readouterr().out
     for code in (*generate.COLOURS, generate.RESET):
@@ -122,7 +131,7 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
 
 
 def test_texts_are_continued_and_resumed(folder, tmp_path, capsys):
-    """As --prompt continues them, without a chat template; a chat may have a field `text`. Whole texts train."""
+    """As --prompt continues them; a chat may have a field `text`. What is cut off ends with a whole character."""
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
     texts = ["the in", "a…🙂 b"]
     lines = [{"text": texts[0], "id": 7}, {"text": texts[1], "messages": None}, {"prompt": "the", "text": "x"}]
@@ -134,7 +143,8 @@ def test_texts_are_continued_and_resumed(folder, tmp_path, capsys):
     for index, (answer, text) in enumerate(zip(answers, texts)):
         capsys.readouterr()
         generate.main(["--model", str(folder), "--prompt", text, "--max_new_tokens", "6"])
-        assert capsys.readouterr().out == generate.safe_text(answer["text"]) + "\n"
+        assert capsys.readouterr().out.rstrip("\ufffd\n") == generate.safe_text(answer["text"]).rstrip("\n")
+        assert not answer["text"].endswith("\ufffd")
         assert answer["text"][: answer["prompt_characters"]] == text
         assert (answer["index"], answer["finish_reason"]) == (index, "length")
     assert [message["role"] for message in answers[2]["messages"]] == ["user", "assistant"]
@@ -232,8 +242,12 @@ def test_prompts_are_rendered_as_in_training_and_answers_keep_what_the_record_ha
         ("--prompts /no/such --output y", "/no/such: cannot be read"),
         ("--prompts {bad} --output y", "bad.jsonl: line 3: is not UTF-8 (byte 12 of the record)"),
         ("--prompts {empty} --output y", 'empty.jsonl: line 1: text = "": must be a text, and not empty'),
-        ("--prompts {bad} --output y --tokenizer bytes", "bytes: has no chat template, which chats need"),
-        ("--prompts {other} --output y", "must have messages, conversations, or prompt or question or instruction\n"),
+        (
+            "--prompts {bad} --output y --tokenizer bytes",
+            "bad.jsonl: line 2: needs a chat template, which the tokenizer bytes does not have",
+        ),
+        ("--prompts {other} --output y", "must have text, messages, conversations, prompt, question or instruction\n"),
+        ("--prompts {other} --output y --tokenizer bytes", 'line 1: fields = ["id"]: must have text, messages'),
         (
             "--prompts {bad} --output y --tokenizer {strict}",
             "line 2: the chat template cannot be rendered (no",

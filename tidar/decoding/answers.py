@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from tidar.decoding.engine import Engine
 
 # prompts that the engine is given at a time, and seconds between writes of their answers
 CHUNK, SECONDS = 256, 1.0
+NO_LINE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 def write_answers(
@@ -58,6 +60,8 @@ def write_answers(
 
 
 def _line(index: int, record: dict[str, Any], answer: str, cut_off: bool) -> str:
+    if cut_off:
+        answer = answer.rstrip("\ufffd")  # of a character whose last bytes are missing
     whole: dict[str, Any]
     if "messages" in record:
         whole = {"messages": [*record["messages"], {"role": "assistant", "content": answer}]}
@@ -67,15 +71,14 @@ def _line(index: int, record: dict[str, Any], answer: str, cut_off: bool) -> str
     return json.dumps(answered, ensure_ascii=False) + "\n"
 
 
-def _without_answer(answered: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The index and the record that `_line` has got. Raises LookupError, ValueError, TypeError or AttributeError for
-    what is no such line.
-    """
+def _read_line(line: bytes) -> tuple[int, dict[str, Any]]:
+    """The index and the record that `_line` has got. Raises NO_LINE for what it does not write."""
+    answered = json.loads(line)
     index = int(answered.pop("index"))
     answered.pop("finish_reason", None)
     if "messages" in answered:
         return index, answered | {"messages": answered["messages"][:-1]}
-    end = answered.pop("prompt_characters")
+    end = operator.index(answered.pop("prompt_characters"))
     return index, answered | {"text": answered["text"][:end]}
 
 
@@ -109,9 +112,9 @@ def read_done(output: Path) -> dict[int, str]:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    index, record = _without_answer(json.loads(line))
+                    index, record = _read_line(line)
                     done[index] = _digest(record)
-                except (ValueError, TypeError, KeyError, AttributeError):
+                except NO_LINE:
                     raise UserError(f"--output {output}: line {number} is no answer of this command") from None
                 whole += len(line)
             file.truncate(whole)

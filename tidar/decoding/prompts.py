@@ -40,10 +40,10 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
     return [end for end in dict.fromkeys(ends) if end is not None]
 
 
-def with_template(tokenizer: Tokenizer) -> Any:
-    """The tokenizer of transformers. Raises UserError for one without a chat template."""
+def with_template(tokenizer: Tokenizer, asked: str) -> Any:
+    """The tokenizer of transformers. Raises UserError for one without a chat template. asked: what needs it."""
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
-        raise UserError(f"tokenizer {tokenizer.name}: has no chat template, which chats need")
+        raise UserError(f"{asked}: needs a chat template, which the tokenizer {tokenizer.name} does not have")
     return tokenizer.backend
 
 
@@ -60,11 +60,12 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[s
         try:
             if isinstance(record, BadDocument):
                 raise record
-            if isinstance(record, dict) and "text" in record and not is_chat(record):
-                yield index, *_text_prompt(record["text"], tokenizer)
+            if not isinstance(record, dict) or not is_chat(record):
+                text = _text(record)
+                yield index, {"text": text}, [int(token) for token in tokenizer.encode([text])[0]]
                 continue
             if encode is None:
-                backend = with_template(tokenizer)
+                backend = with_template(tokenizer, f"{path}: line {index + 1}")
                 encode, variables = prompt_encoder(backend), template_variables(backend)
             chat = _without_answer(conversation(record, variables=variables, has_answer=False))
             yield index, _as_record(chat), encode(chat)
@@ -72,11 +73,15 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[s
             raise UserError(f"{path}: line {index + 1}: {error}") from None
 
 
-def _text_prompt(text: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
-    """Raises BadDocument for what is no text, or an empty one."""
+def _text(record: Any) -> str:
+    """The text of a record that is no chat. Raises BadDocument for one without, or with an empty one."""
+    if not isinstance(record, dict) or "text" not in record:
+        found = f"fields = {json.dumps(list(record))}" if isinstance(record, dict) else json.dumps(record)
+        raise BadDocument(f"{found[:80]}: must have text, messages, conversations, prompt, question or instruction")
+    text = record["text"]
     if not isinstance(text, str) or not text:
-        raise BadDocument(f"text = {json.dumps(text)[:60]}: must be a text, and not empty")
-    return {"text": text}, [int(token) for token in tokenizer.encode([text])[0]]
+        raise BadDocument(f"text = {json.dumps(text)[:80]}: must be a text, and not empty")
+    return text
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

@@ -31,11 +31,11 @@ Scored = tuple[Any, list[int], list[int]]  # the request's key, tokens of the co
 
 
 class EngineLM(TemplateLM):
-    """`decoded`: by task, the counts of its texts."""
+    """`decoded`: by task, the counts of its texts. decoding: mode, seed and lookup, as of `Engine.stream`."""
 
-    def __init__(self, engine: Engine, tokenizer: FolderTokenizer, mode: str = "tidar", seed: int = 0):
+    def __init__(self, engine: Engine, tokenizer: FolderTokenizer, **decoding: Any):
         super().__init__()
-        self.engine, self.mode, self.seed = engine, mode, seed
+        self.engine, self.decoding = engine, decoding
         self.tokenizer: Any = tokenizer.backend
         self.name = tokenizer.name
         self.max_length = engine.context or DEFAULT_CONTEXT
@@ -160,8 +160,8 @@ class EngineLM(TemplateLM):
             newest = self.tokenizer.decode(tokens[-reach:], skip_special_tokens=False)
             return any(string in newest for string in until)
 
-        options = settings | {"stop_token_ids": list(ends), "stop": stop, "indices": numbers, "mode": self.mode}
-        for completion in self.engine.stream(prompts, **options):
+        options = settings | {"stop_token_ids": list(ends), "stop": stop, "indices": numbers}
+        for completion in self.engine.stream(prompts, **options, **self.decoding):
             if completion.finished:
                 request = requests[completion.index]
                 self.decoded.setdefault(str(request.task_name), Decoded()).add(completion)
@@ -175,7 +175,7 @@ class EngineLM(TemplateLM):
         known = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(known.pop("until", None), eos=eos) if text]
-        settings = {"max_new_tokens": known.pop("max_gen_toks"), "seed": self.seed}
+        settings = {"max_new_tokens": known.pop("max_gen_toks")}
         draws, temperature = known.pop("do_sample"), known.pop("temperature", None)
         limits = {"top_k": known.pop("top_k", 0), "top_p": known.pop("top_p", 1.0)}
         if draws:

@@ -58,9 +58,11 @@ class Tasks:
         return tokenizer
 
     def run(
-        self, engine: Engine, tokenizer: FolderTokenizer, mode: str = "tidar", seed: int = 0, log_samples: bool = False
+        self, engine: Engine, tokenizer: FolderTokenizer, log_samples: bool = False, **decoding: Any
     ) -> dict[str, Any]:
         """lm-eval's results, with `tokens_per_forward` of each task that decodes, and counts under "decoding".
+
+        decoding: mode, seed and lookup, as of `Engine.stream`.
 
         Raises UserError for a task whose data cannot be loaded, and for one that executes code or asks for what the
         engine does not have.
@@ -70,7 +72,7 @@ class Tasks:
 
         from tidar.evaluation.lm_eval_model import EngineLM
 
-        model = EngineLM(engine, tokenizer, mode, seed)
+        model = EngineLM(engine, tokenizer, **decoding)
         results: Any = lm_eval.simple_evaluate(
             model,
             tasks=self.names,
@@ -84,7 +86,7 @@ class Tasks:
             task_manager=self.manager,
             confirm_run_unsafe_code=self.confirm_run_unsafe_code,
         )
-        results["config"]["model_args"] = {"model": engine.name, "mode": mode}
+        results["config"]["model_args"] = {"model": engine.name, **decoding}
         for task, decoded in model.decoded.items():
             results["results"][task]["tokens_per_forward,none"] = decoded.tokens_per_forward
         results["decoding"] = {task: decoded.report() for task, decoded in model.decoded.items()}

@@ -188,9 +188,9 @@ def lookup_row(results: Results) -> list[str]:
     """About drafts from the text itself, which change decoding alone."""
     title = f"`{MAIN}` with `lookup` {LOOKUP}: where the text repeats itself, drafts are what followed before"
     other = "the same without"
-    if MAIN not in results:
+    main = results.get(MAIN)
+    if not main or not main.decoded("greedy, lookup"):
         return [title, other, "", "", "", f"not measured: needs {MAIN}"]
-    main = results[MAIN]
     gains = [main.gain(main, how, f"{how}, lookup") for how in ("greedy", "temperature 1")]
     return [title, other, *(_percent(*gain) for gain in gains), "the same", "yes" if gains[0][0] >= GAIN else "no"]
 

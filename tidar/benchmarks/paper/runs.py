@@ -38,18 +38,17 @@ class Run:
     own_share: float = 0.5
 
 
-def _continued(starts_from: str, steps: int, seed: int, name: str, about: str, options: str, **own_text: float) -> Run:
-    own = f"--training.steps {steps} --training.seed {seed} --optimizer.lr 7.5e-4 {options}"
-    return Run(name, about, own.strip(), starts_from, **own_text)
+def _continued(steps: int, seed: int, options: str) -> str:
+    return f"--training.steps {steps} --training.seed {seed} --optimizer.lr 7.5e-4 {options}".strip()
 
 
 def _from_causal(name: str, about: str, options: str = "", seed: int = 1) -> Run:
     """A run that continues the causal model, as the paper continues Qwen."""
-    return _continued(CAUSAL, 600, seed, name, about, options)
+    return Run(name, about, _continued(600, seed, options), CAUSAL)
 
 
-def _from_tidar(name: str, about: str, options: str = "", **own_text: float) -> Run:
-    return _continued(MAIN, 300, 3, name, about, options, **own_text)
+def _from_tidar(name: str, about: str, options: str = "", own_text: float | None = None, own_share: float = 0.5) -> Run:
+    return Run(name, about, _continued(300, 3, options), MAIN, own_text, own_share)
 
 
 # In the order in which they are trained: what the findings need most comes first, then ideas, then what repeats

@@ -115,8 +115,8 @@ class Engine:
 
         max_new_tokens: new tokens of each, unless a stop token or `stop` ends it before. temperature 0: greedy. top_k 0
         and top_p 1: no limit. seed: a drawn token is a function of the model, the seed, the index of its prompt and
-        its position alone. draft_mix, lookup: see `Sampling`; of draft_mix only 1 is lossless, lookup always is. stop:
-        see `Stop`.
+        its position alone. draft_mix, lookup: see `Sampling`; of draft_mix only 1 is lossless, lookup always is.
+        stop: see `Stop`.
         indices: numbers of the prompts, of which their draws are a function (default: 0, 1, 2 …).
 
         Raises UserError, before the first forward pass, for arguments out of range and for a prompt that is empty,

@@ -3,6 +3,7 @@
 For each model (shapes of tidar/models/sizes.py, random weights), batch and prefix: milliseconds of a prefill, of an
 autoregressive step and of a TiDAR step of the same engine; their ratio; the share of the device's memory bandwidth that
 the autoregressive step reaches (weights and cache read once); and tokens/s by how many tokens a step commits.
+--lookup: the same step when it also drafts from repeated text.
 --transformers: tokens/s of autoregressive decoding by this engine and by `generate` of transformers, same weights.
 """
 
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefix", nargs="+", type=int, default=[512], help="committed tokens [512]")
     parser.add_argument("--block_size", nargs="+", type=int, default=[8, 16], help="[8 16]")
     parser.add_argument("--accepted", type=float, help="committed tokens of a step to print tokens/s for")
+    parser.add_argument("--lookup", type=int, default=0, help="also time steps that draft with this lookup [0: none]")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and compiled layers")
     parser.add_argument("--transformers", action="store_true", help="compare with generate of transformers")
     with user_errors_exit():
@@ -57,13 +59,15 @@ def run(options: Namespace) -> None:
 
 
 def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float, options: Namespace) -> None:
-    def timed(mode: Mode, block_size: int) -> tuple[float, float]:
+    def timed(mode: Mode, block_size: int, lookup: int = 0) -> tuple[float, float]:
         """Seconds of a prefill of one prompt, and of a step."""
         engine = Engine(
             model, Method("tidar", block_size, 0), max_batch_size=batch, graph=False if options.eager else None
         )
         prompts = torch.randint(model.config.vocab_size, (batch, prefix)).tolist()
-        with engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, Sampling()) as forward:
+        sampling = Sampling(lookup=lookup)
+        engine.check([], 1, sampling, mode)
+        with engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, sampling) as forward:
             prefill = median_seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
             fill(forward, prefix)
             return prefill, median_seconds(forward.step, REPEATS)
@@ -85,6 +89,11 @@ def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float
             f"{', '.join(rates)}",
             flush=True,
         )
+        if options.lookup:
+            looked_up = timed("tidar", block_size, options.lookup)[1]
+            print(
+                f"    lookup {options.lookup}: step {looked_up * 1e3:.3f} ms, {looked_up / step - 1:+.1%}", flush=True
+            )
 
 
 def fill(forward: Forward, prefix: int) -> None:

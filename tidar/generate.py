@@ -4,11 +4,12 @@ FOLDER is an exported model, any Qwen2, Qwen2.5 or Qwen3 folder (--mode ar), or 
 as it is decoded. --chat holds a conversation with the model's chat template. --prompts answers a file in batches.
 """
 
+import json
 import os
 import sys
 import time
 import unicodedata
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tidar.config import ArgumentParser, UserError, print_lines, printable, user
 from tidar.config.files import check_output
 from tidar.config.hub import local_folder
 from tidar.data import BadDocument, Tokenizer
-from tidar.data.chat_records import Conversation, Messages
-from tidar.data.chat_template import prompt_encoder
+from tidar.data.chat_records import Messages, conversation
+from tidar.data.chat_template import prompt_encoder, template_variables
 from tidar.decoding import Completion, Engine, load
 from tidar.decoding.answers import read_done, write_answers
 from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts, with_template
@@ -48,6 +49,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="read turns of a conversation from standard input")
     parser.add_argument("--prompts", help="JSON lines: chats or prompts to answer, texts to continue")
     parser.add_argument("--output", help="with --prompts: JSON lines of chats and texts; resumed where it ended")
+    parser.add_argument(
+        "--chat_template_kwargs", type=json_object, default={},
+        help="variables of the chat template as JSON, for --chat and for records of --prompts that do not have them",
+    )  # fmt: skip
     parser.add_argument("--mode", choices=["tidar", "ar"], default="tidar", help="ar: plain autoregressive decoding")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="[256]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
@@ -68,7 +73,19 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"{text}: must be a JSON object")
+    return found
+
+
 def run(options: Namespace) -> None:
+    if options.chat_template_kwargs and options.prompt:
+        raise UserError("--chat_template_kwargs: is for --chat and --prompts")
     kinds = [name for name in ("prompt", "chat", "prompts") if getattr(options, name)]
     if len(kinds) != 1:
         given = " and ".join(f"--{name}" for name in kinds) or "none of them is given"
@@ -121,14 +138,16 @@ class Session:
 
     def chat(self) -> None:
         """Turns are lines of standard input, until it ends."""
-        encode = prompt_encoder(with_template(self.tokenizer, "--chat"))
+        backend = with_template(self.tokenizer, "--chat")
+        encode, variables = prompt_encoder(backend), template_variables(backend)
         messages: Messages = []
+        asked = {"messages": messages, "chat_template_kwargs": self.options.chat_template_kwargs}
         while line := self._read_turn():
             messages.append({"role": "user", "content": line.rstrip("\n")})
             try:
-                tokens = encode(Conversation(messages))
+                tokens = encode(conversation(asked, variables=variables, has_answer=False))
             except BadDocument as error:
-                raise UserError(f"tokenizer {self.tokenizer.name}: {error}") from None
+                raise UserError(f"--chat with tokenizer {self.tokenizer.name}: {error}") from None
             messages.append({"role": "assistant", "content": self._print(tokens)})
             print(flush=True)
             self._report()
@@ -161,17 +180,26 @@ class Session:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         stream = TextStream(self.tokenizer.decode, self.options.stop)
         started = time.perf_counter()
-        answers, tokens, forwards = write_answers(
+        done = read_done(output)
+        records = read_prompts(prompts, self.tokenizer, self.options.chat_template_kwargs)
+        answers, empty, tokens, forwards = write_answers(
             self.engine,
-            (prompt for prompt in read_prompts(prompts, self.tokenizer) if prompt[0] % world == rank),
+            (prompt for prompt in records if prompt[0] % world == rank),
             output,
             stream.text,
-            read_done(output),
+            done,
             stop=self._stop(stream),
             **self.settings,
         )
         self._count(tokens, forwards, started)
-        print(f"rank {rank}: {answers} answers in {output}" if world > 1 else f"{answers} answers in {output}")
+        before = f", which held {len(done)} before" if done else ""
+        print(f"{f'rank {rank}: ' if world > 1 else ''}{answers} new answers in {output}{before}")
+        if empty:
+            print_lines(
+                f"warning: {empty} of {answers} answers are empty; a model of chats without reasoning may need "
+                """--chat_template_kwargs '{"enable_thinking": false}'""",
+                file=sys.stderr,
+            )
         self._report()
 
     def _count(self, tokens: int, forwards: int, started: float) -> None:

@@ -48,12 +48,16 @@ def test_a_full_vocabulary_grows(tmp_path, capfd, call):
         assert all(row.equal(before[name].double().mean(dim=0).float()) for row in after[name][TOKENS:])
     AutoModelForCausalLM.from_pretrained(out)
     # trained on from the export: it keeps its rows and its mask token
+    capfd.readouterr()
     again = train(tmp_path / "again", "--model.hf_path", str(out), "--training.steps", "0")
+    assert "trained with other options" not in capfd.readouterr().out
     assert again.spec.mask_token_id == TOKENS and again.spec.decoder.vocab_size == 320
     assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
     # and from the first run's checkpoint, though model.hf_path names the folder before it grew
     options = ["--checkpoint.initial_load_path", str(run / "checkpoint" / "step-0"), "--training.steps", "0"]
+    options += ["--tidar.block_size", "2"]
     again = train(tmp_path / "third", "--model.hf_path", str(folder), *options)
+    assert re.search(r"trained with other options: tidar.block_size: \d+ -> 2$", capfd.readouterr().out, re.MULTILINE)
     assert whole(again.model.embed_tokens.weight).equal(after["model.embed_tokens.weight"])
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -35,6 +36,14 @@ def test_each_argument_of_an_error_is_one_line(capsys):
     print_lines(HOSTILE, "second")
     first, second = capsys.readouterr().out[:-1].split("\n")
     assert is_one_safe_line(first) and first.startswith("x\\nerror") and second == "second"
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    words = "from tidar.config import user_errors_exit\nwith user_errors_exit():\n    print('x' * 10**6)"
+    with subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 1
 
 
 @pytest.mark.parametrize("place", ["model_type", "tensor"])

@@ -1,6 +1,7 @@
 """The command that decodes: text as it comes, ends, files of answers, and bad input."""
 
 import errno
+import io
 import json
 import random
 import re
@@ -128,6 +129,39 @@ def test_answers_are_resumed_and_do_not_depend_on_where(folder, tmp_path, capsys
         generate.main(command)
     assert "holds an answer to another prompt 3 than --prompts has now" in capsys.readouterr().err
     assert output.read_text() == whole
+
+
+def test_variables_of_the_template_reach_prompts_and_chats(folder, tmp_path, capsys, monkeypatch):
+    """A record's own ones come first. A chat gives the answer of the same prompt in a file."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ style }}{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    )
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "in"}\n{"prompt": "in", "style": "long"}\n')
+    tokenizer = load_tokenizer(str(tmp_path), "--tokenizer")
+    rendered = [tokenizer.decode(tokens) for *_, tokens in read_prompts(prompts, tokenizer, {"style": "short"})]
+    assert rendered == ["shortuser:in\n", "longuser:in\n"]
+    command = ["--model", str(folder), "--tokenizer", str(tmp_path), "--max_new_tokens", "9", "--chat_template_kwargs"]
+    asked = ["--prompts", str(prompts), "--output", str(output)]
+    generate.main([*command, '{"style": "short"}', *asked])
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["style"] for answer in answers] == ["short", "long"]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("in\n"))
+    generate.main([*command, '{"style": "short"}', "--chat"])
+    assert capsys.readouterr().out == generate.safe_text(answers[0]["messages"][-1]["content"]) + "\n"
+    stops = ["--stop", answers[0]["messages"][-1]["content"][0], "--output", str(tmp_path / "empty")]
+    generate.main([*command, '{"style": "short"}', *asked, *stops])
+    n_empty = sum('"content": ""' in line for line in (tmp_path / "empty").read_text().splitlines())
+    assert n_empty and f"warning: {n_empty} of 2 answers are empty" in capsys.readouterr().err
+    for value, message in (
+        ('{"styl": 1}', "line 1: chat_template_kwargs: styl: is no variable of the chat template"),
+        ("[]", "--chat_template_kwargs: []: must be a JSON object"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            generate.main([*command, value, *asked])
+        assert ended.value.code and message in capsys.readouterr().err
 
 
 def test_texts_are_continued_and_resumed(folder, tmp_path, capsys):

@@ -56,12 +56,17 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Around a command: prints a UserError, once on each machine, and exits with status 1."""
+    """Around a command: prints a UserError, once on each machine, and exits with status 1. So it does, without a
+    word, where nobody reads its output any more.
+    """
     try:
         yield
     except UserError as error:
         if _is_first_of_machine():
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # who reads the output has ended, as `| head` does; Python would flush it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

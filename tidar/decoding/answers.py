@@ -26,16 +26,16 @@ def write_answers(
     decode: Callable[[list[int]], str],
     done: dict[int, str],
     **options,
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, int]:
     """Appends a line for each prompt that is not done: JSON with `index`, its record with the answer, and
     `finish_reason`: stop, or length for an answer that is cut off. Of a text, `prompt_characters` were the prompt.
 
     prompts: see `read_prompts`. done: what to skip, see `read_done`. options: of `Engine.stream`. Answers are written
     in the order of the prompts while others are decoded; an interruption writes those that are finished. Several
-    processes may write to one file. Returns how many answers, new tokens and forward passes.
+    processes may write to one file. Returns how many answers, empty ones of chats, new tokens and forward passes.
     Raises UserError for a prompt that is not the one that was answered.
     """
-    n_answers = n_tokens = n_forwards = 0
+    n_answers = n_empty = n_tokens = n_forwards = 0
     todo = _without(done, prompts, output)
     while chunk := list(islice(todo, CHUNK)):
         indices, records, tokens = zip(*chunk)
@@ -45,9 +45,10 @@ def write_answers(
             for completion in engine.stream(tokens, indices=indices, **options):
                 if not completion.finished:
                     continue
-                number = completion.index
-                lines[number] = _line(indices[number], records[number], decode(completion.tokens), completion.cut_off)
+                number, answer = completion.index, decode(completion.tokens)
+                lines[number] = _line(indices[number], records[number], answer, completion.cut_off)
                 n_answers += 1
+                n_empty += "messages" in records[number] and not answer.strip()
                 n_tokens, n_forwards = n_tokens + len(completion.tokens), n_forwards + completion.n_forwards
                 if time.monotonic() - written_at >= SECONDS:
                     ready = list(takewhile(lines.__contains__, count(following)))
@@ -56,7 +57,7 @@ def write_answers(
         finally:
             if lines:
                 _append(output, "".join(lines[number] for number in sorted(lines)))
-    return n_answers, n_tokens, n_forwards
+    return n_answers, n_empty, n_tokens, n_forwards
 
 
 def _line(index: int, record: dict[str, Any], answer: str, cut_off: bool) -> str:

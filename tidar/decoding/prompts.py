@@ -1,14 +1,15 @@
 """Prompts of a file, as tokens, and the tokenizer of a model."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tidar.config import UserError
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
-from tidar.data.chat_records import Conversation, conversation, is_chat
+from tidar.data.chat_records import Conversation, conversation, is_chat, is_empty
 from tidar.data.chat_template import prompt_encoder, template_variables
 from tidar.data.source import parse_json
 from tidar.data.tokenizer import BytesTokenizer
@@ -47,11 +48,14 @@ def with_template(tokenizer: Tokenizer, asked: str) -> Any:
     return tokenizer.backend
 
 
-def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
+def read_prompts(
+    path: Path, tokenizer: Tokenizer, template_kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[tuple[int, dict[str, Any], list[int]]]:
     """Index, record and tokens of each line but blank ones.
 
     A chat is a record as `data.source = "chat"` reads it, up to what the model answers: `messages`, and the variables
     of the template that the line has. A record with `text` and without a chat is `{"text": …}`, to be continued.
+    template_kwargs: variables of the template for chats that do not have them.
     Raises UserError, with the line, for anything else, and for a chat where the tokenizer has no chat template.
     """
     encode: Callable[[Conversation], list[int]] | None = None
@@ -67,6 +71,10 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, dict[s
             if encode is None:
                 backend = with_template(tokenizer, f"{path}: line {index + 1}")
                 encode, variables = prompt_encoder(backend), template_variables(backend)
+            own = record.get("chat_template_kwargs")
+            if template_kwargs and (is_empty(own) or isinstance(own, dict)):
+                given = {name: value for name, value in template_kwargs.items() if record.get(name) is None}
+                record |= {"chat_template_kwargs": given | (own or {})}
             chat = _without_answer(conversation(record, variables=variables, has_answer=False))
             yield index, _as_record(chat), encode(chat)
         except BadDocument as error:

@@ -40,7 +40,7 @@ def test_the_chapter_works_in_a_folder_of_its_own(folder, call, smaller_debug):
         ["tidar.train", "--tidar.pattern"],
     ]
     shown, _, stats = (call(masks.main, *command[3:])[1] for command in commands[:3])
-    assert "my_pattern:Window: 16 tokens, 32 model positions" in shown
+    assert "my_pattern:Window: 28 tokens, 56 model positions" in shown
     # the last block of the second document, tokens 8 to 10, sees the 8 clean ones before it
     assert shown.splitlines()[-1].split() == "M10 ┃ ····· │ ■■■■■■■■··· ┃ ···· · │ ···· ···· ■■■".split()
     assert (folder / "mask.png").read_bytes().startswith(b"\x89PNG")

@@ -41,8 +41,9 @@ def test_the_chapter_works_in_a_folder_of_its_own(folder, call, smaller_debug):
     ]
     shown, _, stats = (call(masks.main, *command[3:])[1] for command in commands[:3])
     assert "my_pattern:Window: 28 tokens, 56 model positions" in shown
-    # the last block of the second document, tokens 8 to 10, sees the 8 clean ones before it
-    assert shown.splitlines()[-1].split() == "M10 ┃ ····· │ ■■■■■■■■··· ┃ ···· · │ ···· ···· ■■■".split()
+    # token 23 of the second document, in the block from 20 on, sees the clean tokens 7 to 19
+    expected = f"M23 ┃ ···· │ {7 * '·'}{13 * '■'}···· ┃ ···· │ ···· ···· ···· ···· ····■■■■"
+    assert shown.splitlines()[-1].split() == expected.split()
     assert (folder / "mask.png").read_bytes().startswith(b"\x89PNG")
     causal, drafts = 1024 * 1025 // 2 + 1024 * 8, sum(min(i // 8 * 8, max(16 - i % 8, 0)) for i in range(1024))
     assert f"{causal + drafts:,}" in stats

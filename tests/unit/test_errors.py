@@ -44,6 +44,9 @@ def test_output_that_nobody_reads_is_no_traceback():
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 1
+    words = words.replace("print('x' * 10**6)", "raise BrokenPipeError('of a worker')")
+    finished = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert finished.stderr.endswith("BrokenPipeError: of a worker\n")
 
 
 @pytest.mark.parametrize("place", ["model_type", "tensor"])

@@ -1,4 +1,5 @@
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,9 +66,18 @@ def user_errors_exit() -> Iterator[None]:
         if _is_first_of_machine():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # who reads the output has ended, as `| head` does; Python would flush it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):  # another pipe: of a worker that has died
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will flush it again
         sys.exit(1)
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    """Whether the other end of a pipe has been closed, as `| head` does."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def print_first_error(error: BaseException) -> None:

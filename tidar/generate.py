@@ -19,11 +19,10 @@ from tidar.config import ArgumentParser, UserError, print_lines, printable, user
 from tidar.config.files import check_output
 from tidar.config.hub import local_folder
 from tidar.data import BadDocument, Tokenizer
-from tidar.data.chat_records import Messages, conversation
-from tidar.data.chat_template import prompt_encoder, template_variables
+from tidar.data.chat_records import Messages
 from tidar.decoding import Completion, Engine, load
 from tidar.decoding.answers import read_done, write_answers
-from tidar.decoding.prompts import end_tokens, model_tokenizer, read_prompts, with_template
+from tidar.decoding.prompts import chat_reader, end_tokens, model_tokenizer, read_prompts
 from tidar.decoding.text import TextStream
 
 # colours of consecutive steps, for --show_drafts
@@ -138,14 +137,12 @@ class Session:
 
     def chat(self) -> None:
         """Turns are lines of standard input, until it ends."""
-        backend = with_template(self.tokenizer, "--chat")
-        encode, variables = prompt_encoder(backend), template_variables(backend)
+        read = chat_reader(self.tokenizer, self.options.chat_template_kwargs, "--chat")
         messages: Messages = []
-        asked = {"messages": messages, "chat_template_kwargs": self.options.chat_template_kwargs}
         while line := self._read_turn():
             messages.append({"role": "user", "content": line.rstrip("\n")})
             try:
-                tokens = encode(conversation(asked, variables=variables, has_answer=False))
+                _, tokens = read({"messages": messages})
             except BadDocument as error:
                 raise UserError(f"--chat with tokenizer {self.tokenizer.name}: {error}") from None
             messages.append({"role": "assistant", "content": self._print(tokens)})

@@ -35,6 +35,7 @@ PROMPT_AND_RESPONSE = (
     ("instruction", "output"),
     ("instruction", "response"),
 )
+BEGINNINGS = (*TURNS, *dict.fromkeys(prompt for prompt, _ in PROMPT_AND_RESPONSE))
 SYSTEM = ("system", "system_prompt", "system_message")
 INPUT = ("input", "context")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same thing
@@ -60,7 +61,7 @@ class Conversation:
 
 def is_chat(record: dict) -> bool:
     """Whether a record has a field that a chat begins with."""
-    return any(record.get(name) is not None for name in (*TURNS, *(prompt for prompt, _ in PROMPT_AND_RESPONSE)))
+    return any(record.get(name) is not None for name in BEGINNINGS)
 
 
 def conversation(
@@ -79,7 +80,7 @@ def conversation(
     needs no response. Raises BadDocument for anything else.
     """
     if not isinstance(record, dict):
-        raise BadDocument(f"{_shown(record)}: must be a JSON object")
+        raise BadDocument(f"{shown(record)}: must be a JSON object")
     pairs = list(dict.fromkeys((prompt_field or p, response_field or r) for p, r in PROMPT_AND_RESPONSE))
     if not has_answer:
         pairs += dict.fromkeys((prompt, "") for prompt, _ in pairs)
@@ -98,18 +99,18 @@ def conversation(
         asked = [f"{prompt} and {response}" if has_answer else prompt for prompt, response in pairs]
         fields = " or ".join(dict.fromkeys(asked))
         raise BadDocument(
-            f"fields = {_shown(list(record))}: must have {fields if named else f'messages, conversations, or {fields}'}"
+            f"fields = {shown(list(record))}: must have {fields if named else f'messages, conversations, or {fields}'}"
         )
     for name in NOT_SUPPORTED:
         if name not in read and not is_empty(record.get(name)):
-            raise BadDocument(f"{name} = {_shown(record[name])}: is not supported")
+            raise BadDocument(f"{name} = {shown(record[name])}: is not supported")
     name = _only_one(record, [name for name in SYSTEM if name not in read])
     if name:
         if any(message["role"] == "system" for message in messages):
-            raise BadDocument(f"{name} = {_shown(record[name])}: must not be given together with a turn of the system")
+            raise BadDocument(f"{name} = {shown(record[name])}: must not be given together with a turn of the system")
         messages, is_target = [{"role": "system", "content": _text(record, name)}, *messages], [False, *is_target]
     if has_answer and all(message["role"] != "assistant" for message in messages):
-        raise BadDocument(f"roles = {_shown([m['role'] for m in messages])}: must have a turn of the assistant")
+        raise BadDocument(f"roles = {shown([m['role'] for m in messages])}: must have a turn of the assistant")
     return Conversation(messages, is_target, _read_variables(record, read.union(SYSTEM), variables))
 
 
@@ -132,7 +133,7 @@ def _read_variables(record: dict, read: set[str], variables: Collection[str]) ->
     given = record.get("chat_template_kwargs")
     if not is_empty(given):
         if not isinstance(given, dict):
-            raise BadDocument(f"chat_template_kwargs = {_shown(given)}: must be an object")
+            raise BadDocument(f"chat_template_kwargs = {shown(given)}: must be an object")
         for name in given:
             if name not in variables and not is_empty(given[name]):
                 raise BadDocument(f"chat_template_kwargs: {name}: is no variable of the chat template")
@@ -157,7 +158,7 @@ def _read_prompt_and_response(record: dict, prompt: str, response: str) -> tuple
         name = _only_one(record, [name for name in INPUT if name not in (prompt, response)])
         if role == "user" and name:
             if isinstance(record[prompt], list):
-                raise BadDocument(f"{name} = {_shown(record[name])}: must not be given together with a list of turns")
+                raise BadDocument(f"{name} = {shown(record[name])}: must not be given together with a list of turns")
             turns[0]["content"] += "\n" + _text(record, name)
     return messages, is_target
 
@@ -165,12 +166,12 @@ def _read_prompt_and_response(record: dict, prompt: str, response: str) -> tuple
 def _read_turns(record: dict, name: str) -> tuple[Messages, list[bool]]:
     turns = record[name]
     if not isinstance(turns, list) or not turns:
-        raise BadDocument(f"{name} = {_shown(turns)}: must be a list of one turn or more")
+        raise BadDocument(f"{name} = {shown(turns)}: must be a list of one turn or more")
     messages, is_target = [], []
     for number, turn in enumerate(turns, 1):
         place = f"turn {number}: "
         if not isinstance(turn, dict):
-            raise BadDocument(f"{place}{_shown(turn)}: must be an object with role and content, or from and value")
+            raise BadDocument(f"{place}{shown(turn)}: must be an object with role and content, or from and value")
         messages.append(_message(turn, place))
         is_target.append(_is_target(turn, place))
     return messages, is_target
@@ -180,7 +181,7 @@ def _message(turn: dict, place: str) -> dict[str, Any]:
     role_field, content_field = _first(turn, ("role", "from")), _first(turn, ("content", "value"))
     role = _text(turn, role_field, place)
     if role not in ROLES:
-        raise BadDocument(f"{place}{role_field} = {_shown(role)}: must be one of {', '.join(ROLES)}")
+        raise BadDocument(f"{place}{role_field} = {shown(role)}: must be one of {', '.join(ROLES)}")
     known = {role_field, content_field, "weight", "train", "loss"}
     more = {name: value for name, value in turn.items() if name not in known and not is_empty(value)}
     if role == "function_call":  # ShareGPT's: the calls are the turn's text
@@ -190,7 +191,7 @@ def _message(turn: dict, place: str) -> dict[str, Any]:
             calls = _objects(more, name, place) if name == "tool_calls" or role == "function_call" else [more[name]]
             functions = [call.get("function") or call if isinstance(call, dict) else None for call in calls]
             if not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
-                raise BadDocument(f"{place}{name} = {_shown(more[name])}: must have the name of each function")
+                raise BadDocument(f"{place}{name} = {shown(more[name])}: must have the name of each function")
             if not calls:
                 del more[name]
             elif name == "tool_calls":
@@ -199,7 +200,7 @@ def _message(turn: dict, place: str) -> dict[str, Any]:
         more |= dict.fromkeys(REASONING, _text(more, reasoning, place))
     says_more = [name for name in (*REASONING, *CALLS) if name in more]
     if says_more and ROLES[role] != "assistant":
-        raise BadDocument(f"{place}{says_more[0]} = {_shown(more[says_more[0]])}: only the assistant's turns have it")
+        raise BadDocument(f"{place}{says_more[0]} = {shown(more[says_more[0]])}: only the assistant's turns have it")
     if says_more and turn.get(content_field) is None:
         return {"role": ROLES[role], "content": "", **more}
     return {"role": ROLES[role], "content": _content(turn, content_field, place), **more}
@@ -210,7 +211,7 @@ def _is_target(turn: dict, place: str) -> bool:
     marks = {name: turn[name] for name in ("weight", "train", "loss") if turn.get(name) is not None}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadDocument(f"{place}{name} = {_shown(value)}: must be 0 or 1, or true or false")
+            raise BadDocument(f"{place}{name} = {shown(value)}: must be 0 or 1, or true or false")
     if len(set(marks.values())) > 1:
         raise BadDocument(f"{place}{' and '.join(marks)}: must say the same")
     return all(marks.values())
@@ -223,7 +224,7 @@ def _content(turn: dict, name: str, place: str) -> str:
     texts = []
     for part in turn[name]:
         if not isinstance(part, dict):
-            raise BadDocument(f"{place}{name} has the part {_shown(part)}: must be an object")
+            raise BadDocument(f"{place}{name} has the part {shown(part)}: must be an object")
         media = [key for key in MEDIA if not is_empty(part.get(key))]
         if media or part.get("type", "text") != "text":
             raise BadDocument(
@@ -242,7 +243,7 @@ def _objects(record: dict, name: str, place: str = "") -> list[dict]:
         parsed = 0
     parsed = [] if is_empty(parsed) else [parsed] if isinstance(parsed, dict) else parsed
     if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
-        raise BadDocument(f"{place}{name} = {_shown(value)}: must be a list of objects, or the JSON text of one")
+        raise BadDocument(f"{place}{name} = {shown(value)}: must be a list of objects, or the JSON text of one")
     return parsed
 
 
@@ -264,16 +265,16 @@ def _text(record: dict, name: str, place: str = "") -> str:
         raise BadDocument(f"{place}{name} is missing")
     value = record[name]
     if not isinstance(value, str):
-        raise BadDocument(f"{place}{name} = {_shown(value)}: must be a text")
+        raise BadDocument(f"{place}{name} = {shown(value)}: must be a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = _shown(value[error.start])
+        found = shown(value[error.start])
         raise BadDocument(f"{place}{name} has {found}: must be Unicode without lone surrogates") from None
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """In one line, not too long."""
-    shown = json.dumps(value, default=str)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,6 @@
 """Prompts of a file, as tokens, and the tokenizer of a model."""
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from tidar.config import UserError
 from tidar.config.hub import holds_tokenizer, local_folder
 from tidar.data import BadDocument, Tokenizer, load_tokenizer
-from tidar.data.chat_records import Conversation, conversation, is_chat, is_empty
+from tidar.data.chat_records import BEGINNINGS, Conversation, conversation, is_chat, is_empty, shown
 from tidar.data.chat_template import prompt_encoder, template_variables
 from tidar.data.source import parse_json
 from tidar.data.tokenizer import BytesTokenizer
@@ -41,11 +40,27 @@ def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
     return [end for end in dict.fromkeys(ends) if end is not None]
 
 
-def with_template(tokenizer: Tokenizer, asked: str) -> Any:
-    """The tokenizer of transformers. Raises UserError for one without a chat template. asked: what needs it."""
+def chat_reader(
+    tokenizer: Tokenizer, template_kwargs: Mapping[str, Any], asked: str
+) -> Callable[[dict], tuple[Conversation, list[int]]]:
+    """From a record to its chat, up to what the model answers, and to the tokens of that.
+
+    template_kwargs: variables of the template for records that do not have them. Raises UserError for a tokenizer
+    without a chat template; the result raises BadDocument for what is no chat to answer. asked: what needs a template.
+    """
     if isinstance(tokenizer, BytesTokenizer) or not tokenizer.chat_template:
         raise UserError(f"{asked}: needs a chat template, which the tokenizer {tokenizer.name} does not have")
-    return tokenizer.backend
+    encode, variables = prompt_encoder(tokenizer.backend), template_variables(tokenizer.backend)
+
+    def read(record: dict) -> tuple[Conversation, list[int]]:
+        own = record.get("chat_template_kwargs")
+        if template_kwargs and (is_empty(own) or isinstance(own, dict)):
+            given = {name: value for name, value in template_kwargs.items() if record.get(name) is None}
+            record = record | {"chat_template_kwargs": given | (own or {})}
+        chat = _without_answer(conversation(record, variables=variables, has_answer=False))
+        return chat, encode(chat)
+
+    return read
 
 
 def read_prompts(
@@ -55,11 +70,10 @@ def read_prompts(
 
     A chat is a record as `data.source = "chat"` reads it, up to what the model answers: `messages`, and the variables
     of the template that the line has. A record with `text` and without a chat is `{"text": …}`, to be continued.
-    template_kwargs: variables of the template for chats that do not have them.
-    Raises UserError, with the line, for anything else, and for a chat where the tokenizer has no chat template.
+    template_kwargs: see `chat_reader`. Raises UserError, with the line, for anything else, and for a chat where the
+    tokenizer has no chat template.
     """
-    encode: Callable[[Conversation], list[int]] | None = None
-    variables: Collection[str] = ()
+    read: Callable[[dict], tuple[Conversation, list[int]]] | None = None
     for index, record in _records(path):
         try:
             if isinstance(record, BadDocument):
@@ -68,15 +82,9 @@ def read_prompts(
                 text = _text(record)
                 yield index, {"text": text}, [int(token) for token in tokenizer.encode([text])[0]]
                 continue
-            if encode is None:
-                backend = with_template(tokenizer, f"{path}: line {index + 1}")
-                encode, variables = prompt_encoder(backend), template_variables(backend)
-            own = record.get("chat_template_kwargs")
-            if template_kwargs and (is_empty(own) or isinstance(own, dict)):
-                given = {name: value for name, value in template_kwargs.items() if record.get(name) is None}
-                record |= {"chat_template_kwargs": given | (own or {})}
-            chat = _without_answer(conversation(record, variables=variables, has_answer=False))
-            yield index, _as_record(chat), encode(chat)
+            read = read or chat_reader(tokenizer, template_kwargs, f"{path}: line {index + 1}")
+            chat, tokens = read(record)
+            yield index, _as_record(chat), tokens
         except BadDocument as error:
             raise UserError(f"{path}: line {index + 1}: {error}") from None
 
@@ -84,11 +92,11 @@ def read_prompts(
 def _text(record: Any) -> str:
     """The text of a record that is no chat. Raises BadDocument for one without, or with an empty one."""
     if not isinstance(record, dict) or "text" not in record:
-        found = f"fields = {json.dumps(list(record))}" if isinstance(record, dict) else json.dumps(record)
-        raise BadDocument(f"{found[:80]}: must have text, messages, conversations, prompt, question or instruction")
+        found = f"fields = {shown(list(record))}" if isinstance(record, dict) else shown(record)
+        raise BadDocument(f"{found}: must have text, {', '.join(BEGINNINGS[:-1])} or {BEGINNINGS[-1]}")
     text = record["text"]
     if not isinstance(text, str) or not text:
-        raise BadDocument(f"text = {json.dumps(text)[:80]}: must be a text, and not empty")
+        raise BadDocument(f"text = {shown(text)}: must be a text, and not empty")
     return text
 
 

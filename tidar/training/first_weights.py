@@ -2,21 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from tidar.config import Config, UserError
-from tidar.config.hub import local_folder
 from tidar.models import Decoder, initialize
-from tidar.models.huggingface import (
-    ModelSpec,
-    StepFolder,
-    Weights,
-    assets_folder,
-    fill_new_rows,
-    load_weights,
-    open_weights,
-    read_config_json,
-)
+from tidar.models.huggingface import ModelSpec, StepFolder, Weights, fill_new_rows, load_weights, open_weights
 from tidar.models.huggingface.manifest import check_whole
 
 
@@ -58,23 +47,17 @@ def set_first_weights(model: Decoder, spec: ModelSpec, config: Config) -> list[s
         lines.append(f"the vocabulary grows from {loaded_rows} to {spec.decoder.vocab_size} rows")
     keeps = keeps and spec.mask_token_id < loaded_rows
     row = "kept" if keeps else f"the mean of the {spec.used_rows:,} used rows"
-    lines += _method_changes(path, spec, config)
+    lines += _method_changes(spec, config)
     return [*lines, f"the mask token is {spec.mask_token_id}; its embedding is {row}"]
 
 
-def _method_changes(path: str, spec: ModelSpec, config: Config) -> list[str]:
-    """What a TiDAR model that the run starts from was trained with, where that differs from the run's options."""
-    try:
-        section = read_config_json(assets_folder(local_folder(path))).get("tidar")
-    except UserError:  # weights without a config.json
-        return []
-    before: dict[str, Any] = section if isinstance(section, dict) else {}
+def _method_changes(spec: ModelSpec, config: Config) -> list[str]:
+    """What the first weights were trained with, where that differs from the run's options."""
     now = {
         "pattern": config.tidar.pattern,
         "block_size": config.tidar.block_size,
         "mask_token_id": spec.mask_token_id,
     }
-    changes = [
-        f"tidar.{name}: {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
-    ]
+    before = now | spec.trained_with
+    changes = [f"tidar.{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     return [f"these weights were trained with other options: {'; '.join(changes)}"] if changes else []

@@ -26,6 +26,7 @@ class ModelSpec:
     used_rows: rows of the embedding that belong to tokens; the rows after them are free.
     mask_token_id, mask_row_is_trained: the mask token, and whether its row is trained and must not be overwritten.
     vocab_size_before: rows of the embedding by config.json, fewer than `decoder.vocab_size` if it has grown.
+    trained_with: the section `tidar` of the config.json of the first weights, empty where there is none.
     end_of_turn: the token that ends what the model says in a chat, None where it is not trained on chats.
     """
 
@@ -37,6 +38,7 @@ class ModelSpec:
     mask_token_id: int
     mask_row_is_trained: bool
     vocab_size_before: int
+    trained_with: dict[str, Any]
     end_of_turn: int | None = None
 
     def write(self, folder: Path, tidar: dict[str, Any]) -> None:
@@ -72,6 +74,7 @@ class ModelFiles:
     options: the model's config.json. origin: names it in messages. folder: the model's, None for a size by name.
     start_options, start_folder: the same of checkpoint.initial_load_path, if it has a config.json of its own.
     tokenizer: folder of the tokenizer: data.tokenizer, the model's or that of the first weights.
+    trained_with: see `ModelSpec`.
     """
 
     options: dict[str, Any]
@@ -80,6 +83,7 @@ class ModelFiles:
     start_options: dict[str, Any]
     start_folder: Path | None
     tokenizer: str | None
+    trained_with: dict[str, Any]
 
 
 def read_model(config: Config) -> ModelFiles:
@@ -93,7 +97,8 @@ def read_model(config: Config) -> ModelFiles:
     origin = str(folder / "config.json") if folder else f"model.name = {config.model.name}"
     options = read_config_json(folder) if folder else size_config(config.model.name)
     start_folder = None
-    if config.checkpoint.initial_load_path not in ("", config.model.hf_path):
+    starts_elsewhere = config.checkpoint.initial_load_path not in ("", config.model.hf_path)
+    if starts_elsewhere:
         start = local_folder(config.checkpoint.initial_load_path, "checkpoint.initial_load_path", "config")
         start_folder = _config_folder(start)
     start_options = read_config_json(start_folder) if start_folder else {}
@@ -104,7 +109,10 @@ def read_model(config: Config) -> ModelFiles:
     folders = [str(path) for path in (folder, start_folder) if path and holds_tokenizer(path)]
     named = config.data.tokenizer if config.data.tokenizer != "bytes" else ""
     named = named and str(local_folder(named, "data.tokenizer", "tokenizer"))
-    return ModelFiles(options, origin, folder, start_options, start_folder, named or (folders[0] if folders else None))
+    tokenizer = named or (folders[0] if folders else None)
+    section = (start_options if starts_elsewhere else options).get("tidar")
+    trained_with = section if isinstance(section, dict) else {}
+    return ModelFiles(options, origin, folder, start_options, start_folder, tokenizer, trained_with)
 
 
 def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenizer_size: int | None) -> ModelSpec:
@@ -144,6 +152,7 @@ def resolve_model(files: ModelFiles, mask_token_id: int, data_ids: int, tokenize
         mask_token_id=mask_token_id,
         mask_row_is_trained=mask_token_id < used_rows or mask_token_id in recorded,
         vocab_size_before=vocab_size,
+        trained_with=files.trained_with,
     )
 
 

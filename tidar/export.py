@@ -38,13 +38,9 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
     Raises UserError if the checkpoint is not whole, or `output` exists and is not an empty folder.
     """
     if not (checkpoint / ".metadata").is_file() or not (checkpoint / ASSETS).is_dir():
-        there = (
-            ", ".join(str(step) for step in saved_steps(checkpoint.parent.parent)) if not checkpoint.exists() else ""
-        )
-        raise UserError(
-            f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>"
-            + (f"; that run has those of the steps {there}" if there else "")
-        )
+        steps = [] if checkpoint.exists() else saved_steps(checkpoint.parent.parent)
+        there = f"; that run has those of the steps {', '.join(map(str, steps))}" if steps else ""
+        raise UserError(f"--checkpoint {checkpoint}: must be a checkpoint of a run: RUN/checkpoint/step-<n>{there}")
     check_whole(checkpoint, f"--checkpoint {checkpoint}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not an empty folder")

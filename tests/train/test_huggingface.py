@@ -220,6 +220,7 @@ def test_the_export_target_is_not_overwritten(tmp_path, call):
     for source, message in (
         (checkpoint, f"--output {out}: exists and is not an empty folder"),
         (tmp_path / "run", "must be a checkpoint of a run"),
+        (tmp_path / "run" / "checkpoint" / "step-7", "RUN/checkpoint/step-<n>; that run has those of the steps 0"),
     ):
         code, _, error = call(export_command, "--output", out, "--checkpoint", source)
         assert code == 1 and error.startswith("error: ") and message in error

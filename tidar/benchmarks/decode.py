@@ -18,6 +18,7 @@ from tidar.config import ArgumentParser, user_errors_exit
 from tidar.decoding import Engine, Method, load
 from tidar.decoding.engine import Mode
 from tidar.decoding.forward import Forward
+from tidar.decoding.lookup import LONGEST
 from tidar.decoding.sampling import Sampling
 from tidar.models import Decoder, size_config
 from tidar.models.huggingface import decoder_config
@@ -32,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefix", nargs="+", type=int, default=[512], help="committed tokens [512]")
     parser.add_argument("--block_size", nargs="+", type=int, default=[8, 16], help="[8 16]")
     parser.add_argument("--accepted", type=float, help="committed tokens of a step to print tokens/s for")
-    parser.add_argument("--lookup", type=int, default=0, help="also time steps that draft with this lookup [0: none]")
+    parser.add_argument(
+        "--lookup", type=int, default=0, choices=range(LONGEST + 1),
+        help="also time steps that draft with this lookup [0: none]",
+    )  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and compiled layers")
     parser.add_argument("--transformers", action="store_true", help="compare with generate of transformers")
     with user_errors_exit():
@@ -65,9 +69,8 @@ def measure(name: str, model: Decoder, batch: int, prefix: int, bandwidth: float
             model, Method("tidar", block_size, 0), max_batch_size=batch, graph=False if options.eager else None
         )
         prompts = torch.randint(model.config.vocab_size, (batch, prefix)).tolist()
-        sampling = Sampling(lookup=lookup)
-        engine.check([], 1, sampling, mode)
-        with engine._forward(batch, prefix + REPEATS * 2 * block_size, mode, sampling) as forward:
+        length = prefix + REPEATS * 2 * block_size
+        with engine._forward(batch, length, mode, Sampling(lookup=lookup)) as forward:
             prefill = median_seconds(lambda: forward.prefill([0], prompts[:1], [0], padded=prefix), repeats=3)
             fill(forward, prefix)
             return prefill, median_seconds(forward.step, REPEATS)

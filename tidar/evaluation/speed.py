@@ -81,7 +81,7 @@ def measure_speed(engine: Engine, prompts: Sequence[Sequence[int]], mode: str, *
     measured = {}
     longest = sorted(prompts, key=len)[-engine.max_batch_size :]
     for name in dict.fromkeys([mode, "ar"]):
-        # a lookup in mode "ar" is refused, the one to compare with has none
+        # of `mode` itself a lookup may be refused; what it is compared with goes without
         asked = options | {"lookup": 0} if name != mode else options
         # compiles and captures what will be measured: as many sequences of the same length, one token of each
         decode(engine, longest, mode=name, **asked | {"stop": lambda *_: True})
